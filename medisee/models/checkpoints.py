@@ -1,0 +1,159 @@
+"""A checkpoint: a folder of config.json, tokenizer, the trained tensors as safetensors, and what the frozen bases are.
+
+Frozen weights that come from a published file are not copied: the folder holds their name and SHA-256, and loading
+fails when the file at hand is another one.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from medisee.config import Model, config_from
+from medisee.errors import InputError
+from medisee.files import atomic_path, sha256, write_json
+from medisee.models.lite_medsam import packaged_weights
+
+if TYPE_CHECKING:
+    from medisee.models.medisee import MediSee
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenBase:
+    """Published weights that a checkpoint builds on.
+
+    Attributes:
+        prefix: the model's tensors that come from it.
+        source: file name or hub id.
+        revision: hub revision, None for a file.
+        sha256: of a file, None for a hub id.
+    """
+
+    prefix: str
+    source: str
+    revision: str | None = None
+    sha256: str | None = None
+
+
+def frozen_bases(config: Model) -> list[FrozenBase]:
+    """Lists the published weights that a model of this config is built on."""
+    bases = []
+    head = config.seg_head
+    if head.kind == "lite_medsam" or head.checkpoint is not None:
+        path = Path(head.checkpoint) if head.checkpoint else packaged_weights()
+        bases.append(FrozenBase("seg_head.", str(head.checkpoint or path.name), sha256=sha256(path)))
+    if config.mllm.source is not None:
+        bases.append(FrozenBase("mllm.", config.mllm.source, config.mllm.revision))
+    return bases
+
+
+def trained_state(model: MediSee) -> dict[str, Tensor]:
+    """Returns the tensors that a checkpoint holds: what learns, and what has no published file to come from."""
+    published = tuple(base.prefix for base in frozen_bases(model.config))
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if name in learning or not name.startswith(published or ("\0",))
+    }
+
+
+def save_checkpoint(model: MediSee, folder: Path, extra: dict[str, Any] | None = None) -> None:
+    """Writes a checkpoint folder atomically.
+
+    Args:
+        model: the model.
+        folder: replaced as a whole.
+        extra: facts about the run, kept under "run" in config.json.
+    """
+    bases = [
+        {"prefix": b.prefix, "source": b.source, "revision": b.revision, "sha256": b.sha256}
+        for b in frozen_bases(model.config)
+    ]
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        model.tokenizer.save_pretrained(temporary)
+        state = {name: value.detach().cpu().contiguous() for name, value in trained_state(model).items()}
+        save_file(state, str(temporary / WEIGHTS), metadata={"format": "pt"})
+        content = {"format": FORMAT, "model": model.config.model_dump(mode="json"), "frozen": bases, "run": extra or {}}
+        write_json(temporary / CONFIG, content)
+
+
+def load_checkpoint(folder: Path, build: Any) -> MediSee:
+    """Loads a checkpoint strictly.
+
+    Args:
+        folder: a folder written by `save_checkpoint`.
+        build: MediSee, passed in to keep this module below it.
+
+    Raises:
+        InputError: no checkpoint, foreign or truncated files, another frozen base, missing, left-over or misshapen
+            tensors.
+    """
+    content = _read_config(folder)
+    config = config_from({"model": content["model"]}, where=str(folder / CONFIG)).model
+    _check_bases(content.get("frozen", []), config, folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        state = load_file(folder / WEIGHTS)
+    except FileNotFoundError as error:
+        raise InputError(f"{folder / WEIGHTS}: missing; copy the whole checkpoint folder.") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder}: unreadable checkpoint ({str(error).splitlines()[0]}); copy it again.") from error
+    model = build(config, tokenizer)
+    load_trained(model, state, folder / WEIGHTS)
+    return model
+
+
+def load_trained(model: MediSee, state: dict[str, Tensor], where: Path) -> None:
+    """Loads trained tensors into a model, strictly.
+
+    Raises:
+        InputError: missing, left-over or misshapen tensors, naming them.
+    """
+    own = trained_state(model)
+    problems = [f"{where}: missing tensor {name}; it was saved from another model" for name in own if name not in state]
+    problems += [f"{where}: left-over tensor {name}; the config is not that of this checkpoint" for name in state if name not in own]
+    problems += [
+        f"{where}: {name} has shape {tuple(state[name].shape)}, the config says {tuple(own[name].shape)}; use the checkpoint's own config.json"
+        for name in own
+        if name in state and own[name].shape != state[name].shape
+    ]
+    if problems:
+        more = [f"{where}: and {len(problems) - 8} more"] if len(problems) > 8 else []
+        raise InputError(problems[:8] + more)
+    nn.Module.load_state_dict(model, state, strict=False)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: no checkpoint here; give the folder that training wrote, such as runs/demo/checkpoint.") from error
+    except ValueError as error:
+        raise InputError(f"{path}: no valid JSON ({error}); copy the checkpoint again.") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT or "model" not in content:
+        raise InputError(f"{path}: not a medisee checkpoint of format {FORMAT}; give a folder that medisee wrote.")
+    return content
+
+
+def _check_bases(saved: list[dict[str, Any]], config: Model, folder: Path) -> None:
+    for base in frozen_bases(config):
+        known = [entry for entry in saved if entry.get("prefix") == base.prefix]
+        if known and known[0].get("sha256") != base.sha256:
+            raise InputError(
+                f"{folder / CONFIG}: was trained on {known[0].get('source')} with SHA-256 {known[0].get('sha256')}, "
+                f"but {base.source} here has {base.sha256}; install the same weights."
+            )

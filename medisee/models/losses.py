@@ -1,0 +1,56 @@
+"""The terms of L_end (paper, equation 4) as pure functions, each reduced per target: (I,) float32.
+
+A caller sums them and divides by a count of its own, so that several ranks agree with one.
+
+Shapes: I targets, N supervised tokens, V vocabulary, H W mask, T image tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import generalized_box_iou_loss
+
+DICE_SCALE = 1000.0
+DICE_EPS = 1e-6
+
+
+def text_loss(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """L_txt: cross-entropy of each supervised token, (N,)."""
+    return F.cross_entropy(logits_NV.float(), labels_N, reduction="none")
+
+
+def bce_loss(logits_IHW: Tensor, masks_IHW: Tensor) -> Tensor:
+    """Per-pixel binary cross-entropy, mean over each mask, (I,)."""
+    return F.binary_cross_entropy_with_logits(logits_IHW.float(), masks_IHW.float(), reduction="none").flatten(1).mean(1)
+
+
+def dice_loss(logits_IHW: Tensor, masks_IHW: Tensor) -> Tensor:
+    """The release's Dice: 1 - (2 sum(pt)/1000 + 1e-6) / ((sum p + sum t)/1000 + 1e-6), (I,)."""
+    probability, truth = logits_IHW.float().sigmoid().flatten(1), masks_IHW.float().flatten(1)
+    overlap = 2 * (probability * truth / DICE_SCALE).sum(1)
+    total = (probability / DICE_SCALE).sum(1) + (truth / DICE_SCALE).sum(1)
+    return 1 - (overlap + DICE_EPS) / (total + DICE_EPS)
+
+
+def l1_loss(boxes_I4: Tensor, truth_I4: Tensor) -> Tensor:
+    """Mean absolute difference of normalised xyxy, (I,)."""
+    return (boxes_I4.float() - truth_I4.float()).abs().mean(1)
+
+
+def giou_loss(boxes_I4: Tensor, truth_I4: Tensor) -> Tensor:
+    """1 - GIoU of normalised xyxy, (I,); finite with a gradient for degenerate boxes too."""
+    return generalized_box_iou_loss(boxes_I4.float(), truth_I4.float(), reduction="none")
+
+
+def similarity_loss(similarity_IT: Tensor, coverage_IT: Tensor) -> Tensor:
+    """Cross-entropy between the softmaxed similarity map and the true mask spread over the image tokens, (I,).
+
+    Args:
+        similarity_IT: scaled dot products sim(h_img, h_seg).
+        coverage_IT: share of each image token's area that the true mask covers, in [0, 1].
+    """
+    total = coverage_IT.sum(1, keepdim=True)
+    truth_IT = coverage_IT / total.clamp(min=1e-6)
+    return -(truth_IT * torch.log_softmax(similarity_IT.float(), dim=1)).sum(1)

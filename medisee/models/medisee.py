@@ -1,0 +1,217 @@
+"""MediSee: the paper's figure 5 as code. Read `forward` first.
+
+Shapes: B images, S sequences, I targets, K candidate tokens, L sequence length, D hidden width, C prompt channels,
+T image tokens, N supervised tokens, V vocabulary, G embedding grid, h decoder output side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from medisee.config import Model
+from medisee.geometry import boxes_to_frame, cxcywh_to_xyxy
+from medisee.models.heads import BoxDecoder, Router, TextProjection
+from medisee.models.lite_medsam import lite_medsam_head
+from medisee.models.mllm import load_mllm, seg_head_tokens
+from medisee.models.packing import block_mask
+from medisee.models.seg_head import Prompts, SamHead, sam_head
+from medisee.processing import Batch, MediSeeProcessor
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one forward pass computes.
+
+    Attributes:
+        boxes_I4: normalised xyxy, float32.
+        masks_Ihh: mask logits of the seg head's frame; None when masks were not asked for.
+        text_logits_NV: logits at the supervised positions.
+        similarity_IT: dot products of h_seg with the image tokens' last states, over sqrt(D).
+    """
+
+    boxes_I4: Tensor
+    masks_Ihh: Tensor | None
+    text_logits_NV: Tensor
+    similarity_IT: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """Answers that the model wrote itself, one a query.
+
+    Attributes:
+        texts: decoded answers without special tokens.
+        emitted: whether all candidate tokens were written.
+        boxes_I4, masks_Ihh: as in Output; meaningless where nothing was emitted.
+    """
+
+    texts: tuple[str, ...]
+    emitted: tuple[bool, ...]
+    boxes_I4: Tensor
+    masks_Ihh: Tensor
+
+
+class MediSee(nn.Module):
+    """The model: MLLM -> candidate states -> two routers -> box decoder, then mask decoder."""
+
+    def __init__(self, config: Model, tokenizer: PreTrainedTokenizerBase, *, weights: bool = True) -> None:
+        """Builds the model.
+
+        Args:
+            config: every size and choice.
+            tokenizer: with the candidate tokens.
+            weights: load the frozen parts' published weights.
+        """
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.seg_head = build_seg_head(config, weights=weights)
+        spec = self.seg_head.spec
+        self.mllm = load_mllm(config.mllm, tokenizer, spec.channels)
+        hidden = self.mllm.config.text_config.hidden_size
+        tokens = len(config.candidate_tokens)
+        routers = {"width": config.router_hidden, "mode": config.fusion}
+        self.seg_router = Router(hidden, tokens, pick=0, **routers)
+        self.box_router = Router(hidden, tokens, pick=tokens - 1, **routers)
+        self.box_decoder = BoxDecoder(hidden, config.box_hidden)
+        self.text_projection = TextProjection(hidden, spec.channels)
+        self.processor = MediSeeProcessor(config, tokenizer, spec)
+
+    def forward(self, batch: Batch, *, masks: bool = True) -> Output:
+        """Reads the answers given in the batch (teacher-forced) and predicts text, boxes and masks.
+
+        Args:
+            batch: from MediSeeProcessor; every query has an answer that holds the candidate tokens.
+            masks: run the mask decoder.
+        """
+        embedding_BCGG = self.embed_images(batch)
+        hidden_SLD = self.hidden_states(batch, embedding_BCGG)
+        tokens_IKD = hidden_SLD[batch.sequence_of_target_I[:, None], batch.candidates_IK]
+        boxes_I4 = cxcywh_to_xyxy(self.box_decoder(self.box_router(tokens_IKD)))
+        segmentation_ID = self.seg_router(tokens_IKD)
+        masks_Ihh = self.decode_masks(batch, embedding_BCGG, segmentation_ID, boxes_I4) if masks else None
+        supervised_ND = hidden_SLD[batch.supervised_N2[:, 0], batch.supervised_N2[:, 1]]
+        return Output(
+            boxes_I4=boxes_I4,
+            masks_Ihh=masks_Ihh,
+            text_logits_NV=self.mllm.lm_head(supervised_ND),
+            similarity_IT=self._similarity(batch, hidden_SLD, segmentation_ID),
+        )
+
+    def embed_images(self, batch: Batch) -> Tensor:
+        """Returns f = G_enc(x_img), (B, C, G, G), from the cache where the batch brings it."""
+        if batch.embedding_BCGG is not None:
+            return batch.embedding_BCGG
+        return self.seg_head.encode(batch.pixels_B3FF)
+
+    def hidden_states(self, batch: Batch, embedding_BCGG: Tensor) -> Tensor:
+        """Returns the language model's last states (S, L, D), after the final norm; one packed sequence an image."""
+        inputs_SLD = self._embed_inputs(batch.input_ids_SL, batch.image_of_sequence_S, batch, embedding_BCGG)
+        return self.mllm.model.language_model(
+            inputs_embeds=inputs_SLD,
+            position_ids=batch.positions_SL,
+            attention_mask=block_mask(batch.segments_SL, inputs_SLD.dtype),
+            use_cache=False,
+        ).last_hidden_state
+
+    def decode_masks(
+        self, batch: Batch, embedding_BCGG: Tensor, segmentation_ID: Tensor, boxes_I4: Tensor
+    ) -> Tensor:
+        """Returns M = G_dec(f, h_seg, B): mask logits (I, h, h) of the frame.
+
+        Gradients flow through the predicted box into the box decoder. Where the batch says so, the true box prompts.
+        """
+        prompt_boxes_I4 = boxes_I4
+        if batch.boxes_I4 is not None:
+            prompt_boxes_I4 = torch.where(batch.true_box_I[:, None], batch.boxes_I4, boxes_I4)
+        frames = [batch.frames[index] for index in batch.image_of_target_I.tolist()]
+        prompts = Prompts(
+            text=self.text_projection(segmentation_ID) if "text" in self.config.prompts else None,
+            boxes=boxes_to_frame(prompt_boxes_I4, frames) if "box" in self.config.prompts else None,
+        )
+        return self.seg_head.decode(embedding_BCGG, prompts, batch.image_of_target_I)
+
+    @torch.inference_mode()
+    def generate(self, batch: Batch, *, max_new_tokens: int) -> Generated:
+        """Writes the answers greedily with a KV cache and reads the states where the candidate tokens are written.
+
+        Args:
+            batch: unpacked (one query a sequence), without answers.
+            max_new_tokens: longest answer.
+        """
+        embedding_BCGG = self.embed_images(batch)
+        left = _left_padded(batch.input_ids_SL, batch.segments_SL)
+        inputs_SLD = self._embed_inputs(left.input_ids_SL, batch.image_of_sequence_S, batch, embedding_BCGG)
+        result: Any = self.mllm.generate(
+            inputs_embeds=inputs_SLD,
+            attention_mask=left.mask_SL,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            output_hidden_states=True,
+            return_dict_in_generate=True,
+        )
+        # Step t's last state predicts token t: the state that the routers were trained on.
+        states_SLD = torch.stack([step[-1][:, -1] for step in result.hidden_states], dim=1)
+        tokens_IKD, emitted = self._written_candidates(result.sequences, states_SLD)
+        boxes_I4 = cxcywh_to_xyxy(self.box_decoder(self.box_router(tokens_IKD)))
+        masks_Ihh = self.decode_masks(batch, embedding_BCGG, self.seg_router(tokens_IKD), boxes_I4)
+        texts = self.tokenizer.batch_decode(self._without_padding(result.sequences), skip_special_tokens=False)
+        return Generated(tuple(text.strip() for text in texts), emitted, boxes_I4, masks_Ihh)
+
+    def _written_candidates(self, ids_SL: Tensor, states_SLD: Tensor) -> tuple[Tensor, tuple[bool, ...]]:
+        wanted = torch.tensor(self.processor.candidate_ids, device=ids_SL.device)
+        found_SKL = ids_SL[:, None, :] == wanted[None, :, None]
+        first_SK = found_SKL.int().argmax(dim=2)
+        rows = torch.arange(len(ids_SL), device=ids_SL.device)[:, None]
+        return states_SLD[rows, first_SK], tuple(found_SKL.any(dim=2).all(dim=1).tolist())
+
+    def _without_padding(self, ids_SL: Tensor) -> list[list[int]]:
+        end = (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        return [[token for token in row if token not in end] for row in ids_SL.tolist()]
+
+    def _embed_inputs(
+        self, input_ids_SL: Tensor, image_of_sequence_S: Tensor, batch: Batch, embedding_BCGG: Tensor
+    ) -> Tensor:
+        inputs_SLD = self.mllm.get_input_embeddings()(input_ids_SL)
+        images_BTD = self._image_tokens(batch, embedding_BCGG)[image_of_sequence_S].to(inputs_SLD.dtype)
+        image_SL = input_ids_SL == self.processor.image_id
+        return inputs_SLD.masked_scatter(image_SL[..., None], images_BTD)
+
+    def _image_tokens(self, batch: Batch, embedding_BCGG: Tensor) -> Tensor:
+        if self.config.mllm.image_tokens == "seg_head":
+            projector = self.mllm.model.multi_modal_projector
+            features = seg_head_tokens(embedding_BCGG, self.config.mllm.image_grid)
+            return projector(features.to(projector.linear_1.weight.dtype))
+        return torch.stack(self.mllm.get_image_features(batch.vision_B3VV.to(self.mllm.dtype)).pooler_output)
+
+    def _similarity(self, batch: Batch, hidden_SLD: Tensor, segmentation_ID: Tensor) -> Tensor:
+        start, count = self.processor.image_start, self.processor.image_tokens
+        image_ITD = hidden_SLD[:, start : start + count][batch.sequence_of_target_I]
+        return torch.einsum("itd,id->it", image_ITD.float(), segmentation_ID.float()) / hidden_SLD.shape[-1] ** 0.5
+
+
+def build_seg_head(config: Model, *, weights: bool = True) -> SamHead:
+    """Builds the configured seg head."""
+    if config.seg_head.kind == "lite_medsam":
+        return lite_medsam_head(config.seg_head, weights=weights)
+    return sam_head(config.seg_head, weights=weights)
+
+
+@dataclass(frozen=True, slots=True)
+class _LeftPadded:
+    input_ids_SL: Tensor
+    mask_SL: Tensor
+
+
+def _left_padded(input_ids_SL: Tensor, segments_SL: Tensor) -> _LeftPadded:
+    # Generation appends at the right end, so padding must stand at the left.
+    own_SL = segments_SL >= 0
+    order = torch.argsort(own_SL.int(), dim=1, stable=True)
+    return _LeftPadded(input_ids_SL.gather(1, order), own_SL.gather(1, order).long())

@@ -1,0 +1,164 @@
+"""The multi-modal language model G: always transformers' own Llava class.
+
+It comes from a hub id or a folder, or is built from sizes with random weights. Candidate tokens enlarge its vocabulary;
+LoRA comes from peft.
+
+Shapes: B images, T image tokens, D hidden, G side of the seg head's embedding, C its channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    PreTrainedTokenizerBase,
+)
+
+from medisee.config import Mllm
+from medisee.errors import InputError
+from medisee.models.tokenizer import IMAGE_TOKEN, add_candidate_tokens
+
+PATCH = 14
+MAX_TOKENS = 1024
+POSITION_FREQUENCIES = 16
+
+
+def load_tokenizer(config: Mllm, candidate_tokens: tuple[str, ...]) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of `config.source` and adds the candidate tokens.
+
+    Raises:
+        InputError: the hub id or folder cannot be read.
+    """
+    source = config.source or ""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise InputError(_unreadable(source, error)) from error
+    tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    add_candidate_tokens(tokenizer, candidate_tokens)
+    return tokenizer
+
+
+def load_mllm(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg_channels: int) -> LlavaForConditionalGeneration:
+    """Loads or builds the Llava and prepares what learns in it.
+
+    Args:
+        config: source or sizes, kind of image tokens, what learns.
+        tokenizer: with the candidate tokens added.
+        seg_channels: channels of the seg head's embedding, for image tokens that come from it.
+
+    Raises:
+        InputError: the source cannot be read.
+    """
+    if config.source is None:
+        llava = LlavaForConditionalGeneration(_llava_config(config, tokenizer, seg_channels))
+    else:
+        try:
+            llava = LlavaForConditionalGeneration.from_pretrained(
+                config.source, revision=config.revision, attn_implementation=config.attention, use_safetensors=True
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(_unreadable(config.source, error)) from error
+        llava.resize_token_embeddings(len(tokenizer))
+        llava.config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if config.image_tokens == "seg_head":
+        llava.model.vision_tower = nn.Identity()
+    _choose_trained(llava, config)
+    return llava
+
+
+def _choose_trained(llava: LlavaForConditionalGeneration, config: Mllm) -> None:
+    # A projector that starts at random must learn; a pretrained one is frozen as in the paper.
+    llava.requires_grad_(False)
+    if config.train == "lora":
+        lora = LoraConfig(
+            r=config.lora.rank,
+            lora_alpha=config.lora.alpha,
+            lora_dropout=config.lora.dropout,
+            target_modules=r".*language_model.*\.(q_proj|v_proj)",
+        )
+        inject_adapter_in_model(lora, llava)
+    if config.train == "full":
+        llava.model.language_model.requires_grad_(True)
+    if config.source is None or config.image_tokens == "seg_head":
+        llava.model.multi_modal_projector.requires_grad_(True)
+    llava.get_input_embeddings().requires_grad_(True)
+    llava.get_output_embeddings().requires_grad_(True)
+
+
+def _llava_config(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg_channels: int) -> LlavaConfig:
+    size = config.size
+    text = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        head_dim=size.hidden // size.heads,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": size.rope_theta},
+        sliding_window=None,
+        attention_dropout=size.dropout,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    seg_tokens = config.image_tokens == "seg_head"
+    vision = CLIPVisionConfig(
+        hidden_size=seg_channels + 4 * POSITION_FREQUENCIES if seg_tokens else config.vision_hidden,
+        intermediate_size=4 if seg_tokens else 4 * config.vision_hidden,
+        num_hidden_layers=1 if seg_tokens else config.vision_layers,
+        num_attention_heads=1 if seg_tokens else max(1, config.vision_hidden // 64),
+        image_size=config.vision_size,
+        patch_size=PATCH,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+        attn_implementation=config.attention,
+    )
+
+
+def image_token_count(config: Mllm) -> int:
+    """Returns T, the number of image tokens in a prompt."""
+    if config.image_tokens == "seg_head":
+        return config.image_grid**2
+    return (config.vision_size // PATCH) ** 2
+
+
+def seg_head_tokens(embedding_BCGG: Tensor, grid: int) -> Tensor:
+    """Turns the seg head's frozen embedding into the projector's input (B, grid^2, C + 64), row by row.
+
+    Each pooled feature is layer-normalised and joined by sines and cosines of its centre, so that positions are read
+    rather than learned.
+    """
+    pooled = F.adaptive_avg_pool2d(embedding_BCGG.float(), grid).flatten(2).transpose(1, 2)
+    features = F.layer_norm(pooled, pooled.shape[-1:])
+    centres = (torch.arange(grid, device=pooled.device) + 0.5) / grid
+    frequencies = math.pi * torch.logspace(0, math.log2(grid), POSITION_FREQUENCIES, base=2, device=pooled.device)
+    angles = centres[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows, columns = waves[:, None].expand(-1, grid, -1), waves[None].expand(grid, -1, -1)
+    position = torch.cat([rows, columns], dim=-1).flatten(0, 1)
+    return torch.cat([features, position.expand(len(features), -1, -1)], dim=-1)
+
+
+def _unreadable(source: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"model.mllm.source = {source!r}: cannot load a transformers Llava ({reason}); give a hub id or folder."

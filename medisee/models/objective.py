@@ -1,0 +1,85 @@
+"""L_end of the paper (equation 4): weighted sum of text, mask and box losses, means over all ranks' targets.
+
+Shapes: I targets, N supervised tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medisee.config import Loss
+from medisee.geometry import logits_to_original
+from medisee.models import losses
+from medisee.models.medisee import Output
+from medisee.processing import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Every term before its weight, and their weighted sum; means over the global micro-batch, scalars.
+
+    Under several ranks each holds its own share times the number of ranks, so that the ranks' mean is the global mean.
+    """
+
+    total: Tensor
+    text: Tensor
+    bce: Tensor
+    dice: Tensor
+    l1: Tensor
+    giou: Tensor
+    similarity: Tensor
+
+
+def end_to_end_loss(output: Output, batch: Batch, weights: Loss, *, world: int = 1) -> Terms:
+    """Computes L_end and its terms.
+
+    Args:
+        output: of MediSee.forward.
+        batch: with answers, masks and boxes.
+        weights: lambda of every term.
+        world: number of ranks; above 1 the counts are summed over them.
+    """
+    counts = torch.tensor([len(batch.labels_N), len(batch.queries)], device=output.boxes_I4.device, dtype=torch.float32)
+    if world > 1:
+        torch.distributed.all_reduce(counts)
+    tokens, targets = (counts / world).unbind()
+    text = losses.text_loss(output.text_logits_NV, batch.labels_N).sum() / tokens
+    boxes_I4, truth_I4 = output.boxes_I4, batch.boxes_I4
+    if truth_I4 is None or batch.coverage_IT is None:
+        raise ValueError("a training batch needs masks and boxes")
+    l1 = losses.l1_loss(boxes_I4, truth_I4).sum() / targets
+    giou = losses.giou_loss(boxes_I4, truth_I4).sum() / targets
+    similarity = losses.similarity_loss(output.similarity_IT, batch.coverage_IT).sum() / targets
+    bce, dice = (value / targets for value in _mask_losses(output, batch, weights))
+    total = (
+        weights.text * text
+        + weights.bce * bce
+        + weights.dice * dice
+        + weights.box * (weights.l1 * l1 + weights.giou * giou)
+        + weights.similarity * similarity
+    )
+    return Terms(total, text, bce, dice, l1, giou, similarity)
+
+
+def _mask_losses(output: Output, batch: Batch, weights: Loss) -> tuple[Tensor, Tensor]:
+    if output.masks_Ihh is None:
+        zero = torch.zeros((), device=output.boxes_I4.device)
+        return zero, zero
+    if weights.mask_resolution == "decoder":
+        truth_Ihh = torch.stack(batch.masks)
+        return (
+            losses.bce_loss(output.masks_Ihh, truth_Ihh).sum(),
+            losses.dice_loss(output.masks_Ihh, truth_Ihh).sum(),
+        )
+    frames = [batch.frames[index] for index in batch.image_of_target_I.tolist()]
+    pairs = [
+        (logits_to_original(logits, frame)[None], mask[None])
+        for logits, frame, mask in zip(output.masks_Ihh, frames, batch.masks, strict=True)
+    ]
+    return (
+        torch.stack([losses.bce_loss(*pair) for pair in pairs]).sum(),
+        torch.stack([losses.dice_loss(*pair) for pair in pairs]).sum(),
+    )

@@ -1,0 +1,142 @@
+"""Our model's predictions: from a manifest's questions to Prediction lines. Nothing here scores.
+
+Shapes: I targets, h decoder output side.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from medisee.config import Eval
+from medisee.data.dataset import asked_questions, record_example
+from medisee.data.features import FeatureCache
+from medisee.data.prompts import candidate_text
+from medisee.geometry import denormalise_box, logits_to_original
+from medisee.manifest import Manifest
+from medisee.masks import encode_mask
+from medisee.models.medisee import MediSee
+from medisee.processing import Batch, Example
+from medisee.records import QA, Prediction, Record, Target
+
+Mode = Literal["forced", "generated"]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One record and the questions asked about it, each for a target."""
+
+    record: Record
+    questions: tuple[tuple[Target, QA], ...]
+
+
+def all_questions(manifest: Manifest, limit: int | None = None, seed: int = 0) -> list[Asked]:
+    """Lists every question of every target; targets without one get a class-name question, drawn by the seed."""
+    count = len(manifest) if limit is None else min(limit, len(manifest))
+    # A limit takes records evenly over the file, so that no plane or case is left out.
+    records = [manifest[index * len(manifest) // count] for index in range(count)]
+    asked = []
+    for record in records:
+        rng = random.Random(f"{seed}/{record.id}")
+        questions = tuple((t, qa) for t in record.targets for qa in asked_questions(t, t.category, rng))
+        asked.append(Asked(record, questions))
+    return asked
+
+
+def shuffled_questions(asked: Sequence[Asked], seed: int = 0) -> list[Asked]:
+    """Gives every target a question about another category: what scores then is not understood but guessed."""
+    rng = random.Random(seed)
+    pool = [(target.category, qa) for one in asked for target, qa in one.questions]
+    shuffled = []
+    for one in asked:
+        others = [[qa for category, qa in pool if category != target.category] for target, _ in one.questions]
+        drawn = [rng.choice(foreign) if foreign else qa for foreign, (_, qa) in zip(others, one.questions, strict=True)]
+        pairs = zip(one.questions, drawn, strict=True)
+        shuffled.append(Asked(one.record, tuple((target, qa) for (target, _), qa in pairs)))
+    return shuffled
+
+
+def predict(
+    model: MediSee,
+    manifest: Manifest,
+    asked: Sequence[Asked],
+    mode: Mode,
+    *,
+    settings: Eval,
+    cache: FeatureCache | None = None,
+    quiet: bool = False,
+) -> Iterator[Prediction]:
+    """Answers every question.
+
+    Args:
+        model: in evaluation mode.
+        manifest: where images come from.
+        asked: the questions.
+        mode: `forced`: the answer is given and read in one pass; `generated`: the model writes it.
+        settings: forced answer, longest answer, images per pass.
+        cache: frozen features.
+        quiet: no progress bar.
+    """
+    size = settings.batch_size
+    for first in tqdm(range(0, len(asked), size), desc=mode, unit="batch", disable=quiet):
+        part = asked[first : first + size]
+        examples = [record_example(manifest, one.record, one.questions, cache, truth=False) for one in part]
+        yield from answer(model, examples, mode, settings)
+
+
+@torch.inference_mode()
+def answer(model: MediSee, examples: Sequence[Example], mode: Mode, settings: Eval) -> list[Prediction]:
+    """Answers the queries of a few images in one pass, in order.
+
+    The answer that an example brings is never shown to the model: `forced` gives the same words to every query.
+    """
+    device = next(model.parameters()).device
+    forced = settings.forced_answer.format(candidates=candidate_text(model.config.candidate_tokens))
+    given = forced if mode == "forced" else None
+    examples = [
+        replace(one, queries=tuple(replace(q, answer=given, mask=None, box=None, true_box=False) for q in one.queries))
+        for one in examples
+    ]
+    batch = model.processor(examples, packed=mode == "forced").to(device)
+    if mode == "forced":
+        output = model(batch)
+        return _predictions(batch, output.boxes_I4, output.masks_Ihh, mode, [forced] * len(batch.queries), None)
+    written = model.generate(batch, max_new_tokens=settings.max_new_tokens)
+    return _predictions(batch, written.boxes_I4, written.masks_Ihh, mode, written.texts, written.emitted)
+
+
+def _predictions(
+    batch: Batch,
+    boxes_I4: Tensor,
+    masks_Ihh: Tensor,
+    mode: Mode,
+    texts: Sequence[str],
+    emitted: Sequence[bool] | None,
+) -> list[Prediction]:
+    predictions = []
+    for index, query in enumerate(batch.queries):
+        frame = batch.frames[int(batch.image_of_target_I[index])]
+        shown = emitted is None or emitted[index]
+        logits = logits_to_original(masks_Ihh[index], frame)
+        mask = logits > 0
+        confidence = float(logits.sigmoid()[mask].mean()) if bool(mask.any()) else 0.0
+        predictions.append(
+            Prediction(
+                record=query.record,
+                target=query.target,
+                question=query.question,
+                mode=mode,
+                text=texts[index],
+                emitted=shown,
+                mask=encode_mask(mask.cpu().numpy()) if shown else None,
+                box=denormalise_box(boxes_I4[index], frame.height, frame.width) if shown else None,
+                scores={"mask_confidence": confidence} if shown else {},
+            )
+        )
+    return predictions

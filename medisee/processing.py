@@ -1,0 +1,262 @@
+"""MediSeeProcessor: images and queries -> Batch, and the model's output -> original pixels.
+
+Shapes: B images, S sequences, I targets, K candidate tokens, L sequence length, N supervised tokens, T image tokens,
+F frame side, h decoder output side, H W original image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from medisee.config import Model
+from medisee.data.prompts import CANDIDATE_TOKENS, candidate_text
+from medisee.errors import InputError
+from medisee.geometry import Frame, fit, mask_to_frame, normalise_box, to_frame
+from medisee.masks import mask_box
+from medisee.models.mllm import MAX_TOKENS, image_token_count
+from medisee.models.packing import pack
+from medisee.models.seg_head import SegHeadSpec
+from medisee.models.tokenizer import IMAGE_TOKEN
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Query:
+    """One question about an image, with its truth while training.
+
+    Attributes:
+        record, target: ids, kept for predictions and messages.
+        question: the text asked.
+        answer: the true or forced answer; None when the model is to generate it.
+        mask: bool (H, W); box: original pixels, half-open.
+        true_box: prompt the mask decoder with the true box instead of the predicted one.
+    """
+
+    record: str
+    target: str
+    question: str
+    answer: str | None = None
+    mask: np.ndarray | None = None
+    box: tuple[float, float, float, float] | None = None
+    true_box: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One image with its queries. `embedding` (C, G, G) replaces the image where frozen features are cached."""
+
+    image: np.ndarray | None
+    height: int
+    width: int
+    queries: tuple[Query, ...]
+    embedding: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What one forward pass reads. A position is that of the state which predicts a token, one before the token."""
+
+    queries: tuple[Query, ...]
+    frames: tuple[Frame, ...]
+    pixels_B3FF: Tensor | None
+    embedding_BCGG: Tensor | None
+    vision_B3VV: Tensor | None
+    input_ids_SL: Tensor
+    positions_SL: Tensor
+    segments_SL: Tensor
+    image_of_sequence_S: Tensor
+    sequence_of_target_I: Tensor
+    image_of_target_I: Tensor
+    candidates_IK: Tensor
+    supervised_N2: Tensor
+    labels_N: Tensor
+    boxes_I4: Tensor | None
+    masks: tuple[Tensor, ...]
+    coverage_IT: Tensor | None
+    true_box_I: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """Returns the batch on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in moved.items()}
+        moved["masks"] = tuple(mask.to(device) for mask in self.masks)
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    ids: list[int]
+    answer_start: int
+
+
+class MediSeeProcessor:
+    """Turns examples into batches by the model's own rules: tokenizer, seg head's frame, vision tower's input."""
+
+    def __init__(self, config: Model, tokenizer: PreTrainedTokenizerBase, spec: SegHeadSpec) -> None:
+        self.config, self.tokenizer, self.spec = config, tokenizer, spec
+        self.candidate_ids: list[int] = tokenizer.convert_tokens_to_ids(list(config.candidate_tokens))
+        self.image_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.image_tokens = image_token_count(config.mllm)
+        self.mask_side = 4 * spec.grid
+        before = tokenizer("[INST] ", add_special_tokens=False).input_ids
+        self.prefix: list[int] = [tokenizer.bos_token_id, *before, *[self.image_id] * self.image_tokens]
+        self.image_start = 1 + len(before)
+
+    def frame(self, height: int, width: int) -> Frame:
+        """Places an image in the seg head's frame."""
+        return fit(height, width, self.spec.size, self.spec.resize)
+
+    def seg_pixels(self, image: np.ndarray) -> Tensor:
+        """Standardises an image (H, W, 3) for the seg head: (3, F, F)."""
+        return to_frame(image, self.frame(*image.shape[:2]), self.spec.pixels)
+
+    def vision_pixels(self, image: np.ndarray) -> Tensor:
+        """Pads an image to a square in CLIP's mean colour, as LLaVA-Med does, and standardises it: (3, V, V)."""
+        from PIL import Image
+
+        height, width = image.shape[:2]
+        side = max(height, width)
+        colour = tuple(int(255 * value) for value in CLIP_MEAN)
+        square = Image.new("RGB", (side, side), colour)
+        square.paste(Image.fromarray(image), ((side - width) // 2, (side - height) // 2))
+        size = self.config.mllm.vision_size
+        resized = square.resize((size, size), Image.Resampling.BICUBIC)
+        values = torch.from_numpy(np.asarray(resized, dtype=np.float32) / 255).permute(2, 0, 1)
+        return (values - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+
+    def answer_text(self, text: str) -> str:
+        """Rewrites "[SEG] and [BBOX]" of an answer for this model's candidate tokens."""
+        return text.replace(candidate_text(CANDIDATE_TOKENS), candidate_text(self.config.candidate_tokens))
+
+    def __call__(
+        self, examples: Sequence[Example], *, mask_resolution: str = "original", packed: bool = True
+    ) -> Batch:
+        """Builds a batch.
+
+        Args:
+            examples: images with one or more queries each.
+            mask_resolution: `original` or `decoder`, see Loss.mask_resolution.
+            packed: one sequence an image; otherwise one a query.
+
+        Raises:
+            InputError: a query without text, or one that is too long.
+        """
+        images = [(index, example) for index, example in enumerate(examples)]
+        rows = (
+            [(index, example.queries) for index, example in images]
+            if packed
+            else [(index, (query,)) for index, example in images for query in example.queries]
+        )
+        tokens = [[self._tokens(query) for query in queries] for _, queries in rows]
+        sequences = pack([self.prefix] * len(rows), [[t.ids for t in row] for row in tokens], self._pad)
+        targets = [(row, n) for row, (_, queries) in enumerate(rows) for n in range(len(queries))]
+        supervised, labels, candidates = self._supervision(tokens, sequences.starts, targets)
+        queries = tuple(rows[row][1][n] for row, n in targets)
+        image_of_target = [rows[row][0] for row, _ in targets]
+        frames = tuple(self.frame(example.height, example.width) for example in examples)
+        target_frames = [frames[index] for index in image_of_target]
+        return Batch(
+            queries=queries,
+            frames=frames,
+            **self._images(examples),
+            input_ids_SL=sequences.input_ids_SL,
+            positions_SL=sequences.positions_SL,
+            segments_SL=sequences.segments_SL,
+            image_of_sequence_S=torch.tensor([index for index, _ in rows]),
+            sequence_of_target_I=torch.tensor([row for row, _ in targets]),
+            image_of_target_I=torch.tensor(image_of_target),
+            candidates_IK=torch.tensor(candidates),
+            supervised_N2=torch.tensor(supervised).reshape(-1, 2),
+            labels_N=torch.tensor(labels, dtype=torch.long),
+            **self._truth(queries, target_frames, mask_resolution),
+            true_box_I=torch.tensor([query.true_box for query in queries]),
+        )
+
+    @property
+    def _pad(self) -> int:
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+
+    def prompt_ids(self, question: str) -> list[int]:
+        """Tokenises what stands behind the image up to the answer."""
+        return self.tokenizer(f"\n{question.strip()} [/INST]", add_special_tokens=False).input_ids
+
+    def _tokens(self, query: Query) -> _Tokens:
+        if not query.question.strip():
+            raise InputError(f"record {query.record!r}, target {query.target!r}: the query has no text; ask something.")
+        prompt = self.prompt_ids(query.question)
+        if query.answer is None:
+            return _Tokens(prompt, len(prompt))
+        answer = self.tokenizer(f" {self.answer_text(query.answer)}", add_special_tokens=False).input_ids
+        ids = [*prompt, *answer, self.tokenizer.eos_token_id]
+        if len(self.prefix) + len(ids) > MAX_TOKENS + self.image_tokens:
+            raise InputError(
+                f"record {query.record!r}, target {query.target!r}: question and answer have {len(ids)} tokens; "
+                f"at most {MAX_TOKENS} fit, shorten them."
+            )
+        return _Tokens(ids, len(prompt))
+
+    def _supervision(
+        self, tokens: list[list[_Tokens]], starts: tuple[tuple[int, ...], ...], targets: list[tuple[int, int]]
+    ) -> tuple[list[list[int]], list[int], list[list[int]]]:
+        supervised, labels, candidates = [], [], []
+        for row, n in targets:
+            own, start = tokens[row][n], starts[row][n]
+            for place in range(own.answer_start, len(own.ids)):
+                supervised.append([row, start + place - 1])
+                labels.append(own.ids[place])
+            answer = own.ids[own.answer_start :]
+            places = [
+                start + own.answer_start + answer.index(token) - 1 if token in answer else -1
+                for token in self.candidate_ids
+            ]
+            candidates.append(places)
+        return supervised, labels, candidates
+
+    def _images(self, examples: Sequence[Example]) -> dict[str, Tensor | None]:
+        cached = all(example.embedding is not None for example in examples)
+        pixels = embedding = vision = None
+        if cached:
+            embedding = torch.stack([example.embedding for example in examples if example.embedding is not None]).float()
+        else:
+            pixels = torch.stack([self.seg_pixels(example.image) for example in examples if example.image is not None])
+        if self.config.mllm.image_tokens == "vision_tower":
+            vision = torch.stack([self.vision_pixels(example.image) for example in examples if example.image is not None])
+        return {"pixels_B3FF": pixels, "embedding_BCGG": embedding, "vision_B3VV": vision}
+
+    def _truth(self, queries: Sequence[Query], frames: Sequence[Frame], resolution: str) -> dict[str, object]:
+        if any(query.mask is None for query in queries):
+            return {"boxes_I4": None, "masks": (), "coverage_IT": None}
+        masks, boxes, coverage = [], [], []
+        for query, frame in zip(queries, frames, strict=True):
+            mask = query.mask if query.mask is not None else np.zeros((frame.height, frame.width), dtype=bool)
+            box = query.box or mask_box(mask)
+            if box is None:
+                raise InputError(f"record {query.record!r}, target {query.target!r}: the mask is empty; remove the target.")
+            boxes.append(normalise_box(box, frame.height, frame.width))
+            inside = mask_to_frame(mask, frame, self.mask_side)
+            masks.append(inside if resolution == "decoder" else torch.from_numpy(mask).float())
+            coverage.append(self._token_coverage(mask, frame, inside))
+        return {
+            "boxes_I4": torch.tensor(boxes, dtype=torch.float32),
+            "masks": tuple(masks),
+            "coverage_IT": torch.stack(coverage),
+        }
+
+    def _token_coverage(self, mask: np.ndarray, frame: Frame, inside: Tensor) -> Tensor:
+        # Image tokens of the seg head lie on its frame, those of a vision tower on the padded square.
+        grid = int(self.image_tokens**0.5)
+        if self.config.mllm.image_tokens == "vision_tower":
+            side = max(frame.height, frame.width)
+            padded = np.zeros((side, side), dtype=bool)
+            top, left = (side - frame.height) // 2, (side - frame.width) // 2
+            padded[top : top + frame.height, left : left + frame.width] = mask
+            inside = torch.from_numpy(padded).float()
+        return torch.nn.functional.adaptive_avg_pool2d(inside[None], grid).flatten()

@@ -1,0 +1,54 @@
+"""run.json: what made a result - configuration, commit, versions, device, seed, time. No patient field, no key, no path
+outside the run."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("medisee", "torch", "transformers", "peft", "deepspeed", "segment-anything", "numpy", "pycocotools")
+
+
+def run_facts(settings: dict[str, Any], seed: int, device: torch.device | str) -> dict[str, Any]:
+    """Returns the facts to write beside a result; `settings` is the resolved configuration."""
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "settings": settings,
+        "seed": seed,
+        "device": _device_name(torch.device(device)),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "commit": _commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()})"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,75 @@
+"""What a training run leaves behind: log.jsonl, tensorboard/, run.json and a line on the terminal."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from medisee.config import Config
+from medisee.files import write_json
+from medisee.metrics import Summary
+from medisee.models.medisee import MediSee
+from medisee.models.objective import Terms
+from medisee.provenance import run_facts
+
+
+class RunLog:
+    """Appends to a run's logs; a resumed run cuts off what was logged after its checkpoint. Silent but on rank 0."""
+
+    def __init__(self, out: Path, *, config: Config, model: MediSee, first_step: int, active: bool) -> None:
+        self.out, self.active = out, active
+        self.began = time.perf_counter()
+        if not active:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        self.path = out / "log.jsonl"
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= first_step] if first_step else []
+        self.path.write_text("".join(kept), encoding="utf-8")
+        self.board = SummaryWriter(out / "tensorboard", purge_step=first_step + 1)
+        self.facts: dict[str, Any] = run_facts(config.model_dump(mode="json"), config.train.seed, next(model.parameters()).device)
+        total = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.facts |= {"first_step": first_step, "parameters": total, "trained_parameters": trained}
+        write_json(out / "run.json", self.facts)
+        print(f"model: {total / 1e6:.1f}M parameters, {trained / 1e6:.1f}M of them learn", flush=True)
+
+    def losses(self, step: int, micro: Sequence[Terms], norm: float, progress: tqdm) -> None:
+        """Logs one step: the mean of its micro-batches' terms."""
+        if not self.active:
+            return
+        values = {f.name: float(torch.stack([getattr(t, f.name).detach() for t in micro]).mean()) for f in fields(Terms)}
+        self._append({"step": step, **values, "gradient_norm": norm, "seconds": time.perf_counter() - self.began})
+        progress.set_postfix(loss=f"{values['total']:.2f}", text=f"{values['text']:.2f}", giou=f"{values['giou']:.2f}")
+
+    def validation(self, step: int, summary: Summary) -> None:
+        """Logs the figures on val."""
+        if not self.active:
+            return
+        figures = {f"val_{name}": value for name, value in summary.to_json().items() if isinstance(value, float)}
+        self._append({"step": step, **figures, "seconds": time.perf_counter() - self.began})
+        tqdm.write(f"step {step}: val Dice {summary.dice.value:.3f}, box IoU {summary.iou.value:.3f}")
+
+    def end(self) -> None:
+        """Closes the logs and adds the run's time and peak memory to run.json."""
+        if not self.active:
+            return
+        self.board.close()
+        write_json(self.out / "run.json", {**self.facts, "seconds": time.perf_counter() - self.began})
+
+    def _lines(self) -> list[str]:
+        return self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+
+    def _append(self, values: dict[str, float]) -> None:
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(values) + "\n")
+        for name, value in values.items():
+            if name not in ("step", "seconds"):
+                self.board.add_scalar(name, value, int(values["step"]))

@@ -1,0 +1,189 @@
+"""The manifest: read on demand, pickled, and checked against the files that it names."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from medisee.errors import InputError
+from medisee.manifest import Manifest
+from medisee.masks import Rle, encode_mask
+from medisee.records import Record, Target, write_records
+
+TRUTH = np.zeros((6, 8), dtype=bool)
+TRUTH[1:3, 2:5] = True
+
+
+def record(name: str, mask: str | Rle = "m.png", **changes: object) -> Record:
+    target = Target(id="t", category="liver", mask=mask, **changes)  # pyright: ignore[reportArgumentType]
+    return Record(id=name, image="a.png", modality="ct", source="demo", case="c", targets=(target,))
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Manifest]:
+    """Returns a function that writes records beside an image and its mask and opens them."""
+    Image.new("L", (8, 6)).save(tmp_path / "a.png")
+    Image.fromarray(TRUTH).save(tmp_path / "m.png")
+
+    def write(*records: Record) -> Manifest:
+        write_records(tmp_path / "r.jsonl", records)
+        return Manifest(tmp_path / "r.jsonl")
+
+    return write
+
+
+def problems_of(call: Callable[[], object]) -> tuple[str, ...]:
+    with pytest.raises(InputError) as caught:
+        call()
+    return caught.value.problems
+
+
+def test_is_a_sequence(make: Callable[..., Manifest]) -> None:
+    records = [record(f"r{index}") for index in range(5)]
+    manifest = make(*records)
+    assert len(manifest) == 5 and list(manifest) == records
+    assert manifest[-1] == records[-1] and manifest[1:4:2] == records[1:4:2]
+    assert manifest[np.int64(2)] == records[2]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    with pytest.raises(IndexError):
+        manifest[5]
+
+
+def test_blank_lines_and_no_last_newline(make: Callable[..., Manifest]) -> None:
+    path = make(record("r0"), record("r1")).path
+    path.write_bytes(b"\r\n\n" + path.read_bytes().rstrip(b"\n").replace(b"\n", b"\r\n\n"))
+    assert [each.id for each in Manifest(path)] == ["r0", "r1"]
+
+
+def test_pickles_without_its_map(make: Callable[..., Manifest]) -> None:
+    manifest = make(record("r0"), record("r1"))
+    assert manifest[0].id == "r0"
+    copy = pickle.loads(pickle.dumps(manifest))
+    assert copy[1] == manifest[1] and copy.root == manifest.root
+
+
+def test_a_file_that_changes_is_noticed(make: Callable[..., Manifest]) -> None:
+    manifest = make(record("r0"))
+    with manifest.path.open("a") as handle:
+        handle.write("\n")
+    assert "as when opened" in problems_of(lambda: manifest[0])[0]
+
+
+def test_every_bad_line_is_told_at_once(make: Callable[..., Manifest], tmp_path: Path) -> None:
+    lines = [
+        record("r0"),
+        record("r0"),
+        record("r2", "../m.png"),
+        record("r3", "/m.png"),
+        record("r4", "m\0.png"),
+        record("r5", box=(3, 4, 3, 5)),
+    ]
+    problems = problems_of(lambda: make(*lines))
+    expected = [
+        (2, f"id 'r0' is also that of {tmp_path / 'r.jsonl'}:1"),
+        (3, "path '../m.png' leaves the root"),
+        (4, "path '/m.png' leaves the root"),
+        (5, "is not a path"),
+        (6, "targets[0].box is [3, 4, 3, 5]"),
+    ]
+    assert len(problems) == len(expected)
+    for problem, (line, text) in zip(problems, expected, strict=True):
+        assert problem.startswith(f"{tmp_path / 'r.jsonl'}:{line}: ") and text in problem
+
+
+def test_an_empty_or_missing_file_is_refused(make: Callable[..., Manifest], tmp_path: Path) -> None:
+    assert "no record; expected one JSON object a line" in problems_of(make)[0]
+    assert "cannot be read" in problems_of(lambda: Manifest(tmp_path / "none.jsonl"))[0]
+    assert "cannot be read" in problems_of(lambda: Manifest(tmp_path))[0]
+
+
+def test_another_root(make: Callable[..., Manifest], tmp_path: Path) -> None:
+    make(record("r0"))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "r.jsonl").rename(tmp_path / "elsewhere" / "r.jsonl")
+    manifest = Manifest(tmp_path / "elsewhere" / "r.jsonl", root=tmp_path)
+    manifest.check_files()
+    assert manifest.image_path(manifest[0]) == (tmp_path / "a.png").resolve()
+    assert manifest.image_size(manifest[0]) == (6, 8)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "I;16"])
+def test_mask_images_of_every_kind(make: Callable[..., Manifest], tmp_path: Path, mode: str) -> None:
+    grey = Image.fromarray(TRUTH.astype(np.uint8))
+    if mode == "I;16":
+        image = Image.fromarray(TRUTH.astype(np.uint16) * 300)
+    elif mode == "P":
+        image = grey.copy()
+        image.putpalette([0, 0, 0, 255, 0, 0])
+    else:
+        image = (Image.fromarray(TRUTH) if mode == "1" else grey).convert(mode)
+    assert image.mode == mode
+    image.save(tmp_path / "m.png")
+    manifest = make(record("r0"))
+    np.testing.assert_array_equal(manifest.mask(manifest[0], manifest[0].targets[0]), TRUTH)
+
+
+def test_rle_mask_and_box_to_the_edge(make: Callable[..., Manifest]) -> None:
+    manifest = make(record("r0", encode_mask(TRUTH), box=(0, 0, 8, 6)))
+    mask = manifest.mask(manifest[0], manifest[0].targets[0])
+    assert mask.dtype == np.bool_
+    np.testing.assert_array_equal(mask, TRUTH)
+
+
+def test_size_is_that_of_the_image_as_shown(make: Callable[..., Manifest], tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("L", (6, 8)).save(tmp_path / "a.png", exif=exif)
+    manifest = make(record("r0"))
+    assert manifest.image_size(manifest[0]) == (6, 8)
+    manifest.check_files()
+
+
+def test_volumes_are_left_to_their_reader(make: Callable[..., Manifest], tmp_path: Path) -> None:
+    manifest = make(replace(record("r0"), image="scan.nii.gz"))
+    assert "image 'scan.nii.gz' does not exist" in problems_of(manifest.check_files)[0]
+    (tmp_path / "scan.nii.gz").touch()
+    assert manifest.image_size(manifest[0]) is None
+    manifest.check_files()
+
+
+def test_check_files_tells_all_problems_at_once(make: Callable[..., Manifest], tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "m.png").read_bytes()[:50])
+    Image.new("L", (6, 8), 1).save(tmp_path / "turned.png")
+    Image.new("L", (8, 6)).save(tmp_path / "empty.png")
+    manifest = make(
+        record("good"),
+        record("r1", "none.png"),
+        record("r2", "text.png"),
+        record("r3", "cut.png"),
+        record("r4", "turned.png"),
+        record("r5", "empty.png"),
+        record("r6", encode_mask(TRUTH.T.copy())),
+        record("r7", box=(0, 0, 9, 6)),
+        replace(record("r8"), image="none.png"),
+        record("r9", "empty.png", box=(0, 0, 8, 7)),
+    )
+    problems = problems_of(manifest.check_files)
+    expected = [
+        ("r1", "mask 'none.png' does not exist; expected it under the root"),
+        ("r2", "mask 'text.png' cannot be read"),
+        ("r3", "mask 'cut.png' cannot be read"),
+        ("r4", "mask 'turned.png' is 6 x 8 (width x height); expected the image's 8 x 6"),
+        ("r5", "mask 'empty.png' is empty; expected a pixel > 0"),
+        ("r6", "mask (RLE) is 6 x 8 (width x height); expected the image's 8 x 6"),
+        ("r7", "box [0, 0, 9, 6] leaves the image; expected x1 <= 8 and y1 <= 6"),
+        ("r8", "image 'none.png' does not exist"),
+        ("r9", "mask 'empty.png' is empty"),
+        ("r9", "box [0, 0, 8, 7] leaves the image"),
+    ]
+    assert len(problems) == len(expected)
+    for problem, (name, text) in zip(problems, expected, strict=True):
+        assert f"{tmp_path / 'r.jsonl'}: record '{name}'" in problem and text in problem
+    target = manifest[1].targets[0]
+    assert problems_of(lambda: manifest.mask(manifest[1], target)) == (problems[0],)
