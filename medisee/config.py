@@ -37,6 +37,8 @@ class LanguageSize(_Section):
     """Base of the rotary position code."""
     dropout: float = 0.0
     """Attention dropout while training."""
+    initial_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the random weights; a narrow model starts better near 1 / sqrt(hidden)."""
 
 
 class Lora(_Section):
@@ -62,10 +64,10 @@ class Mllm(_Section):
     vocabulary: int = Field(default=4000, ge=300)
     """Entries of the tokenizer that is trained on the training texts when `source` is null."""
     image_tokens: Literal["vision_tower", "seg_head"] = "vision_tower"
-    """Where image tokens come from. `vision_tower`: CLIP (the paper). `seg_head`: the seg head's frozen features,
-    pooled (a divergence for small models, since no CLIP weights ship with the project)."""
+    """Where image tokens come from. `vision_tower`: CLIP (the paper). `seg_head`: the seg head's frozen features (a
+    divergence for small models, since no CLIP weights ship with the project)."""
     image_grid: int = Field(default=16, ge=1)
-    """Image tokens per side when they come from the seg head."""
+    """Image tokens per side when they come from the seg head; divides the side of its embedding."""
     vision_hidden: int = 1024
     """Width of a vision tower built from sizes."""
     vision_layers: int = 24
@@ -159,6 +161,8 @@ class Source(_Section):
     """Folder its paths are relative to; null: the manifest's own folder."""
     weight: int = Field(default=1, ge=1)
     """Share in the mixture (the paper: 7 for SA-Med2D-20M, 3 for MLMR-SD)."""
+    from_step: int = Field(default=0, ge=0)
+    """First step at which the source is drawn from; at least one source starts at 0. 0 in the paper's run."""
 
 
 class Data(_Section):
@@ -182,6 +186,12 @@ class Data(_Section):
     """Folder for the frozen encoder's features; null: the encoder runs every time."""
     cache_dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Precision in which cached features are computed; they are stored in 16 bit."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Data:
+        if self.train and min(source.from_step for source in self.train) > 0:
+            raise ValueError("at least one training source needs from_step 0")
+        return self
 
 
 class Train(_Section):

@@ -189,18 +189,20 @@ class MediSeeProcessor:
         return self.tokenizer(f"\n{question.strip()} [/INST]", add_special_tokens=False).input_ids
 
     def _tokens(self, query: Query) -> _Tokens:
+        where = f"record {query.record!r}, target {query.target!r}"
         if not query.question.strip():
-            raise InputError(f"record {query.record!r}, target {query.target!r}: the query has no text; ask something.")
+            raise InputError(f"{where}: the query has no text; ask something.")
         prompt = self.prompt_ids(query.question)
-        if query.answer is None:
-            return _Tokens(prompt, len(prompt))
-        answer = self.tokenizer(f" {self.answer_text(query.answer)}", add_special_tokens=False).input_ids
-        ids = [*prompt, *answer, self.tokenizer.eos_token_id]
+        ids = list(prompt)
+        if query.answer is not None:
+            ids += self.tokenizer(f" {self.answer_text(query.answer)}", add_special_tokens=False).input_ids
+            ids.append(self.tokenizer.eos_token_id)
         if len(self.prefix) + len(ids) > MAX_TOKENS + self.image_tokens:
             raise InputError(
-                f"record {query.record!r}, target {query.target!r}: question and answer have {len(ids)} tokens; "
-                f"at most {MAX_TOKENS} fit, shorten them."
+                f"{where}: question and answer have {len(ids)} tokens; at most {MAX_TOKENS} fit, shorten them."
             )
+        if self.image_id in ids:
+            raise InputError(f"{where}: the text holds {IMAGE_TOKEN!r}, which stands for the image; remove it.")
         return _Tokens(ids, len(prompt))
 
     def _supervision(

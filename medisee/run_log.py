@@ -41,11 +41,11 @@ class RunLog:
         write_json(out / "run.json", self.facts)
         print(f"model: {total / 1e6:.1f}M parameters, {trained / 1e6:.1f}M of them learn", flush=True)
 
-    def losses(self, step: int, micro: Sequence[Terms], norm: float, progress: tqdm) -> None:
-        """Logs one step: the mean of its micro-batches' terms."""
+    def losses(self, step: int, since_last: Sequence[Terms], norm: float, progress: tqdm) -> None:
+        """Logs the mean of the terms of all micro-batches since the last line."""
         if not self.active:
             return
-        values = {f.name: float(torch.stack([getattr(t, f.name).detach() for t in micro]).mean()) for f in fields(Terms)}
+        values = {f.name: float(torch.stack([getattr(t, f.name) for t in since_last]).mean()) for f in fields(Terms)}
         self._append({"step": step, **values, "gradient_norm": norm, "seconds": time.perf_counter() - self.began})
         progress.set_postfix(loss=f"{values['total']:.2f}", text=f"{values['text']:.2f}", giou=f"{values['giou']:.2f}")
 

@@ -92,8 +92,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
         initial=first_step,
         total=settings.steps,
     )
+    since_log: list[Terms] = []
     for step in progress:
-        micro = []
         for _ in range(settings.accumulation):
             batch = next(batches).to(place.device)
             with torch.autocast(place.device.type, dtype, enabled=dtype != torch.float32):
@@ -101,11 +101,12 @@ def train(config: Config, *, resume: bool = False) -> Path:
                 terms = end_to_end_loss(output, batch, config.loss, world=place.world)
             _check_finite(terms, batch, step)
             optimization.backward(terms.total)
-            micro.append(terms)
+            since_log.append(terms.detach())
         norm = optimization.step()
         last = step == settings.steps
         if last or step % settings.log_every == 0:
-            log.losses(step, micro, norm, progress)
+            log.losses(step, since_log, norm, progress)
+            since_log.clear()
         if val is not None and (last or step % settings.val_every == 0):
             best = _validate(config, model, val, cache, step=step, best=best, log=log, place=place)
         if last or step % settings.save_every == 0:

@@ -138,8 +138,12 @@ def training_batches(
     world: int,
 ) -> Iterator[Batch]:
     """Yields one rank's micro-batches from `first_step` to the end of the run."""
+    sources, per_step = config.data.train, config.train.batch_size * config.train.accumulation * world
     mixture = Mixture(
-        [len(manifest) for manifest in manifests], [source.weight for source in config.data.train], config.train.seed
+        [len(manifest) for manifest in manifests],
+        [source.weight for source in sources],
+        config.train.seed,
+        first_draws=[source.from_step * per_step for source in sources],
     )
     loader = DataLoader(
         TrainingData(config, manifests, cache),

@@ -20,23 +20,52 @@ class Draw:
 
 
 class Mixture:
-    """Draws from sources by weight; every record of a source comes once before one comes again."""
+    """Draws from sources by weight; every record of a source comes once before one comes again.
 
-    def __init__(self, lengths: Sequence[int], weights: Sequence[int], seed: int) -> None:
-        """Args: number of records and share of each source; seed of all orders."""
+    A source may join later: until its first draw the others share the run by their weights.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], weights: Sequence[int], seed: int, *, first_draws: Sequence[int] | None = None
+    ) -> None:
+        """Args: number of records, share and first draw of each source; seed of all orders."""
         self.lengths, self.seed = tuple(lengths), seed
-        divisor = gcd(*weights)
-        self.cycle = np.repeat(np.arange(len(weights)), [weight // divisor for weight in weights])
+        joins = list(first_draws) if first_draws is not None else [0] * len(lengths)
+        self.stages = [
+            _Stage(start, _cycle([weight if join <= start else 0 for weight, join in zip(weights, joins, strict=True)]))
+            for start in sorted({0, *joins})
+        ]
         self._order = lru_cache(maxsize=4 * len(lengths))(self._permutation)
 
     def draw(self, number: int) -> Draw:
         """Returns the draw with this number (0, 1, ...)."""
-        turn, place = divmod(number, len(self.cycle))
-        order = np.random.default_rng((self.seed, 1, turn)).permutation(self.cycle)
-        source = int(order[place])
-        before = turn * int((self.cycle == source).sum()) + int((order[:place] == source).sum())
+        current = max(index for index, stage in enumerate(self.stages) if stage.start <= number)
+        stage = self.stages[current]
+        source = int(self._turn(stage, number)[(number - stage.start) % len(stage.cycle)])
+        ends = [later.start for later in self.stages[1 : current + 1]] + [number]
+        before = sum(self._count(part, end, source) for part, end in zip(self.stages, ends, strict=False))
         epoch, position = divmod(before, self.lengths[source])
         return Draw(number, source, int(self._order(source, epoch)[position]))
 
+    def _turn(self, stage: _Stage, number: int) -> np.ndarray:
+        turn = (number - stage.start) // len(stage.cycle)
+        return np.random.default_rng((self.seed, 1, stage.start, turn)).permutation(stage.cycle)
+
+    def _count(self, stage: _Stage, end: int, source: int) -> int:
+        """Counts a source's draws from the stage's start up to `end`."""
+        turns, rest = divmod(end - stage.start, len(stage.cycle))
+        return turns * int((stage.cycle == source).sum()) + int((self._turn(stage, end)[:rest] == source).sum())
+
     def _permutation(self, source: int, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, 2, source, epoch)).permutation(self.lengths[source])
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    start: int
+    cycle: np.ndarray
+
+
+def _cycle(weights: Sequence[int]) -> np.ndarray:
+    divisor = gcd(*weights)
+    return np.repeat(np.arange(len(weights)), [weight // divisor for weight in weights])

@@ -7,10 +7,14 @@ fails when the file at hand is another one.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]: of whichever library it uses
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 FORMAT = 1
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +83,12 @@ def save_checkpoint(model: MediSee, folder: Path, extra: dict[str, Any] | None =
         model: the model.
         folder: replaced as a whole.
         extra: facts about the run, kept under "run" in config.json.
+
+    Raises:
+        InputError: there is something else than a checkpoint, which would be lost.
     """
+    if folder.exists() and not (folder.is_dir() and (_is_checkpoint(folder) or not any(folder.iterdir()))):
+        raise InputError(f"{folder}: holds no checkpoint, but other files; name a new, empty or checkpoint folder.")
     bases = [
         {"prefix": b.prefix, "source": b.source, "revision": b.revision, "sha256": b.sha256}
         for b in frozen_bases(model.config)
@@ -116,6 +128,47 @@ def load_checkpoint(folder: Path, build: Any) -> MediSee:
     return model
 
 
+def local_checkpoint(source: Path | str, revision: str | None = None) -> Path:
+    """Returns the folder of a checkpoint: `source` itself, or where the files of a hub id were fetched to.
+
+    Raises:
+        InputError: there is no such folder, and no such hub repository in reach.
+    """
+    folder = Path(source)
+    if folder.exists():
+        _read_config(folder)
+        return folder
+    problem = f"{source}: no such folder"
+    if not _HUB_ID.fullmatch(str(source)):
+        raise InputError(f"{problem}; give the folder that training wrote, such as runs/demo/checkpoint, or a hub id.")
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(_HUB_FILES)))
+    except (HTTPError, OSError, ValueError) as error:
+        raise InputError(
+            f"{problem}, and no hub repository in reach ({_first_line(error)}); "
+            "give the folder that training wrote, such as runs/demo/checkpoint, or a hub id."
+        ) from error
+
+
+def push_checkpoint(model: MediSee, hub_id: str, *, private: bool | None, token: str | None) -> str:
+    """Uploads a checkpoint to the hub and returns the commit's address; see `MediSee.push_to_hub`.
+
+    Raises:
+        InputError: the hub refuses it or is out of reach.
+    """
+    api = HfApi(token=token)
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "checkpoint"
+        save_checkpoint(model, folder)
+        try:
+            repository = api.create_repo(hub_id, private=private, exist_ok=True).repo_id
+            return api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Add a medisee checkpoint")
+        except (HTTPError, OSError, ValueError) as error:
+            raise InputError(
+                f"{hub_id}: cannot be pushed ({_first_line(error)}); check the id, the connection and `hf auth whoami`."
+            ) from error
+
+
 def load_trained(model: MediSee, state: dict[str, Tensor], where: Path) -> None:
     """Loads trained tensors into a model, strictly.
 
@@ -134,6 +187,17 @@ def load_trained(model: MediSee, state: dict[str, Tensor], where: Path) -> None:
         more = [f"{where}: and {len(problems) - 8} more"] if len(problems) > 8 else []
         raise InputError(problems[:8] + more)
     nn.Module.load_state_dict(model, state, strict=False)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    try:
+        return bool(_read_config(folder))
+    except InputError:
+        return False
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ T image tokens, N supervised tokens, V vocabulary, G embedding grid, h decoder o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medisee.config import Model
 from medisee.geometry import boxes_to_frame, cxcywh_to_xyxy
+from medisee.models.checkpoints import load_checkpoint, local_checkpoint, push_checkpoint, save_checkpoint
 from medisee.models.heads import BoxDecoder, Router, TextProjection
 from medisee.models.lite_medsam import lite_medsam_head
 from medisee.models.mllm import load_mllm, seg_head_tokens
@@ -71,7 +73,7 @@ class MediSee(nn.Module):
         self.config, self.tokenizer = config, tokenizer
         self.seg_head = build_seg_head(config, weights=weights)
         spec = self.seg_head.spec
-        self.mllm = load_mllm(config.mllm, tokenizer, spec.channels)
+        self.mllm = load_mllm(config.mllm, tokenizer, spec)
         hidden = self.mllm.config.text_config.hidden_size
         tokens = len(config.candidate_tokens)
         routers = {"width": config.router_hidden, "mode": config.fusion}
@@ -195,6 +197,47 @@ class MediSee(nn.Module):
         start, count = self.processor.image_start, self.processor.image_tokens
         image_ITD = hidden_SLD[:, start : start + count][batch.sequence_of_target_I]
         return torch.einsum("itd,id->it", image_ITD.float(), segmentation_ID.float()) / hidden_SLD.shape[-1] ** 0.5
+
+    @classmethod
+    def from_pretrained(
+        cls, folder_or_hub_id: str | Path, *, revision: str | None = None, device: torch.device | str | None = None
+    ) -> MediSee:
+        """Loads a checkpoint, strictly, in evaluation mode.
+
+        Args:
+            folder_or_hub_id: what `save_pretrained` or training wrote, or the hub id that it was pushed to.
+            revision: branch, tag or commit of a hub id.
+            device: where the model goes; None leaves it on the CPU.
+
+        Raises:
+            InputError: neither a folder nor a hub repository, or what it holds does not fit; see `load_checkpoint`.
+        """
+        folder = local_checkpoint(folder_or_hub_id, revision)
+        return load_checkpoint(folder, cls).to(device or "cpu").eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes a checkpoint folder atomically; an older checkpoint there is replaced as a whole.
+
+        Raises:
+            InputError: the folder holds something else.
+        """
+        save_checkpoint(self, Path(folder).resolve())
+
+    def push_to_hub(self, hub_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Uploads a checkpoint to the Hugging Face hub, whose repository is made if need be.
+
+        Args:
+            hub_id: "owner/name".
+            private: of a new repository; None takes the owner's default.
+            token: of the hub; None takes the one of `hf auth login`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            InputError: the hub refuses it or is out of reach.
+        """
+        return push_checkpoint(self, hub_id, private=private, token=token)
 
 
 def build_seg_head(config: Model, *, weights: bool = True) -> SamHead:

@@ -25,6 +25,7 @@ from transformers import (
 
 from medisee.config import Mllm
 from medisee.errors import InputError
+from medisee.models.seg_head import SegHeadSpec
 from medisee.models.tokenizer import IMAGE_TOKEN, add_candidate_tokens
 
 PATCH = 14
@@ -48,19 +49,19 @@ def load_tokenizer(config: Mllm, candidate_tokens: tuple[str, ...]) -> PreTraine
     return tokenizer
 
 
-def load_mllm(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg_channels: int) -> LlavaForConditionalGeneration:
+def load_mllm(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg: SegHeadSpec) -> LlavaForConditionalGeneration:
     """Loads or builds the Llava and prepares what learns in it.
 
     Args:
         config: source or sizes, kind of image tokens, what learns.
         tokenizer: with the candidate tokens added.
-        seg_channels: channels of the seg head's embedding, for image tokens that come from it.
+        seg: the seg head's embedding, for image tokens that come from it.
 
     Raises:
-        InputError: the source cannot be read.
+        InputError: the source cannot be read; an image grid that does not divide the embedding.
     """
     if config.source is None:
-        llava = LlavaForConditionalGeneration(_llava_config(config, tokenizer, seg_channels))
+        llava = LlavaForConditionalGeneration(_llava_config(config, tokenizer, seg))
     else:
         try:
             llava = LlavaForConditionalGeneration.from_pretrained(
@@ -95,7 +96,7 @@ def _choose_trained(llava: LlavaForConditionalGeneration, config: Mllm) -> None:
     llava.get_output_embeddings().requires_grad_(True)
 
 
-def _llava_config(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg_channels: int) -> LlavaConfig:
+def _llava_config(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg: SegHeadSpec) -> LlavaConfig:
     size = config.size
     text = MistralConfig(
         vocab_size=len(tokenizer),
@@ -110,14 +111,20 @@ def _llava_config(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg_channels
         rope_parameters={"rope_type": "default", "rope_theta": size.rope_theta},
         sliding_window=None,
         attention_dropout=size.dropout,
+        initializer_range=size.initial_std,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
     )
     seg_tokens = config.image_tokens == "seg_head"
+    if seg_tokens and seg.grid % config.image_grid:
+        raise InputError(
+            f"model.mllm.image_grid = {config.image_grid}: must divide the seg head's embedding of {seg.grid} x {seg.grid}."
+        )
+    seg_width = seg.channels * (seg.grid // config.image_grid) ** 2 + 4 * POSITION_FREQUENCIES
     vision = CLIPVisionConfig(
-        hidden_size=seg_channels + 4 * POSITION_FREQUENCIES if seg_tokens else config.vision_hidden,
+        hidden_size=seg_width if seg_tokens else config.vision_hidden,
         intermediate_size=4 if seg_tokens else 4 * config.vision_hidden,
         num_hidden_layers=1 if seg_tokens else config.vision_layers,
         num_attention_heads=1 if seg_tokens else max(1, config.vision_hidden // 64),
@@ -143,20 +150,23 @@ def image_token_count(config: Mllm) -> int:
 
 
 def seg_head_tokens(embedding_BCGG: Tensor, grid: int) -> Tensor:
-    """Turns the seg head's frozen embedding into the projector's input (B, grid^2, C + 64), row by row.
+    """Turns the seg head's frozen embedding into the projector's input (B, grid^2, C (G/grid)^2 + 64), row by row.
 
-    Each pooled feature is layer-normalised and joined by sines and cosines of its centre, so that positions are read
-    rather than learned.
+    A token joins the layer-normalised features of its cell, so that borders inside the cell stay readable, and the
+    sines and cosines of its centre, so that positions are read rather than learned.
     """
-    pooled = F.adaptive_avg_pool2d(embedding_BCGG.float(), grid).flatten(2).transpose(1, 2)
-    features = F.layer_norm(pooled, pooled.shape[-1:])
-    centres = (torch.arange(grid, device=pooled.device) + 0.5) / grid
-    frequencies = math.pi * torch.logspace(0, math.log2(grid), POSITION_FREQUENCIES, base=2, device=pooled.device)
+    cell = embedding_BCGG.shape[-1] // grid
+    features = F.layer_norm(embedding_BCGG.float().movedim(1, -1), embedding_BCGG.shape[1:2]).movedim(-1, 1)
+    cells = F.unfold(features, kernel_size=cell, stride=cell).transpose(1, 2)
+    centres = (torch.arange(grid, device=cells.device) + 0.5) / grid
+    frequencies = math.pi * torch.logspace(0, math.log2(grid), POSITION_FREQUENCIES, base=2, device=cells.device)
     angles = centres[:, None] * frequencies
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)
     rows, columns = waves[:, None].expand(-1, grid, -1), waves[None].expand(grid, -1, -1)
     position = torch.cat([rows, columns], dim=-1).flatten(0, 1)
-    return torch.cat([features, position.expand(len(features), -1, -1)], dim=-1)
+    # Equal length for both halves: the many features would drown the few waves.
+    position = F.normalize(position, dim=-1) * embedding_BCGG.shape[1] ** 0.5
+    return torch.cat([cells / cell, position.expand(len(cells), -1, -1)], dim=-1)
 
 
 def _unreadable(source: str, error: Exception) -> str:

@@ -5,7 +5,7 @@ Shapes: I targets, N supervised tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -31,6 +31,10 @@ class Terms:
     l1: Tensor
     giou: Tensor
     similarity: Tensor
+
+    def detach(self) -> Terms:
+        """Returns the values without their graph."""
+        return Terms(*(getattr(self, field.name).detach() for field in fields(self)))
 
 
 def end_to_end_loss(output: Output, batch: Batch, weights: Loss, *, world: int = 1) -> Terms:

@@ -116,7 +116,8 @@ class SamHead(nn.Module):
         return torch.einsum("ic,ichw->ihw", kernel, upscaled)
 
     def _sparse(self, prompts: Prompts) -> Tensor:
-        # The package's prompt encoder embeds geometry in float32; the text token joins behind it.
+        # The package's prompt encoder embeds geometry in float32; the text token joins behind it. Autocast would round
+        # the coordinates to bf16, which moves a box by pixels.
         encoder = self.prompt_encoder
         points = None
         if prompts.points is not None and prompts.labels is not None:
@@ -124,7 +125,8 @@ class SamHead(nn.Module):
         parts = []
         if points is not None or prompts.boxes is not None:
             boxes = None if prompts.boxes is None else prompts.boxes.float()
-            parts.append(encoder(points=points, boxes=boxes, masks=None)[0])
+            with torch.autocast(encoder.no_mask_embed.weight.device.type, enabled=False):
+                parts.append(encoder(points=points, boxes=boxes, masks=None)[0])
         if prompts.text is not None:
             parts.append(prompts.text[:, None].to(parts[0].dtype if parts else prompts.text.dtype))
         if not parts:

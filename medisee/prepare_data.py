@@ -1,0 +1,157 @@
+"""Turns data sets into manifests, one record a line. Run it as
+
+  python scripts/prepare_data.py demo --out data/demo
+  python scripts/prepare_data.py sa-med2d --root SAMed2Dv1 --out data/sa_med2d --workers 8
+
+Each command has its own --help, which says what is written; run.json in the folder says how it was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from medisee.errors import InputError, exit_code
+from medisee.files import write_json
+from medisee.jsonl import read_lines
+
+DEMO = """Makes the demo data set, offline and in about a minute: MRI slices of an averaged brain with the outlines of
+its structures, and questions that describe a structure without naming it.
+
+  python scripts/prepare_data.py demo --out data/demo
+  python scripts/prepare_data.py demo --out data/tiny --limit 4 --copies 0      a few slices, to try things out
+
+Writes into OUT (which must be new, empty or an earlier demo data set):
+  images/*.png            the slices, 8-bit grey
+  train_class.jsonl       training slices; questions come from class-name templates
+  train_reasoning.jsonl   the same slices with questions that reason
+  val.jsonl, test.jsonl   slices and wordings that training never sees
+  categories.json         the names that count as naming a structure
+  data.json               sources, licences, counts, and what the data can and cannot show
+  run.json                how this was made
+"""
+SA_MED2D = """Makes manifests of SA-Med2D-20M. Get SAMed2Dv1.zip from its authors and unzip it; no image is copied.
+
+  python scripts/prepare_data.py sa-med2d --root SAMed2Dv1 --out data/sa_med2d --workers 8
+  python scripts/prepare_data.py sa-med2d --root SAMed2Dv1 --out data/btcv --datasets BTCV AMOS2022
+
+ROOT holds SAMed2D_v1.json, SAMed2D_v1_class_mapping_id.json, images/ and masks/. Writes into OUT:
+  train.jsonl, val.jsonl, test.jsonl   the images of each split; no case (patient or volume) is in two
+  rejects.jsonl                        each file that was left out, and why
+  run.json                             how this was made
+Paths in the manifests are relative to ROOT, so name it as their root when you train or evaluate.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prepares a data set from the command line."""
+    arguments = _parser().parse_args(argv)
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("command", "run")}
+    started = time.perf_counter()
+    arguments.run(arguments)
+    _write_run(arguments.out, {"data": arguments.command, **settings}, time.perf_counter() - started)
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="prepare_data.py", description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|sa-med2d")
+    demo = commands.add_parser("demo", help="the offline demo data set", description=DEMO, formatter_class=raw)
+    demo.set_defaults(run=_demo)
+    add = demo.add_argument
+    add("--out", type=Path, required=True, help="folder to write")
+    add("--copies", type=int, default=3, metavar="N", help="augmented copies of a training slice (default: 3)")
+    add("--seed", type=int, default=0, help="of augmentation and wordings (default: 0)")
+    add("--limit", type=int, metavar="N", help="most slices for each plane and split (default: all)")
+    add("--train-questions", type=int, default=8, metavar="N", help="for each training target (default: 8)")
+    med2d = commands.add_parser("sa-med2d", help="SA-Med2D-20M", description=SA_MED2D, formatter_class=raw)
+    med2d.set_defaults(run=_sa_med2d)
+    add = med2d.add_argument
+    add("--root", type=Path, required=True, help="the unzipped folder SAMed2Dv1")
+    add("--out", type=Path, required=True, help="folder to write; an earlier result in it is replaced")
+    add("--val", type=float, default=0.1, metavar="SHARE", help="of each data set's cases (default: 0.1)")
+    add("--test", type=float, default=0.1, metavar="SHARE", help="of each data set's cases (default: 0.1)")
+    add("--seed", type=int, default=0, help="of the split (default: 0)")
+    add("--min-area", type=int, default=0, metavar="PIXELS", help="leave out smaller targets (default: 0)")
+    add("--datasets", nargs="+", metavar="NAME", help="take only these (default: all)")
+    add("--workers", type=int, default=1, metavar="N", help="processes that read masks (default: 1)")
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from medisee.data.demo import prepare_demo
+
+    _check_out(arguments.out)
+    prepare_demo(
+        arguments.out,
+        copies=arguments.copies,
+        seed=arguments.seed,
+        limit=arguments.limit,
+        train_questions=arguments.train_questions,
+    )
+    names = ("train_class", "train_reasoning", "val", "test")
+    counts = {name: sum(1 for _ in read_lines(arguments.out / f"{name}.jsonl")) for name in names}
+    print(
+        f"done: {arguments.out} holds " + ", ".join(f"{name}.jsonl ({count} images)" for name, count in counts.items())
+    )
+
+
+def _sa_med2d(arguments: argparse.Namespace) -> None:
+    from medisee.data.sa_med2d import prepare
+
+    _check_sa_med2d(arguments)
+    done = prepare(
+        arguments.root,
+        arguments.out,
+        seed=arguments.seed,
+        val=arguments.val,
+        test=arguments.test,
+        min_area=arguments.min_area,
+        datasets=arguments.datasets,
+        workers=arguments.workers,
+    )
+    print(f"{'split':<8}{'images':>12}{'targets':>12}{'cases':>12}")
+    for split, images in done.images.items():
+        print(f"{split:<8}{images:>12,}{done.targets[split]:>12,}{done.cases[split]:>12,}")
+    for reason, files in sorted(done.rejects.items(), key=lambda one: -one[1]):
+        print(f"left out: {files:,} file(s), {reason}")
+    print(f"done: {sum(done.images.values()):,} images in {arguments.out}; their root is {arguments.root}")
+
+
+def _check_sa_med2d(arguments: argparse.Namespace) -> None:
+    """Reading the index of the whole data set takes a minute, so what can be told before is told before."""
+    problems: list[str] = []
+    try:
+        _check_out(arguments.out)
+    except InputError as error:
+        problems += error.problems
+    for name, least in (("min_area", 0), ("workers", 1)):
+        if (value := getattr(arguments, name)) < least:
+            problems.append(f"--{name.replace('_', '-')} is {value}; expected {least} or more; raise it.")
+    shares = arguments.val, arguments.test
+    if not all(math.isfinite(share) and share >= 0 for share in shares) or sum(shares) >= 1:
+        problems.append(f"--val {shares[0]} --test {shares[1]}: expected shares >= 0 with a sum below 1; correct them.")
+    if problems:
+        raise InputError(problems)
+
+
+def _check_out(out: Path) -> None:
+    standing = next((path for path in (out, *out.parents) if path.exists()), out)
+    if not standing.is_dir():
+        raise InputError(f"--out {out}: {standing} is a file; expected a folder; name another.")
+
+
+def _write_run(out: Path, settings: dict[str, Any], seconds: float) -> None:
+    # Late: the processes that read masks import this module, and have no use for torch.
+    from medisee.provenance import run_facts
+
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    write_json(out / "run.json", {**run_facts(plain, settings["seed"], "cpu"), "seconds": round(seconds, 3)})
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+usage() {
+  cat <<'END'
+Usage: ./scripts/demo.sh [--quick] [--fresh]
+
+The whole way on a laptop's CPU: makes .venv, cuts the demo data from an averaged brain, trains a small MediSee,
+evaluates it on slices it has not seen and asks it one question. Offline after the installation.
+
+  --quick   a few slices and steps: shows that everything works, not what a trained model can do
+  --fresh   makes the data and the model again; otherwise data and a finished training are used again, and an
+            unfinished training goes on where it was
+  --help    this text
+
+Writes data/demo and runs/demo (--quick: data/demo-quick and runs/demo-quick).
+PYTHON=/path/to/python3.12 chooses the Python that .venv is made with.
+END
+}
+
+name=demo config=configs/demo.yaml data_options=() fresh=false
+for argument in "$@"; do
+  case $argument in
+    -h | --help) usage && exit 0 ;;
+    --quick) name=demo-quick config=configs/demo_quick.yaml data_options=(--limit 6 --copies 1) ;;
+    --fresh) fresh=true ;;
+    *) echo "error: unknown option '$argument'; see ./scripts/demo.sh --help." >&2 && exit 2 ;;
+  esac
+done
+data=data/$name run=runs/$name python=.venv/bin/python
+
+title="set-up" number=0
+trap 'code=$?; if ((code)); then echo "FAILED: $title (exit code $code)" >&2; fi' EXIT
+
+header() {
+  title=$1 number=$((number + 1))
+  echo
+  echo "== $number/5 $title ($SECONDS s so far)"
+}
+
+# Prints "finished", "unfinished" or "absent": how far a training of this very configuration has come.
+training_state() {
+  $python - "$config" "$run" <<'END'
+import json, sys
+from pathlib import Path
+from medisee.config import load_config
+
+config, run = load_config(sys.argv[1]).model_dump(mode="json"), Path(sys.argv[2])
+
+def same(name, key):
+    try:
+        facts = json.loads((run / name).read_text(encoding="utf-8"))
+        return facts if facts[key] == config else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+# run.json gets its seconds when the training ends.
+if "seconds" in same("run.json", "settings") and (run / "checkpoint").is_dir():
+    print("finished")
+else:
+    print("unfinished" if same("last/progress.json", "config") else "absent")
+END
+}
+
+# Prints a picture and a question that training has not seen: the axial test slice with the most of the thalamus in it
+# and its first question about that, or the first question there is when no slice is left to choose from.
+unseen_question() {
+  $python - "$data" <<'END'
+import json, sys
+from pathlib import Path
+
+data = Path(sys.argv[1])
+found = []
+for line in (data / "test.jsonl").read_text(encoding="utf-8").splitlines():
+    record = json.loads(line)
+    for target in record["targets"]:
+        x0, y0, x1, y1 = target["box"]
+        thalamus = record.get("plane") == "axial" and target["category"] == "thalamus"
+        found.append((thalamus * (x1 - x0) * (y1 - y0), record["image"], target["qa"][0]["question"]))
+_, image, question = max(found, key=lambda one: one[0])
+print(data / image, question, sep="\n")
+END
+}
+
+header "set-up"
+source scripts/environment.sh
+environment demo
+export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+
+header "data"
+if [[ -e $data/data.json ]] && ! $fresh; then
+  echo "reusing $data (--fresh makes it again)"
+else
+  $python scripts/prepare_data.py demo --out "$data" ${data_options[@]+"${data_options[@]}"}
+fi
+
+header "training"
+$fresh && rm -rf "$run"
+state=$(training_state)
+case $state in
+  finished) echo "reusing $run/checkpoint, a finished training of $config (--fresh trains again)" ;;
+  unfinished)
+    echo "going on with the unfinished training in $run (--fresh starts again)"
+    $python scripts/train.py --config "$config" --resume
+    ;;
+  *) $python scripts/train.py --config "$config" ;;
+esac
+
+header "evaluation"
+$python scripts/eval.py --config "$config" --checkpoint "$run/checkpoint" \
+  --records "$data/test.jsonl" --records "$data/val.jsonl" --out "$run/eval"
+
+header "one question"
+{ read -r image && read -r question; } < <(unseen_question)
+echo "$image: $question"
+$python scripts/inference.py --checkpoint "$run/checkpoint" --image "$image" --query "$question" --out "$run/query"
+
+echo
+echo "done in $SECONDS s; look at $run/eval/gallery.html, the table $run/eval/table.md and the answer $run/query/overlay.png"

@@ -1,0 +1,307 @@
+"""SamHead against segment_anything's own forward, what is frozen, and what load_weights refuses."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from medisee.config import SegHeadConfig
+from medisee.errors import InputError
+from medisee.models.seg_head import Prompts, SamHead, load_weights, sam_head
+
+SIZE = 64
+BOXES = torch.tensor([[3.0, 5.0, 40.0, 60.0], [0.0, 0.0, 64.0, 64.0], [20.5, 10.25, 21.5, 33.0]])
+
+
+def build(seed: int = 0, **changes: Any) -> SamHead:
+    """A head whose normal layers, positions and biases are random too, so that nothing cancels out."""
+    torch.manual_seed(seed)
+    head = sam_head(SegHeadConfig(vit="micro", size=SIZE, **changes)).eval()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return head
+
+
+@pytest.fixture(scope="module")
+def head() -> SamHead:
+    return build()
+
+
+@pytest.fixture(scope="module")
+def embedding() -> Tensor:
+    return torch.randn(2, 32, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+def own_masks(head: SamHead, embedding_1CGG: Tensor, text: Tensor | None = None, **geometry: Any) -> Tensor:
+    """The package's own prompt encoder and mask decoder, for one image, with the text token joined by hand."""
+    arguments = {"points": None, "boxes": None, "masks": None} | geometry
+    sparse, dense = head.prompt_encoder(**arguments)
+    if text is not None:
+        dense = dense[:1].expand(len(text), -1, -1, -1)
+        sparse = torch.cat([sparse, text[:, None]], dim=1) if sparse.shape[1] else text[:, None]
+    masks, _ = head.mask_decoder(
+        image_embeddings=embedding_1CGG,
+        image_pe=head.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+        multimask_output=False,
+    )
+    return masks[:, 0]
+
+
+def words(count: int, seed: int = 3) -> Tensor:
+    return torch.randn(count, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def same(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_boxes_equal_the_packages_own_forward(head: SamHead, embedding: Tensor) -> None:
+    ours = head.decode(embedding[:1], Prompts(boxes=BOXES), torch.zeros(3, dtype=torch.long))
+    assert ours.shape == (3, 16, 16)
+    same(ours, own_masks(head, embedding[:1], boxes=BOXES))
+    assert (ours[0] - ours[2]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_text_stands_behind_the_box_corners(head: SamHead, embedding: Tensor) -> None:
+    text = words(3)
+    ours = head.decode(embedding[:1], Prompts(text=text, boxes=BOXES), torch.zeros(3, dtype=torch.long))
+    same(ours, own_masks(head, embedding[:1], text, boxes=BOXES))
+    sparse = head._sparse(Prompts(text=text, boxes=BOXES))
+    corners = head.prompt_encoder(points=None, boxes=BOXES, masks=None)[0]
+    assert torch.equal(sparse, torch.cat([corners, text[:, None]], dim=1))
+
+
+@torch.no_grad()
+def test_text_alone_is_one_token(head: SamHead, embedding: Tensor) -> None:
+    text = words(2)
+    assert torch.equal(head._sparse(Prompts(text=text)), text[:, None])
+    ours = head.decode(embedding[:1], Prompts(text=text), torch.zeros(2, dtype=torch.long))
+    empty = {"boxes": None}
+    same(ours, own_masks(head, embedding[:1], text, **empty))
+
+
+@torch.no_grad()
+def test_points_come_first(head: SamHead, embedding: Tensor) -> None:
+    points = torch.tensor([[[10.0, 20.0], [30.0, 5.0]]])
+    labels = torch.tensor([[1, 0]])
+    zero = torch.zeros(1, dtype=torch.long)
+    alone = head.decode(embedding[:1], Prompts(points=points, labels=labels), zero)
+    same(alone, own_masks(head, embedding[:1], points=(points, labels)))
+    everything = Prompts(text=words(1), boxes=BOXES[:1], points=points, labels=labels)
+    same(
+        head.decode(embedding[:1], everything, zero),
+        own_masks(head, embedding[:1], words(1), points=(points, labels), boxes=BOXES[:1]),
+    )
+    assert head._sparse(everything).shape == (1, 2 + 2 + 1, 32)
+
+
+def test_no_prompt_is_an_error(head: SamHead, embedding: Tensor) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        head.decode(embedding, Prompts(), torch.zeros(1, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_batched_images_equal_each_alone(head: SamHead, embedding: Tensor) -> None:
+    owner = torch.tensor([1, 0, 1])
+    together = head.decode(embedding, Prompts(text=words(3), boxes=BOXES), owner)
+    for target, image in enumerate(owner.tolist()):
+        one = Prompts(text=words(3)[target : target + 1], boxes=BOXES[target : target + 1])
+        alone = head.decode(embedding[image : image + 1], one, torch.zeros(1, dtype=torch.long))
+        same(together[target], alone[0])
+    swapped = head.decode(embedding, Prompts(text=words(3), boxes=BOXES), 1 - owner)
+    assert (together - swapped).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_encode_equals_the_packages_encoder(head: SamHead) -> None:
+    pixels = torch.randn(2, 3, SIZE, SIZE)
+    embedded = head.encode(pixels)
+    assert embedded.shape == (2, head.spec.channels, head.spec.grid, head.spec.grid)
+    same(embedded[:1], head.image_encoder(pixels[:1]))
+
+
+def test_only_the_mask_decoder_learns() -> None:
+    head = build()
+    learning = {name.split(".")[0] for name, parameter in head.named_parameters() if parameter.requires_grad}
+    assert learning == {"mask_decoder"}
+    assert all(parameter.requires_grad for parameter in head.mask_decoder.parameters())
+    assert not head.encode(torch.randn(1, 3, SIZE, SIZE, requires_grad=True)).requires_grad
+
+
+def test_frozen_parts_stay_in_evaluation_mode() -> None:
+    head = build()
+    assert head.train() is head
+    assert head.training
+    assert head.mask_decoder.training
+    for part in (head.image_encoder, head.prompt_encoder):
+        assert not any(module.training for module in part.modules())
+    head.eval()
+    assert not head.mask_decoder.training
+
+
+def test_gradients_flow_from_the_mask_to_box_and_text(head: SamHead, embedding: Tensor) -> None:
+    boxes, text = BOXES.clone().requires_grad_(), words(3).requires_grad_()
+    masks = head.decode(embedding[:1], Prompts(text=text, boxes=boxes), torch.zeros(3, dtype=torch.long))
+    of_boxes, of_text = torch.autograd.grad(masks.square().mean(), (boxes, text))
+    assert (of_boxes.abs().sum(1) > 0).all()
+    assert (of_text.abs().sum(1) > 0).all()
+
+
+@torch.no_grad()
+def test_autocast_does_not_round_box_coordinates() -> None:
+    """In bf16 a box at 900 of 1024 pixels would move in steps of 4 pixels."""
+    head = sam_head(SegHeadConfig(vit="micro", size=1024))
+    boxes = torch.tensor([[900.0, 700.0, 1000.0, 800.0], [900.5, 700.0, 1000.0, 800.0]])
+    points = {"points": boxes.unflatten(1, (2, 2)), "labels": torch.tensor([[1, 0], [1, 0]])}
+    assert torch.equal(boxes[0].bfloat16(), boxes[1].bfloat16())
+    for prompts in (Prompts(boxes=boxes), Prompts(**points), Prompts(boxes=boxes, **points)):
+        exact = head._sparse(prompts)
+        assert (exact[0] - exact[1]).abs().max() > 1e-3
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(head._sparse(prompts), exact)
+
+
+@torch.no_grad()
+def test_decode_runs_in_bfloat16_with_a_float32_prompt(embedding: Tensor) -> None:
+    """What DeepSpeed makes of the head: parameters in bf16, buffers (the coordinate code) in float32."""
+    head = build()
+    zero = torch.zeros(1, dtype=torch.long)
+    exact = head.decode(embedding[:1], Prompts(text=words(1), boxes=BOXES[:1]), zero)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = head.decode(embedding[:1], Prompts(text=words(1), boxes=BOXES[:1]), zero)
+        for parameter in head.parameters():
+            parameter.data = parameter.data.bfloat16()
+        halved = head.decode(embedding[:1], Prompts(text=words(1), boxes=BOXES[:1]), zero)
+    for rounded in (cast, halved):
+        assert (rounded - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_a_size_that_patches_do_not_divide_is_refused() -> None:
+    with pytest.raises(InputError, match="multiple of 16"):
+        sam_head(SegHeadConfig(vit="micro", size=100))
+
+
+def test_weights_round_trip(tmp_path: Path) -> None:
+    source = build(seed=1)
+    torch.save(source.state_dict(), tmp_path / "sam.pth")
+    loaded = build(seed=2, checkpoint=str(tmp_path / "sam.pth"))
+    fresh = sam_head(SegHeadConfig(vit="micro", size=SIZE, checkpoint=str(tmp_path / "sam.pth")))
+    assert loaded.state_dict().keys() == fresh.state_dict().keys()
+    for name, value in source.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], value), name
+    blank = sam_head(SegHeadConfig(vit="micro", size=SIZE, checkpoint=str(tmp_path / "absent.pth")), weights=False)
+    assert blank.spec == fresh.spec
+
+
+def problems(path: Path) -> str:
+    head = build()
+    before = copy.deepcopy(head.state_dict())
+    with pytest.raises(InputError) as caught:
+        load_weights(head, path)
+    assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
+    assert all(str(path) in problem for problem in caught.value.problems)
+    return "\n".join(caught.value.problems)
+
+
+def drop(state: dict[str, Tensor]) -> None:
+    del state["mask_decoder.iou_token.weight"]
+
+
+def add(state: dict[str, Tensor]) -> None:
+    state["optimizer.extra"] = torch.zeros(1)
+
+
+def reshape(state: dict[str, Tensor]) -> None:
+    state["mask_decoder.iou_token.weight"] = torch.zeros(1, 7)
+
+
+def all_three(state: dict[str, Tensor]) -> None:
+    del state["mask_decoder.mask_tokens.weight"]
+    add(state)
+    reshape(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (drop, ["missing tensor mask_decoder.iou_token.weight"]),
+        (add, ["left-over tensor optimizer.extra"]),
+        (reshape, ["mask_decoder.iou_token.weight has shape (1, 7), expected (1, 32)"]),
+        (all_three, ["missing tensor mask_decoder.mask_tokens", "left-over tensor optimizer.extra", "has shape (1, 7)"]),
+    ],
+)
+def test_weights_are_loaded_strictly(
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], None], expected: list[str]
+) -> None:
+    state = dict(build().state_dict())
+    change(state)
+    torch.save(state, tmp_path / "sam.pth")
+    text = problems(tmp_path / "sam.pth")
+    for part in expected:
+        assert part in text
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert "no such weights file" in problems(tmp_path / "absent.pth")
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    torch.save(build().state_dict(), tmp_path / "sam.pth")
+    whole = (tmp_path / "sam.pth").read_bytes()
+    for length in (0, 10, len(whole) // 2, len(whole) - 100):
+        (tmp_path / "cut.pth").write_bytes(whole[:length])
+        assert "cannot be read as plain tensors" in problems(tmp_path / "cut.pth")
+
+
+def test_a_nested_state_is_refused(tmp_path: Path) -> None:
+    torch.save({"model": dict(build().state_dict())}, tmp_path / "nested.pth")
+    assert "flat state dict" in problems(tmp_path / "nested.pth")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    assert "found Tensor" in problems(tmp_path / "tensor.pth")
+
+
+class Malicious:
+    """Unpickling this makes a file."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.trace,)
+
+
+@pytest.mark.parametrize("writer", ["torch", "torch-legacy", "pickle"])
+def test_a_pickle_with_code_executes_nothing(tmp_path: Path, writer: str) -> None:
+    trace, path = tmp_path / "executed", tmp_path / "evil.pth"
+    content = {"mask_decoder.iou_token.weight": Malicious(trace)}
+    if writer == "pickle":
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=writer == "torch")
+    pickle.loads(pickle.dumps(content))
+    assert trace.exists()  # the file would have done harm
+    trace.unlink()
+    assert "cannot be read as plain tensors" in problems(path)
+    assert not trace.exists()
+
+
+def test_prepare_changes_the_state_before_it_is_checked(tmp_path: Path) -> None:
+    state = build(seed=1).state_dict()
+    torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "sam.pth")
+    head = build(seed=2)
+    load_weights(
+        head, tmp_path / "sam.pth", lambda old: {name.removeprefix("module."): value for name, value in old.items()}
+    )
+    assert all(torch.equal(value, state[name]) for name, value in head.state_dict().items())

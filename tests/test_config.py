@@ -1,0 +1,309 @@
+"""load_config: bases, overrides, and errors that name the key, the file and the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from medisee.config import Config, Source, config_from, dump_config, load_config
+from medisee.errors import InputError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
+
+
+def write(folder: Path, content: str, name: str = "run.yaml") -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def problems(path: Path | None, *overrides: str) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        load_config(path, overrides)
+    return list(caught.value.problems)
+
+
+def only_problem(path: Path | None, *overrides: str) -> str:
+    (problem,) = problems(path, *overrides)
+    return problem
+
+
+def test_without_a_file_everything_is_the_papers() -> None:
+    config = load_config(None)
+    assert config == Config()
+    assert (config.train.lr, config.train.betas, config.train.weight_decay) == (3e-4, (0.9, 0.95), 0.0)
+    assert (config.train.warmup, config.train.batch_size, config.train.accumulation) == (100, 15, 10)
+    assert (config.loss.text, config.loss.bce, config.loss.dice) == (1.0, 2.0, 0.5)
+    assert (config.loss.box, config.loss.l1, config.loss.giou, config.loss.similarity) == (1.0, 1.0, 1.0, 0.0)
+    assert config.model.candidate_tokens == ("[SEG]", "[BBOX]")
+
+
+def test_a_file_sets_what_it_names(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "train: {steps: 7}\nmodel: {mllm: {size: {hidden: 64}}}\n"))
+    assert config.train.steps == 7
+    assert config.model.mllm.size.hidden == 64
+    assert config.model.mllm.size.layers == Config().model.mllm.size.layers
+    assert load_config(str(tmp_path / "run.yaml")) == config
+
+
+def test_a_base_holds_the_rest(tmp_path: Path) -> None:
+    write(tmp_path, "train: {steps: 7, lr: 0.5}\nloss: {bce: 3}\n", "base.yaml")
+    write(tmp_path, "base: base.yaml\ntrain: {steps: 9}\n", "middle.yaml")
+    config = load_config(write(tmp_path, "base: ../middle.yaml\ntrain: {seed: 4}\n", "ablations/run.yaml"))
+    assert (config.train.steps, config.train.lr, config.train.seed, config.loss.bce) == (9, 0.5, 4, 3.0)
+
+
+def test_lists_of_a_base_are_replaced_not_joined(tmp_path: Path) -> None:
+    write(tmp_path, "data: {train: [{records: a.jsonl}, {records: b.jsonl}]}\n", "base.yaml")
+    config = load_config(write(tmp_path, "base: base.yaml\ndata: {train: [{records: c.jsonl, weight: 2}]}\n"))
+    assert config.data.train == (Source(records="c.jsonl", weight=2),)
+
+
+@pytest.mark.parametrize("bases", [{"run.yaml": "run.yaml"}, {"run.yaml": "b.yaml", "b.yaml": "./x/../run.yaml"}])
+def test_a_circular_base_is_an_error(tmp_path: Path, bases: dict[str, str]) -> None:
+    (tmp_path / "x").mkdir()
+    for name, base in bases.items():
+        write(tmp_path, f"base: {base}\n", name)
+    problem = only_problem(tmp_path / "run.yaml")
+    assert "`base` leads back to itself" in problem
+    assert "run.yaml" in problem
+
+
+def test_two_files_may_share_a_base(tmp_path: Path) -> None:
+    write(tmp_path, "train: {steps: 7}\n", "base.yaml")
+    for name in ("a.yaml", "b.yaml"):
+        assert load_config(write(tmp_path, "base: base.yaml\n", name)).train.steps == 7
+
+
+@pytest.mark.parametrize("base", ["absent.yaml", "folder"])
+def test_a_missing_base_is_named(tmp_path: Path, base: str) -> None:
+    (tmp_path / "folder").mkdir()
+    problem = only_problem(write(tmp_path, f"base: {base}\n"))
+    assert str(tmp_path / base) in problem
+    assert "cannot read" in problem
+
+
+def test_overrides_win_over_files_and_the_last_wins(tmp_path: Path) -> None:
+    path = write(tmp_path, "train: {steps: 7, lr: 0.5}\n")
+    config = load_config(path, ["train.steps=8", "model.mllm.size.hidden=64", "train.steps=9"])
+    assert (config.train.steps, config.train.lr, config.model.mllm.size.hidden) == (9, 0.5, 64)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("train.out=runs/a=b", "runs/a=b"),
+        ("data.cache=null", None),
+        ("data.cache=", None),
+        ("model.candidate_tokens=['[A]', '[B]']", ("[A]", "[B]")),
+        ("model.prompts=[box]", ("box",)),
+        ("data.train=[{records: a.jsonl, weight: 3}]", (Source(records="a.jsonl", weight=3),)),
+        ("model.seg_head.size=256", 256),
+        ("data.val=data/demo/val.jsonl", "data/demo/val.jsonl"),
+    ],
+)
+def test_an_override_is_yaml(override: str, value: Any) -> None:
+    config: Any = load_config(None, [override])
+    for part in override.partition("=")[0].split("."):
+        config = getattr(config, part)
+    assert config == value
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "0.0001", ".1e-3", "+1e-4"])
+def test_1e_4_is_a_number(tmp_path: Path, text: str) -> None:
+    """YAML 1.1 reads 1e-4 as a string."""
+    assert load_config(None, [f"train.lr={text}"]).train.lr == 1e-4
+    assert load_config(write(tmp_path, f"train:\n  lr: {text}\n")).train.lr == 1e-4
+
+
+def test_1e_4_is_a_number_in_a_list(tmp_path: Path) -> None:
+    path = write(tmp_path, "train: {betas: [9e-1, 1e-1]}\n")
+    assert load_config(path).train.betas == (0.9, 0.1)
+    assert load_config(None, ["train.betas=[9e-1, 1e-1]"]).train.betas == (0.9, 0.1)
+
+
+def test_a_name_with_an_e_stays_a_name(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "train: {out: 0e-run}\n")).train.out == "0e-run"
+
+
+@pytest.mark.parametrize("override", ["train.lr", "=3", ""])
+def test_an_override_without_key_or_value_is_an_error(override: str) -> None:
+    problem = only_problem(None, override)
+    assert repr(override) in problem
+    assert "train.lr=1e-4" in problem
+
+
+def test_an_override_that_is_no_yaml_is_an_error() -> None:
+    assert "no YAML" in only_problem(None, "train.out=[a")
+
+
+UNKNOWN = {
+    "top": ("trian: {lr: 1}\n", "trian", "train"),
+    "section": ("train: {stepz: 1}\n", "train.stepz", "steps"),
+    "nested": ("model: {mllm: {lora: {ranke: 1}}}\n", "model.mllm.lora.ranke", "rank"),
+    "list item": ("data: {train: [{records: a, wieght: 3}]}\n", "data.train.0.wieght", "weight"),
+}
+
+
+@pytest.mark.parametrize(("content", "key", "meant"), UNKNOWN.values(), ids=UNKNOWN.keys())
+def test_an_unknown_key_names_the_nearest(tmp_path: Path, content: str, key: str, meant: str) -> None:
+    path = write(tmp_path, content)
+    problem = only_problem(path)
+    assert problem.startswith(str(path))
+    assert f"unknown key '{key}'" in problem
+    assert f"Did you mean '{meant}'?" in problem
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "meant"),
+    [("train.lrr=1", "train.lrr", "lr"), ("los.bce=1", "los", "loss"), ("model.seg_head.sise=64", "model.seg_head.sise", "size")],
+)
+def test_an_unknown_key_in_an_override_names_the_nearest(override: str, key: str, meant: str) -> None:
+    problem = only_problem(None, override)
+    assert f"unknown key '{key}'" in problem
+    assert f"Did you mean '{meant}'?" in problem
+
+
+def test_an_unknown_key_lists_the_known_ones_of_its_place(tmp_path: Path) -> None:
+    problem = only_problem(write(tmp_path, "model: {mllm: {lora: {qqqq: 1}}}\n"))
+    assert "rank, alpha, dropout" in problem
+    assert "Did you mean" not in problem
+
+
+def test_all_problems_come_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, "trian: {}\ntrain: {steps: 0, lr: fast, stepz: 1}\nmodel: {fusion: medium}\n")
+    found = problems(path, "loss.bcee=1")
+    assert len(found) == 6
+    for key in ("trian", "train.steps", "train.lr", "train.stepz", "model.fusion", "loss.bcee"):
+        assert sum(f" {key} " in problem.replace("'", " ") for problem in found) == 1, key
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.steps=many",
+        "train.steps=1.5",
+        "train.steps=0",
+        "train.lr=0",
+        "train.lr=-1",
+        "train.out=3",
+        "train=3",
+        "train.lr.x=1",
+        "train.betas=[0.9]",
+        "data.train=a.jsonl",
+        "data.train=[a.jsonl]",
+        "data.train=[{weight: 1}]",
+        "data.word_dropout=1",
+        "model.fusion=mean",
+        "model.prompts=[]",
+        "model.prompts=[text, points]",
+        "model.candidate_tokens=[]",
+        "model.candidate_tokens=['[A]', '[A]']",
+        "model.seg_head.size=16",
+        "model.mllm.lora.rank=0",
+        "train.zero_stage=4",
+    ],
+)
+def test_a_wrong_value_names_its_key(override: str) -> None:
+    key = override.partition("=")[0]
+    for problem in problems(None, override):
+        assert key.removesuffix(".x").split(".")[0] in problem
+        assert "fix the value" in problem
+
+
+def test_a_wrong_value_is_shown() -> None:
+    problem = only_problem(None, "train.steps=many")
+    assert "train.steps = 'many'" in problem
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    problem = only_problem(tmp_path / "absent.yaml")
+    assert str(tmp_path / "absent.yaml") in problem
+    assert "No such file" in problem
+
+
+@pytest.mark.parametrize(("content", "kind"), [("- 1\n- 2\n", "list"), ("", "NoneType"), ("hello\n", "str"), ("3\n", "int")])
+def test_a_file_without_mapping_is_an_error(tmp_path: Path, content: str, kind: str) -> None:
+    problem = only_problem(write(tmp_path, content))
+    assert "expected a mapping of sections" in problem
+    assert f"found {kind}" in problem
+
+
+@pytest.mark.parametrize("content", ["a: [1\n", "\ta: 1\n", "a: b: c\n"])
+def test_a_file_that_is_no_yaml_is_an_error(tmp_path: Path, content: str) -> None:
+    assert "no valid YAML" in only_problem(write(tmp_path, content))
+
+
+def test_bytes_that_are_no_text_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00\x80train")
+    assert "no valid YAML" in only_problem(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("content", ["1: 2\n", "train: {1: 2}\n", "null: 1\n"])
+def test_a_key_that_is_no_text_is_an_error(tmp_path: Path, content: str) -> None:
+    assert problems(write(tmp_path, content))
+
+
+def test_yaml_cannot_run_code(tmp_path: Path) -> None:
+    content = f"train: !!python/object/apply:pathlib.Path.touch [!!python/object:pathlib.Path [{tmp_path}/x]]\n"
+    assert "no valid YAML" in only_problem(write(tmp_path, content))
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_config_does_not_change() -> None:
+    config = Config()
+    with pytest.raises(ValidationError):
+        config.train.lr = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["train.lr=1e-4", "data.train=[{records: a.jsonl, weight: 3}, {records: b.jsonl}]", "data.cache=x y"],
+        ["model.candidate_tokens=['[A]', '[B]', '[C]']", "model.prompts=[box]", "train.out='1e-4'", "train.lr=1e-20"],
+    ],
+)
+def test_a_dumped_config_loads_as_the_same(tmp_path: Path, overrides: list[str]) -> None:
+    config = load_config(None, [o for o in overrides if o != "train.out='1e-4'"])
+    assert load_config(write(tmp_path, dump_config(config))) == config
+    assert config_from(yaml.safe_load(dump_config(config)), where="dump") == config
+    assert config_from(config.model_dump(mode="json"), where="json") == config
+
+
+def sections(section: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    yield section
+    for field in section.model_fields.values():
+        kinds = [field.annotation, *get_args(field.annotation)] if get_origin(field.annotation) else [field.annotation]
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from sections(kind)
+
+
+def test_every_field_says_what_it_is() -> None:
+    found = list(sections(Config))
+    assert Source in found
+    assert len(found) >= 11
+    for section in found:
+        assert section.__doc__
+        for name, field in section.model_fields.items():
+            text = field.description
+            assert text, f"{section.__name__}.{name}"
+            assert text.strip().endswith("."), f"{section.__name__}.{name}"
+
+
+def test_every_section_refuses_what_it_does_not_know() -> None:
+    for section in sections(Config):
+        assert section.model_config.get("extra") == "forbid", section.__name__
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[str(path.relative_to(CONFIGS[0].parent)) for path in CONFIGS])
+def test_the_projects_own_configs_load(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    assert load_config(write(tmp_path, dump_config(config))) == config

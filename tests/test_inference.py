@@ -1,0 +1,423 @@
+"""Asking a model: answers, files and messages."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from medisee import MediSee, ask, ask_all, inference, overlay
+from medisee.errors import InputError, exit_code
+from medisee.inference import main, plain_text
+from medisee.masks import Rle, decode_mask
+from medisee.models import checkpoints
+from medisee.processing import Example, Query
+
+Capture = pytest.CaptureFixture[str]
+Say = Callable[..., None]
+ANSWER = "It is [SEG] and [BBOX]. This is the liver."
+NOTHING = "The liver is a large organ."
+
+
+class Scripted(nn.Module):
+    """An output layer that makes every generation write given texts, one a query."""
+
+    def __init__(self, model: MediSee, texts: Sequence[str]) -> None:
+        super().__init__()
+        tokenizer = model.tokenizer
+        scripts = [tokenizer(f" {text}", add_special_tokens=False).input_ids for text in texts]
+        self.length = max(map(len, scripts)) + 1
+        self.ids = torch.tensor([s + [tokenizer.eos_token_id] * (self.length - len(s)) for s in scripts])
+        self.vocabulary, self.step = len(tokenizer), 0
+
+    def forward(self, states_SLD: Tensor) -> Tensor:
+        wanted_S = self.ids[:, self.step % self.length].expand(len(states_SLD))
+        self.step += 1
+        return nn.functional.one_hot(wanted_S[:, None], self.vocabulary).float()
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Path) -> MediSee:
+    return MediSee.from_pretrained(tiny_checkpoint)
+
+
+@pytest.fixture
+def say(model: MediSee, monkeypatch: pytest.MonkeyPatch) -> Say:
+    """Scripts the model's answers, also where a command loads it."""
+
+    def script(*texts: str) -> None:
+        monkeypatch.setattr(model.mllm, "lm_head", Scripted(model, texts))
+        monkeypatch.setattr(MediSee, "from_pretrained", lambda *_, **__: model)
+
+    return script
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> dict[str, Path]:
+    """Non-square images of all kinds, (height, width) = (40, 64)."""
+    ramp = np.add.outer(np.arange(40), np.arange(64))
+    colour = np.stack([ramp, 2 * ramp, 255 - ramp], axis=2).astype(np.uint8)
+    alpha = np.dstack([colour, np.where(ramp < 50, 0, 255)]).astype(np.uint8)
+    pictures = {
+        "deep.tiff": Image.fromarray((ramp * 600).astype(np.uint16)),
+        "colour.jpg": Image.fromarray(colour),
+        "clear.png": Image.fromarray(alpha, "RGBA"),
+        "grey.png": Image.fromarray(ramp.astype(np.uint8)),
+    }
+    (tmp_path / "in").mkdir()
+    for name, picture in pictures.items():
+        picture.save(tmp_path / "in" / name)
+    return {Path(name).stem: tmp_path / "in" / name for name in pictures}
+
+
+def read(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """Returns mask.png and prediction.json of a folder, and sees that overlay.png is a picture."""
+    with Image.open(folder / "overlay.png") as picture:
+        assert picture.mode == "RGB"
+    with Image.open(folder / "mask.png") as mask:
+        assert mask.mode == "L"
+        return np.array(mask), json.loads((folder / "prediction.json").read_text())
+
+
+def command(checkpoint: Path, out: Path, images: Sequence[Path], *queries: str) -> list[str]:
+    words = ["--checkpoint", str(checkpoint), "--out", str(out), "--device", "cpu", "--max-new-tokens", "40"]
+    for image in images:
+        words += ["--image", str(image)]
+    for query in queries:
+        words += ["--query", query]
+    return words
+
+
+def refused(capsys: Capture, argv: Sequence[str]) -> list[str]:
+    assert exit_code(main, argv) == 2
+    return capsys.readouterr().err.splitlines()
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_lines_of_the_readme(tiny_checkpoint: Path, images: dict[str, Path], tmp_path: Path, say: Say) -> None:
+    model = MediSee.from_pretrained(tiny_checkpoint)
+    assert not model.training
+    say(ANSWER)
+    model = MediSee.from_pretrained(tiny_checkpoint)
+    answer = ask(model, images["grey"], "Which organ makes bile?")
+    overlay(answer.image, answer.mask, answer.box, legend=answer.text).save(tmp_path / "overlay.png")
+    assert answer.text == ANSWER
+    assert answer.plain_text == "It is this region. This is the liver."
+    assert answer.emitted
+    assert answer.mask is not None and answer.mask.shape == (40, 64) and answer.mask.dtype == bool
+    assert answer.box is not None and 0 <= answer.box[0] <= answer.box[2] <= 64 and answer.box[3] <= 40
+    assert 0 <= answer.scores["mask_confidence"] <= 1
+
+
+def test_nothing_emitted_means_no_mask_and_no_box(model: MediSee, images: dict[str, Path], say: Say) -> None:
+    say("It is [SEG]. This is the liver.")
+    answer = ask(model, images["grey"], "Which organ makes bile?", max_new_tokens=40)
+    assert (answer.emitted, answer.mask, answer.box, answer.scores) == (False, None, None, {})
+
+
+def test_queries_about_one_image_share_a_pass_and_agree_with_single_ones(
+    model: MediSee, images: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = []
+    monkeypatch.setattr(model, "embed_images", lambda batch: encoded.append(1) or MediSee.embed_images(model, batch))
+    queries = ["Which organ makes bile?", "What filters the blood, and where does it lie in this scan?"]
+    together = ask_all(model, images["colour"], queries, decode="forced")
+    assert len(encoded) == 1
+    for answer, query in zip(together, queries, strict=True):
+        alone = ask(model, images["colour"], query, decode="forced")
+        assert answer.question == query
+        assert answer.box == pytest.approx(alone.box, abs=1e-3)
+        assert (answer.mask == alone.mask).mean() > 0.999
+        assert answer.text == "It is [SEG] and [BBOX]."
+
+
+def test_pixels_and_file_give_the_same(model: MediSee, images: dict[str, Path]) -> None:
+    with Image.open(images["colour"]) as picture:
+        pixels = np.array(picture)
+    given, read_in = (ask(model, image, "Where?", decode="forced") for image in (pixels, str(images["colour"])))
+    assert given.box == read_in.box
+    assert np.array_equal(given.image, read_in.image)
+
+
+@pytest.mark.parametrize("pixels", [np.zeros((4, 5)), np.zeros((4, 5, 3)), np.zeros((4, 5, 4), np.uint8)])
+def test_pixels_of_another_form_are_refused(model: MediSee, pixels: np.ndarray) -> None:
+    with pytest.raises(InputError, match="expected pixels \\(H, W, 3\\) of uint8, got \\(4, 5"):
+        ask(model, pixels, "Where?")
+
+
+def test_queries_are_checked(model: MediSee, images: dict[str, Path]) -> None:
+    for queries, message in (
+        ([], "no query"),
+        (["Where?", " \n"], "query 2 ' .n' has no text"),
+        (["a\udcff"], "no Unicode text"),
+        (["word " * 3000], "query 1 has .* tokens; expected at most 1024; shorten it"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ask_all(model, images["grey"], queries)
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        (ANSWER, "It is this region. This is the liver."),
+        ("Sure, [SEG], [BBOX] and [SEG].", "Sure, this region."),
+        ("[SEG][BBOX]", "this region"),
+        ("The liver ([SEG]) is here.", "The liver (this region) is here."),
+        ("no\x1b[31m colour\n here \u2013 \u03b1", "no [31m colour here \u2013 \u03b1"),
+        ("", ""),
+    ],
+)
+def test_plain_text_is_for_people(text: str, plain: str) -> None:
+    assert plain_text(text, ("[SEG]", "[BBOX]")) == plain
+
+
+def test_one_answer_goes_into_the_folder_itself(
+    tiny_checkpoint: Path, images: dict[str, Path], tmp_path: Path, say: Say, capsys: Capture
+) -> None:
+    say(ANSWER)
+    out = tmp_path / "new" / "out"
+    main(command(tiny_checkpoint, out, [images["deep"]], "Which organ makes bile?"))
+    assert files(out) == {"mask.png", "overlay.png", "prediction.json", "run.json"}
+    mask, content = read(out)
+    assert mask.shape == (content["height"], content["width"]) == (40, 64)
+    assert set(np.unique(mask)) <= {0, 255}
+    rle = Rle(tuple(content["mask"]["size"]), content["mask"]["counts"])
+    assert np.array_equal(decode_mask(rle), mask > 0)
+    assert (content["image"], content["question"]) == ("deep.tiff", "Which organ makes bile?")
+    assert (content["text"], content["plain_text"]) == (ANSWER, "It is this region. This is the liver.")
+    assert (content["emitted"], content["note"], content["mode"]) == (True, "", "generated")
+    assert len(content["box"]) == 4
+    printed = capsys.readouterr().out
+    assert "  It is this region. This is the liver.\n" in printed
+    assert "[SEG]" not in printed
+    assert printed.splitlines()[-1] == f"done: 1 answer(s), 1 with a region, in {out}"
+
+
+def test_nothing_emitted_is_told_and_no_error(
+    tiny_checkpoint: Path, images: dict[str, Path], tmp_path: Path, say: Say, capsys: Capture
+) -> None:
+    say(NOTHING)
+    out = tmp_path / "out"
+    assert exit_code(main, command(tiny_checkpoint, out, [images["grey"]], "Which organ makes bile?")) == 0
+    mask, content = read(out)
+    assert mask.shape == (40, 64) and not mask.any()
+    assert (content["emitted"], content["mask"], content["box"], content["scores"]) == (False, None, None, {})
+    assert content["note"].startswith("No region: the model did not write [SEG] and [BBOX]")
+    printed = capsys.readouterr().out
+    assert content["note"] in printed
+    assert NOTHING in printed
+    assert "0 with a region" in printed
+
+
+def test_several_images_and_queries_get_folders(
+    tiny_checkpoint: Path, images: dict[str, Path], tmp_path: Path, say: Say
+) -> None:
+    say(ANSWER, NOTHING)
+    (tmp_path / "other").mkdir()
+    twin = shutil.copy(images["colour"], tmp_path / "other" / "Deep.jpg")
+    out = tmp_path / "out"
+    main(command(tiny_checkpoint, out, [*images.values(), Path(twin)], "Which organ makes bile?", "What else?"))
+    stems = [*images, "Deep-2"]
+    assert {path.name for path in out.iterdir()} == {f"{stem}-{n}" for stem in stems for n in (1, 2)} | {"run.json"}
+    for stem in stems:
+        assert [read(out / f"{stem}-{n}")[1]["emitted"] for n in (1, 2)] == [True, False]
+    assert read(out / "Deep-2-1")[1]["image"] == "Deep.jpg"
+
+
+def test_several_images_and_one_query_and_forced(
+    tiny_checkpoint: Path, images: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    main([*command(tiny_checkpoint, out, [images["grey"], images["clear"]], "Where?"), "--decode", "forced"])
+    assert {path.name for path in out.iterdir()} == {"grey", "clear", "run.json"}
+    content = read(out / "clear")[1]
+    assert (content["mode"], content["text"], content["emitted"]) == ("forced", "It is [SEG] and [BBOX].", True)
+
+
+def test_no_folder_name_is_kept_in_what_is_written(
+    tiny_checkpoint: Path, images: dict[str, Path], tmp_path: Path, say: Say
+) -> None:
+    say(ANSWER)
+    patient = tmp_path / "jane_doe_1970"
+    patient.mkdir()
+    image = Path(shutil.copy(images["grey"], patient))
+    main(command(tiny_checkpoint, tmp_path / "out", [image], "Where?"))
+    for name in ("run.json", "prediction.json"):
+        assert "jane_doe" not in (tmp_path / "out" / name).read_text()
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (run["settings"]["images"], run["settings"]["queries"]) == (["grey.png"], ["Where?"])
+
+
+def test_all_bad_input_is_told_together_and_nothing_is_written(
+    tmp_path: Path, images: dict[str, Path], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MediSee, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("")
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(images["grey"].read_bytes()[:60])
+    (tmp_path / "empty").mkdir()
+    argv = command(
+        tmp_path / "empty", tmp_path / "file" / "out", [tmp_path / "no.png", cut, images["grey"]], "Where?", " "
+    )
+    before = files(tmp_path)
+    said = refused(capsys, [*argv, "--max-new-tokens", "0", "--device", "gpu0"])
+    for start, part in (
+        ("query 2 ' ' has no text", "ask something"),
+        ("--max-new-tokens is 0", "expected 1 or more"),
+        (f"{tmp_path / 'no.png'}: expected an image file", "check the path"),
+        (f"{cut}: expected a whole PNG", "truncated"),
+        (f"--out: {tmp_path / 'file'} is a file", "expected a folder"),
+        ("--device 'gpu0' cannot be used", "expected cpu"),
+        (f"{tmp_path / 'empty' / 'config.json'}: no checkpoint here", "training wrote"),
+    ):
+        assert [line for line in said if line.startswith(f"error: {start}") and part in line], (start, said)
+    assert len(said) == 7
+    assert files(tmp_path) == before
+
+
+def test_an_image_is_not_replaced_by_its_own_mask(
+    tiny_checkpoint: Path, images: dict[str, Path], tmp_path: Path, capsys: Capture
+) -> None:
+    image = Path(shutil.copy(images["grey"], tmp_path / "mask.png"))
+    (said,) = refused(capsys, command(tiny_checkpoint, tmp_path, [image], "Where?"))
+    assert "mask.png: would be replaced by the result" in said
+
+
+def test_a_file_in_the_place_of_an_answers_folder_is_told(
+    tiny_checkpoint: Path, images: dict[str, Path], tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "grey").write_text("")
+    (said,) = refused(capsys, command(tiny_checkpoint, tmp_path / "out", [images["grey"], images["deep"]], "Where?"))
+    assert f"{tmp_path / 'out' / 'grey'} is a file" in said
+
+
+def test_a_failure_leaves_no_half_written_file(
+    tiny_checkpoint: Path, images: dict[str, Path], tmp_path: Path, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(self: Image.Image, path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    say(ANSWER)
+    out = tmp_path / "out"
+    monkeypatch.setattr(Image.Image, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        main(command(tiny_checkpoint, out, [images["grey"]], "Where?"))
+    assert files(out) == set()
+
+
+def test_help_teaches(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert "python scripts/inference.py --checkpoint" in said
+    assert "prediction.json" in said
+    assert f"default: {inference.MAX_NEW_TOKENS}" in said
+
+
+def damage(checkpoint: Path, what: str) -> None:
+    """Breaks one thing in a checkpoint folder."""
+    weights, config = checkpoint / "model.safetensors", checkpoint / "config.json"
+    if what == "no weights":
+        weights.unlink()
+    elif what == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif what in ("missing", "left-over"):
+        state = load_file(weights)
+        tensor = state.pop("seg_router.0.bias") if what == "missing" else torch.zeros(1)
+        save_file(state if what == "missing" else {**state, "stranger": tensor}, weights)
+    else:
+        key, value = {"width": ("router_hidden", 8), "unknown": ("router_hiden", 16)}[what]
+        content = json.loads(config.read_text())
+        content["model"][key] = value
+        config.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("no weights", "model.safetensors: missing; copy the whole checkpoint folder"),
+        ("truncated", "unreadable checkpoint"),
+        ("missing", "model.safetensors: missing tensor seg_router.0.bias"),
+        ("left-over", "model.safetensors: left-over tensor stranger"),
+        ("width", r"seg_router.*has shape \(16"),
+        ("unknown", "config.json: unknown key 'model.router_hiden'.*Did you mean 'router_hidden'"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(tiny_checkpoint: Path, tmp_path: Path, what: str, message: str) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    damage(folder, what)
+    with pytest.raises(InputError, match=message):
+        MediSee.from_pretrained(folder)
+
+
+def test_saved_and_loaded_models_agree_to_the_last_bit(model: MediSee, images: dict[str, Path], tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "saved")  # a checkpoint may be replaced
+    loaded = MediSee.from_pretrained(str(tmp_path / "saved"))
+    pixels = inference.read_image(images["colour"])
+    batch = model.processor(
+        [Example(pixels, 40, 64, (Query(record="r", target="t", question="Where?", answer=ANSWER),))]
+    )
+    with torch.inference_mode():
+        ours, theirs = model(batch), loaded(batch)
+    for name in ("boxes_I4", "masks_Ihh", "text_logits_NV", "similarity_IT"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+
+
+def test_saving_replaces_nothing_but_checkpoints(model: MediSee, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("")
+    for folder in (tmp_path, tmp_path / "thesis.txt"):
+        with pytest.raises(InputError, match="holds no checkpoint, but other files"):
+            model.save_pretrained(folder)
+    assert files(tmp_path) == {"thesis.txt"}
+
+
+def test_a_hub_id_is_fetched(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    fetch = lambda hub_id, revision, **_: asked.append((hub_id, revision)) or str(tiny_checkpoint)  # noqa: E731
+    monkeypatch.setattr(checkpoints, "snapshot_download", fetch)
+    assert isinstance(MediSee.from_pretrained("lab/medisee", revision="v1"), MediSee)
+    assert asked == [("lab/medisee", "v1")]
+    with pytest.raises(InputError, match="runs/no/checkpoint: no such folder; give the folder that training wrote"):
+        MediSee.from_pretrained("runs/no/checkpoint")
+    assert len(asked) == 1
+
+
+def test_a_hub_out_of_reach_is_told(model: MediSee, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("401 Client Error.\nmore")
+
+    monkeypatch.setattr(checkpoints, "snapshot_download", fail)
+    with pytest.raises(
+        InputError, match=r"lab/no: no such folder, and no hub repository in reach \(401 Client Error.\)"
+    ):
+        MediSee.from_pretrained("lab/no")
+    monkeypatch.setattr(checkpoints.HfApi, "create_repo", fail)
+    with pytest.raises(InputError, match=r"lab/no: cannot be pushed \(401 Client Error.\)"):
+        model.push_to_hub("lab/no")
+
+
+def test_push_uploads_a_checkpoint(model: MediSee, monkeypatch: pytest.MonkeyPatch) -> None:
+    def upload(_: object, *, repo_id: str, folder_path: Path, **__: object) -> str:
+        return f"{repo_id}: {sorted(path.name for path in folder_path.iterdir())}"
+
+    monkeypatch.setattr(checkpoints.HfApi, "create_repo", lambda _, hub_id, **__: SimpleNamespace(repo_id=hub_id))
+    monkeypatch.setattr(checkpoints.HfApi, "upload_folder", upload)
+    pushed = model.push_to_hub("lab/medisee", private=True)
+    assert pushed == "lab/medisee: ['config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']"
