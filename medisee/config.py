@@ -320,11 +320,15 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: cannot read the configuration ({error.strerror}); give an existing YAML file.") from error
+        raise InputError(
+            f"{path}: cannot read the configuration ({error.strerror}); give an existing YAML file."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: no valid YAML ({str(error).splitlines()[0]}); fix the file.") from error
     if not isinstance(values, dict):
-        raise InputError(f"{path}: expected a mapping of sections (model, loss, data, train, eval), found {type(values).__name__}.")
+        raise InputError(
+            f"{path}: expected a mapping of sections (model, loss, data, train, eval), found {type(values).__name__}."
+        )
     base = values.pop("base", None)
     values = _numbers(values)
     if base is None:

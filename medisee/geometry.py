@@ -99,7 +99,9 @@ def cxcywh_to_xyxy(boxes_I4: Tensor) -> Tensor:
 
 def logits_to_original(logits_hw: Tensor, frame: Frame) -> Tensor:
     """Takes low-resolution mask logits (h, w) of the frame back to the original image: (H, W)."""
-    full = F.interpolate(logits_hw[None, None].float(), size=(frame.size, frame.size), mode="bilinear", align_corners=False)
+    full = F.interpolate(
+        logits_hw[None, None].float(), size=(frame.size, frame.size), mode="bilinear", align_corners=False
+    )
     full = full[..., : frame.resized_height, : frame.resized_width]
     return F.interpolate(full, size=(frame.height, frame.width), mode="bilinear", align_corners=False)[0, 0]
 

@@ -96,7 +96,10 @@ class DeepSpeedOptimization:
         schedule = LambdaLR(optimizer, lambda step: warmup_decay(train, step))
         device = next(model.parameters()).device
         self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(train, compute_dtype(train.dtype, device))
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=schedule,
+            config=deepspeed_config(train, compute_dtype(train.dtype, device)),
         )
         self.train = train
 

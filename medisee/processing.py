@@ -136,9 +136,7 @@ class MediSeeProcessor:
         """Rewrites "[SEG] and [BBOX]" of an answer for this model's candidate tokens."""
         return text.replace(candidate_text(CANDIDATE_TOKENS), candidate_text(self.config.candidate_tokens))
 
-    def __call__(
-        self, examples: Sequence[Example], *, mask_resolution: str = "original", packed: bool = True
-    ) -> Batch:
+    def __call__(self, examples: Sequence[Example], *, mask_resolution: str = "original", packed: bool = True) -> Batch:
         """Builds a batch.
 
         Args:
@@ -226,11 +224,15 @@ class MediSeeProcessor:
         cached = all(example.embedding is not None for example in examples)
         pixels = embedding = vision = None
         if cached:
-            embedding = torch.stack([example.embedding for example in examples if example.embedding is not None]).float()
+            embedding = torch.stack(
+                [example.embedding for example in examples if example.embedding is not None]
+            ).float()
         else:
             pixels = torch.stack([self.seg_pixels(example.image) for example in examples if example.image is not None])
         if self.config.mllm.image_tokens == "vision_tower":
-            vision = torch.stack([self.vision_pixels(example.image) for example in examples if example.image is not None])
+            vision = torch.stack(
+                [self.vision_pixels(example.image) for example in examples if example.image is not None]
+            )
         return {"pixels_B3FF": pixels, "embedding_BCGG": embedding, "vision_B3VV": vision}
 
     def _truth(self, queries: Sequence[Query], frames: Sequence[Frame], resolution: str) -> dict[str, object]:
@@ -241,7 +243,9 @@ class MediSeeProcessor:
             mask = query.mask if query.mask is not None else np.zeros((frame.height, frame.width), dtype=bool)
             box = query.box or mask_box(mask)
             if box is None:
-                raise InputError(f"record {query.record!r}, target {query.target!r}: the mask is empty; remove the target.")
+                raise InputError(
+                    f"record {query.record!r}, target {query.target!r}: the mask is empty; remove the target."
+                )
             boxes.append(normalise_box(box, frame.height, frame.width))
             inside = mask_to_frame(mask, frame, self.mask_side)
             masks.append(inside if resolution == "decoder" else torch.from_numpy(mask).float())

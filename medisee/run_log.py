@@ -34,7 +34,9 @@ class RunLog:
         kept = [line for line in self._lines() if json.loads(line)["step"] <= first_step] if first_step else []
         self.path.write_text("".join(kept), encoding="utf-8")
         self.board = SummaryWriter(out / "tensorboard", purge_step=first_step + 1)
-        self.facts: dict[str, Any] = run_facts(config.model_dump(mode="json"), config.train.seed, next(model.parameters()).device)
+        self.facts: dict[str, Any] = run_facts(
+            config.model_dump(mode="json"), config.train.seed, next(model.parameters()).device
+        )
         total = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.facts |= {"first_step": first_step, "parameters": total, "trained_parameters": trained}

@@ -188,7 +188,9 @@ def _features(config: Config, model: MediSee, manifests: Sequence[Manifest], pla
 def _check_finite(terms: Terms, batch: Batch, step: int) -> None:
     if not bool(torch.isfinite(terms.total)):
         ids = sorted({query.record for query in batch.queries})
-        raise InputError(f"step {step}: the loss is not finite on records {', '.join(ids)}; look at them, or lower train.lr.")
+        raise InputError(
+            f"step {step}: the loss is not finite on records {', '.join(ids)}; look at them, or lower train.lr."
+        )
 
 
 def _validate(
@@ -211,7 +213,10 @@ def _validate(
     truths = [(val.mask(one.record, target), target) for one in asked for target, _ in one.questions]
     scores = [
         score(
-            decode_mask(prediction.mask) if prediction.mask else None, mask, prediction.box, target.box or mask_box(mask)
+            decode_mask(prediction.mask) if prediction.mask else None,
+            mask,
+            prediction.box,
+            target.box or mask_box(mask),
         )
         for prediction, (mask, target) in zip(predictions, truths, strict=True)
     ]
@@ -269,7 +274,9 @@ def _wait_for_ranks() -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains from the command line."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="YAML run, such as configs/demo.yaml")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint of train.out")
     parser.add_argument("--print-config", action="store_true", help="print the resolved run and end")

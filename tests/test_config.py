@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 from medisee.config import Config, Source, config_from, dump_config, load_config
 from medisee.errors import InputError
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
+ROOT = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(ROOT.glob("**/*.yaml"))
 
 
 def write(folder: Path, content: str, name: str = "run.yaml") -> Path:
@@ -162,7 +163,11 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path, content: str, key: str
 
 @pytest.mark.parametrize(
     ("override", "key", "meant"),
-    [("train.lrr=1", "train.lrr", "lr"), ("los.bce=1", "los", "loss"), ("model.seg_head.sise=64", "model.seg_head.sise", "size")],
+    [
+        ("train.lrr=1", "train.lrr", "lr"),
+        ("los.bce=1", "los", "loss"),
+        ("model.seg_head.sise=64", "model.seg_head.sise", "size"),
+    ],
 )
 def test_an_unknown_key_in_an_override_names_the_nearest(override: str, key: str, meant: str) -> None:
     problem = only_problem(None, override)
@@ -228,7 +233,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert "No such file" in problem
 
 
-@pytest.mark.parametrize(("content", "kind"), [("- 1\n- 2\n", "list"), ("", "NoneType"), ("hello\n", "str"), ("3\n", "int")])
+@pytest.mark.parametrize(
+    ("content", "kind"), [("- 1\n- 2\n", "list"), ("", "NoneType"), ("hello\n", "str"), ("3\n", "int")]
+)
 def test_a_file_without_mapping_is_an_error(tmp_path: Path, content: str, kind: str) -> None:
     problem = only_problem(write(tmp_path, content))
     assert "expected a mapping of sections" in problem
@@ -267,11 +274,11 @@ def test_a_config_does_not_change() -> None:
     [
         [],
         ["train.lr=1e-4", "data.train=[{records: a.jsonl, weight: 3}, {records: b.jsonl}]", "data.cache=x y"],
-        ["model.candidate_tokens=['[A]', '[B]', '[C]']", "model.prompts=[box]", "train.out='1e-4'", "train.lr=1e-20"],
+        ["model.candidate_tokens=['[A]', '[B]', '[C]']", "model.prompts=[box]", "train.lr=1e-20"],
     ],
 )
 def test_a_dumped_config_loads_as_the_same(tmp_path: Path, overrides: list[str]) -> None:
-    config = load_config(None, [o for o in overrides if o != "train.out='1e-4'"])
+    config = load_config(None, overrides)
     assert load_config(write(tmp_path, dump_config(config))) == config
     assert config_from(yaml.safe_load(dump_config(config)), where="dump") == config
     assert config_from(config.model_dump(mode="json"), where="json") == config
@@ -303,7 +310,7 @@ def test_every_section_refuses_what_it_does_not_know() -> None:
         assert section.model_config.get("extra") == "forbid", section.__name__
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=[str(path.relative_to(CONFIGS[0].parent)) for path in CONFIGS])
+@pytest.mark.parametrize("path", CONFIGS, ids=[str(path.relative_to(ROOT)) for path in CONFIGS])
 def test_the_projects_own_configs_load(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
     assert load_config(write(tmp_path, dump_config(config))) == config

@@ -165,7 +165,7 @@ def test_mask_to_frame_keeps_the_area_and_leaves_the_padding_empty(
     inside = mask_to_frame(mask, frame, side)
     assert inside.shape == (side, side)
     assert inside.dtype == torch.float32
-    assert 0 <= inside.min() and inside.max() <= 1 + 1e-5
+    assert inside.min() >= 0 and inside.max() <= 1 + 1e-5
     rows, columns = round(frame.resized_height * side / 256), round(frame.resized_width * side / 256)
     rows, columns = max(1, rows), max(1, columns)
     assert inside[rows:].abs().sum() == 0
@@ -190,7 +190,12 @@ def boxes_inside(height: int, width: int) -> st.SearchStrategy[Box]:
     xs = st.tuples(st.integers(0, width - 1), st.integers(1, width))
     ys = st.tuples(st.integers(0, height - 1), st.integers(1, height))
     return st.tuples(xs, ys).map(
-        lambda b: (min(b[0][0], b[0][1] - 1), min(b[1][0], b[1][1] - 1), max(b[0][0] + 1, b[0][1]), max(b[1][0] + 1, b[1][1]))
+        lambda b: (
+            min(b[0][0], b[0][1] - 1),
+            min(b[1][0], b[1][1] - 1),
+            max(b[0][0] + 1, b[0][1]),
+            max(b[1][0] + 1, b[1][1]),
+        )
     )
 
 

@@ -21,7 +21,9 @@ QUESTIONS = ("Where is the left lung?", "Find the spleen.", "What may hurt on th
 FORCED = "It is [SEG] and [BBOX]."
 
 
-def processor(candidates: tuple[str, ...] = ("[SEG]", "[BBOX]"), spec: SegHeadSpec = SPEC, **mllm: Any) -> MediSeeProcessor:
+def processor(
+    candidates: tuple[str, ...] = ("[SEG]", "[BBOX]"), spec: SegHeadSpec = SPEC, **mllm: Any
+) -> MediSeeProcessor:
     config = Model.model_validate({"candidate_tokens": candidates, "mllm": {"vision_size": 28, "image_grid": 2} | mllm})
     tokenizer = train_tokenizer([*QUESTIONS, "[INST] ", " [/INST]", FORCED], 320)
     add_candidate_tokens(tokenizer, candidates)
@@ -61,7 +63,14 @@ def test_the_text_is_tokenised_in_chunks_around_the_image() -> None:
     own = processor()
     before, after = "[INST] ", f"\n{QUESTIONS[0]} [/INST]"
     chunks = [own.tokenizer(text, add_special_tokens=False).input_ids for text in (before, after, f" {FORCED}")]
-    ids = [own.tokenizer.bos_token_id, *chunks[0], *[own.image_id] * 4, *chunks[1], *chunks[2], own.tokenizer.eos_token_id]
+    ids = [
+        own.tokenizer.bos_token_id,
+        *chunks[0],
+        *[own.image_id] * 4,
+        *chunks[1],
+        *chunks[2],
+        own.tokenizer.eos_token_id,
+    ]
     assert own([example()]).input_ids_SL[0].tolist() == ids
     assert ids[own.image_start : own.image_start + 4] == [own.image_id] * 4
     assert ids.count(own.tokenizer.bos_token_id) == 1

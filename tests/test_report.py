@@ -152,7 +152,12 @@ def test_a_report_is_written(tmp_path: Path, manifest: Manifest, cases: list[Cas
         *("split", "mode", "record", "target", "category", "plane", "perspective", "length", "question"),
         *("Dice", "IoU", "box IoU", "emitted", "named"),
     ]
-    assert (rows[0]["Dice"], rows[0]["named"], rows[2]["named"], rows[0]["plane"]) == ("0.5", "True", "False", "coronal")
+    assert (rows[0]["Dice"], rows[0]["named"], rows[2]["named"], rows[0]["plane"]) == (
+        "0.5",
+        "True",
+        "False",
+        "coronal",
+    )
     markdown, latex = (tmp_path / "table.md").read_text(), (tmp_path / "table.tex").read_text()
     for heading in ("# Evaluation", "## By length of the query", "## By perspective", "## By category"):
         assert heading in markdown

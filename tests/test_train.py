@@ -163,7 +163,10 @@ def test_warmup_decay() -> None:
 
 
 def test_a_loss_that_is_not_finite_names_the_records(every_step: Run, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"step 1: the loss is not finite on records .+"), pytest.MonkeyPatch.context() as patch:
+    with (
+        pytest.raises(InputError, match=r"step 1: the loss is not finite on records .+"),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setattr("medisee.models.losses.l1_loss", lambda boxes, truth: boxes.sum(1) * torch.nan)
         train(configured(every_step, train={"out": str(tmp_path)}))
 

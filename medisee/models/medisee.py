@@ -120,9 +120,7 @@ class MediSee(nn.Module):
             use_cache=False,
         ).last_hidden_state
 
-    def decode_masks(
-        self, batch: Batch, embedding_BCGG: Tensor, segmentation_ID: Tensor, boxes_I4: Tensor
-    ) -> Tensor:
+    def decode_masks(self, batch: Batch, embedding_BCGG: Tensor, segmentation_ID: Tensor, boxes_I4: Tensor) -> Tensor:
         """Returns M = G_dec(f, h_seg, B): mask logits (I, h, h) of the frame.
 
         Gradients flow through the predicted box into the box decoder. Where the batch says so, the true box prompts.

@@ -152,11 +152,12 @@ def image_token_count(config: Mllm) -> int:
 def seg_head_tokens(embedding_BCGG: Tensor, grid: int) -> Tensor:
     """Turns the seg head's frozen embedding into the projector's input (B, grid^2, C (G/grid)^2 + 64), row by row.
 
-    A token joins the layer-normalised features of its cell, so that borders inside the cell stay readable, and the
-    sines and cosines of its centre, so that positions are read rather than learned.
+    A token joins the features of its cell, each channel standardised over the image, so that borders inside the cell
+    stay readable, and the sines and cosines of its centre, so that positions are read rather than learned.
     """
     cell = embedding_BCGG.shape[-1] // grid
-    features = F.layer_norm(embedding_BCGG.float().movedim(1, -1), embedding_BCGG.shape[1:2]).movedim(-1, 1)
+    # Half of LiteMedSAM's variance is constant offsets of channels, which would hide what tells places apart.
+    features = F.instance_norm(embedding_BCGG.float())
     cells = F.unfold(features, kernel_size=cell, stride=cell).transpose(1, 2)
     centres = (torch.arange(grid, device=cells.device) + 0.5) / grid
     frequencies = math.pi * torch.logspace(0, math.log2(grid), POSITION_FREQUENCIES, base=2, device=cells.device)

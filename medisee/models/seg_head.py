@@ -194,7 +194,9 @@ def sam_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
     return head
 
 
-def load_weights(head: SamHead, path: Path, prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None) -> None:
+def load_weights(
+    head: SamHead, path: Path, prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+) -> None:
     """Loads a .pth state strictly, reading data only, never code.
 
     Args:
@@ -210,7 +212,9 @@ def load_weights(head: SamHead, path: Path, prepare: Callable[[dict[str, Tensor]
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such weights file; set model.seg_head.checkpoint to an existing .pth.") from error
     except Exception as error:  # torch raises many types for truncated, foreign and code-carrying files
-        raise InputError(f"{path}: cannot be read as plain tensors ({type(error).__name__}); expected a state dict.") from error
+        raise InputError(
+            f"{path}: cannot be read as plain tensors ({type(error).__name__}); expected a state dict."
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: expected a flat state dict of tensors, found {type(state).__name__}.")
     state = prepare(state) if prepare is not None else state

@@ -86,7 +86,9 @@ def tiny_model() -> MediSee:
 def make_example() -> Callable[..., Example]:
     """Makes a random image with one query for each question, with rectangles as truth."""
 
-    def make(questions: list[str], *, size: tuple[int, int] = (48, 40), seed: int = 0, answer: str | None = None) -> Example:
+    def make(
+        questions: list[str], *, size: tuple[int, int] = (48, 40), seed: int = 0, answer: str | None = None
+    ) -> Example:
         rng = np.random.default_rng(seed)
         height, width = size
         image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)

@@ -58,9 +58,7 @@ def test_encoder_equals_the_packages_own(theirs: Any, embedding: Tensor, pixels:
 
 
 @torch.no_grad()
-def test_whole_head_equals_the_packages_forward(
-    theirs: Any, head: SamHead, pixels: Tensor, embedding: Tensor
-) -> None:
+def test_whole_head_equals_the_packages_forward(theirs: Any, head: SamHead, pixels: Tensor, embedding: Tensor) -> None:
     boxes = torch.cat([BOX, torch.tensor([[10.0, 20.0, 80.0, 240.0]])])
     ours = head.decode(embedding, Prompts(boxes=boxes), torch.zeros(2, dtype=torch.long))
     expected = theirs(pixels, boxes.numpy())[:, 0]

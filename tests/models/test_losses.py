@@ -23,7 +23,9 @@ GOLDEN = Path(os.environ.get("MEDISEE_GOLDEN", Path(__file__).parents[1] / "gold
 RELEASES = sorted(GOLDEN.glob("release_*.json"))
 
 unit = st.floats(0, 1, width=32)
-boxes = st.tuples(unit, unit, unit, unit).map(lambda b: (min(b[0], b[2]), min(b[1], b[3]), max(b[0], b[2]), max(b[1], b[3])))
+boxes = st.tuples(unit, unit, unit, unit).map(
+    lambda b: (min(b[0], b[2]), min(b[1], b[3]), max(b[0], b[2]), max(b[1], b[3]))
+)
 
 
 def box(*values: float) -> Tensor:

@@ -45,7 +45,9 @@ def mistral(request: pytest.FixtureRequest) -> MistralModel:
     return MistralModel(config).eval()
 
 
-def states(model: MistralModel, packed: Packed, *, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+def states(
+    model: MistralModel, packed: Packed, *, mask: Tensor | None = None, positions: Tensor | None = None
+) -> Tensor:
     return model(
         input_ids=packed.input_ids_SL,
         position_ids=packed.positions_SL if positions is None else positions,

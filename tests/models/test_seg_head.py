@@ -239,7 +239,10 @@ def all_three(state: dict[str, Tensor]) -> None:
         (drop, ["missing tensor mask_decoder.iou_token.weight"]),
         (add, ["left-over tensor optimizer.extra"]),
         (reshape, ["mask_decoder.iou_token.weight has shape (1, 7), expected (1, 32)"]),
-        (all_three, ["missing tensor mask_decoder.mask_tokens", "left-over tensor optimizer.extra", "has shape (1, 7)"]),
+        (
+            all_three,
+            ["missing tensor mask_decoder.mask_tokens", "left-over tensor optimizer.extra", "has shape (1, 7)"],
+        ),
     ],
 )
 def test_weights_are_loaded_strictly(
