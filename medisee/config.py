@@ -226,6 +226,9 @@ class Train(_Section):
     """DeepSpeed ZeRO stage, under its launcher."""
     mask_from: int = Field(default=0, ge=0)
     """First step at which the mask decoder runs: earlier steps train text and boxes only. 0 in the paper's run."""
+    masks_per_image: int | None = Field(default=None, ge=1)
+    """Masks are decoded and learnt for this many of an image's targets, drawn anew each time; null: all, the paper's
+    way. The mask decoder is the dearest part of a small model's step."""
     true_box: float = Field(default=0.0, ge=0, le=1)
     """Probability that the mask decoder is prompted with the true box, falling linearly to 0 at `true_box_until`. 0 in
     the paper's run."""
@@ -258,10 +261,15 @@ class Config(_Section):
     """One run: model, loss, data, training, evaluation."""
 
     model: Model = Model()
+    """The model's parts and sizes."""
     loss: Loss = Loss()
+    """Weights of the loss terms."""
     data: Data = Data()
+    """Manifests and how they are read."""
     train: Train = Train()
+    """Optimisation."""
     eval: Eval = Eval()
+    """Evaluation and inference."""
 
 
 def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:

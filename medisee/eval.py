@@ -39,7 +39,7 @@ from medisee.naming import named_category, read_categories
 from medisee.precision import compute_dtype
 from medisee.prediction import Asked, Mode, all_questions, predict, shuffled_questions
 from medisee.provenance import run_facts
-from medisee.records import Prediction, read_predictions
+from medisee.records import QA, Prediction, Target, read_predictions
 from medisee.references import References, learn_references
 from medisee.report import (
     REFERENCES,
@@ -143,8 +143,10 @@ def _split(manifest: Manifest, limit: int | None) -> Split:
 
 def _without_repeats(asked: Asked) -> Asked:
     """Keeps the first of equal questions about a target: their answers could not be told apart."""
-    questions = {(target.id, qa.question): (target, qa) for target, qa in reversed(asked.questions)}
-    return Asked(asked.record, tuple(reversed(questions.values())))
+    questions: dict[tuple[str, str], tuple[Target, QA]] = {}
+    for target, qa in asked.questions:
+        questions.setdefault((target.id, qa.question), (target, qa))
+    return Asked(asked.record, tuple(questions.values()))
 
 
 def answers_from_file(path: Path, splits: Sequence[Split]) -> list[Answers]:

@@ -114,8 +114,7 @@ def mask_to_frame(mask_HW: np.ndarray, frame: Frame, side: int) -> Tensor:
     height = max(1, round(frame.resized_height * side / frame.size))
     width = max(1, round(frame.resized_width * side / frame.size))
     values = torch.from_numpy(np.ascontiguousarray(mask_HW)).float()[None, None]
-    if height > frame.height or width > frame.width:
-        small = F.interpolate(values, size=(height, width), mode="bilinear", align_corners=False)
-    else:
-        small = F.adaptive_avg_pool2d(values, (height, width))
+    # Each axis by itself: one that shrinks is averaged, one that grows is interpolated.
+    small = F.adaptive_avg_pool2d(values, (min(height, frame.height), min(width, frame.width)))
+    small = F.interpolate(small, size=(height, width), mode="bilinear", align_corners=False)
     return F.pad(small[0, 0], (0, side - width, 0, side - height))

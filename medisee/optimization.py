@@ -93,7 +93,7 @@ class DeepSpeedOptimization:
         import deepspeed  # heavy, and not needed on one device
 
         optimizer = AdamW(parameter_groups(model, train), betas=train.betas, weight_decay=train.weight_decay)
-        schedule = LambdaLR(optimizer, lambda step: warmup_decay(train, step))
+        schedule: Any = LambdaLR(optimizer, lambda step: warmup_decay(train, step))
         device = next(model.parameters()).device
         self.engine, *_ = deepspeed.initialize(
             model=model,

@@ -100,21 +100,21 @@ def answer(model: MediSee, examples: Sequence[Example], mode: Mode, settings: Ev
     forced = settings.forced_answer.format(candidates=candidate_text(model.config.candidate_tokens))
     given = forced if mode == "forced" else None
     examples = [
-        replace(one, queries=tuple(replace(q, answer=given, mask=None, box=None, true_box=False) for q in one.queries))
+        replace(one, queries=tuple(replace(q, answer=given, mask=None, box=None, true_box=False, masked=True) for q in one.queries))
         for one in examples
     ]
     batch = model.processor(examples, packed=mode == "forced").to(device)
     if mode == "forced":
         output = model(batch)
-        return _predictions(batch, output.boxes_I4, output.masks_Ihh, mode, [forced] * len(batch.queries), None)
+        return _predictions(batch, output.boxes_I4, output.masks_Jhh, mode, [forced] * len(batch.queries), None)
     written = model.generate(batch, max_new_tokens=settings.max_new_tokens)
-    return _predictions(batch, written.boxes_I4, written.masks_Ihh, mode, written.texts, written.emitted)
+    return _predictions(batch, written.boxes_I4, written.masks_Jhh, mode, written.texts, written.emitted)
 
 
 def _predictions(
     batch: Batch,
     boxes_I4: Tensor,
-    masks_Ihh: Tensor,
+    masks_Jhh: Tensor,
     mode: Mode,
     texts: Sequence[str],
     emitted: Sequence[bool] | None,
@@ -123,7 +123,7 @@ def _predictions(
     for index, query in enumerate(batch.queries):
         frame = batch.frames[int(batch.image_of_target_I[index])]
         shown = emitted is None or emitted[index]
-        logits = logits_to_original(masks_Ihh[index], frame)
+        logits = logits_to_original(masks_Jhh[index], frame)
         mask = logits > 0
         confidence = float(logits.sigmoid()[mask].mean()) if bool(mask.any()) else 0.0
         predictions.append(

@@ -1,6 +1,6 @@
 """MediSeeProcessor: images and queries -> Batch, and the model's output -> original pixels.
 
-Shapes: B images, S sequences, I targets, K candidate tokens, L sequence length, N supervised tokens, T image tokens,
+Shapes: B images, S sequences, I targets, J targets whose masks are decoded, K candidate tokens, L sequence length, N supervised tokens, T image tokens,
 F frame side, h decoder output side, H W original image.
 """
 
@@ -22,7 +22,7 @@ from medisee.masks import mask_box
 from medisee.models.mllm import MAX_TOKENS, image_token_count
 from medisee.models.packing import pack
 from medisee.models.seg_head import SegHeadSpec
-from medisee.models.tokenizer import IMAGE_TOKEN
+from medisee.models.tokenizer import IMAGE_TOKEN, token_id
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -38,6 +38,7 @@ class Query:
         answer: the true or forced answer; None when the model is to generate it.
         mask: bool (H, W); box: original pixels, half-open.
         true_box: prompt the mask decoder with the true box instead of the predicted one.
+        masked: decode this query's mask.
     """
 
     record: str
@@ -47,6 +48,7 @@ class Query:
     mask: np.ndarray | None = None
     box: tuple[float, float, float, float] | None = None
     true_box: bool = False
+    masked: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ class Batch:
     masks: tuple[Tensor, ...]
     coverage_IT: Tensor | None
     true_box_I: Tensor
+    masked_J: Tensor
 
     def to(self, device: torch.device) -> Batch:
         """Returns the batch on another device."""
@@ -97,17 +100,33 @@ class _Tokens:
     answer_start: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Images:
+    pixels_B3FF: Tensor | None
+    embedding_BCGG: Tensor | None
+    vision_B3VV: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Truth:
+    boxes_I4: Tensor | None
+    masks: tuple[Tensor, ...]
+    coverage_IT: Tensor | None
+
+
 class MediSeeProcessor:
     """Turns examples into batches by the model's own rules: tokenizer, seg head's frame, vision tower's input."""
 
     def __init__(self, config: Model, tokenizer: PreTrainedTokenizerBase, spec: SegHeadSpec) -> None:
         self.config, self.tokenizer, self.spec = config, tokenizer, spec
-        self.candidate_ids: list[int] = tokenizer.convert_tokens_to_ids(list(config.candidate_tokens))
-        self.image_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.candidate_ids = [token_id(tokenizer, token) for token in config.candidate_tokens]
+        self.image_id = token_id(tokenizer, IMAGE_TOKEN)
+        self.end_id = token_id(tokenizer, str(tokenizer.eos_token))
+        self.pad_id = token_id(tokenizer, str(tokenizer.pad_token))
         self.image_tokens = image_token_count(config.mllm)
         self.mask_side = 4 * spec.grid
         before = tokenizer("[INST] ", add_special_tokens=False).input_ids
-        self.prefix: list[int] = [tokenizer.bos_token_id, *before, *[self.image_id] * self.image_tokens]
+        self.prefix: list[int] = [token_id(tokenizer, str(tokenizer.bos_token)), *before, *[self.image_id] * self.image_tokens]
         self.image_start = 1 + len(before)
 
     def frame(self, height: int, width: int) -> Frame:
@@ -154,17 +173,20 @@ class MediSeeProcessor:
             else [(index, (query,)) for index, example in images for query in example.queries]
         )
         tokens = [[self._tokens(query) for query in queries] for _, queries in rows]
-        sequences = pack([self.prefix] * len(rows), [[t.ids for t in row] for row in tokens], self._pad)
+        sequences = pack([self.prefix] * len(rows), [[t.ids for t in row] for row in tokens], self.pad_id)
         targets = [(row, n) for row, (_, queries) in enumerate(rows) for n in range(len(queries))]
         supervised, labels, candidates = self._supervision(tokens, sequences.starts, targets)
         queries = tuple(rows[row][1][n] for row, n in targets)
         image_of_target = [rows[row][0] for row, _ in targets]
         frames = tuple(self.frame(example.height, example.width) for example in examples)
         target_frames = [frames[index] for index in image_of_target]
+        images, truth = self._images(examples), self._truth(queries, target_frames, mask_resolution)
         return Batch(
             queries=queries,
             frames=frames,
-            **self._images(examples),
+            pixels_B3FF=images.pixels_B3FF,
+            embedding_BCGG=images.embedding_BCGG,
+            vision_B3VV=images.vision_B3VV,
             input_ids_SL=sequences.input_ids_SL,
             positions_SL=sequences.positions_SL,
             segments_SL=sequences.segments_SL,
@@ -174,13 +196,12 @@ class MediSeeProcessor:
             candidates_IK=torch.tensor(candidates),
             supervised_N2=torch.tensor(supervised).reshape(-1, 2),
             labels_N=torch.tensor(labels, dtype=torch.long),
-            **self._truth(queries, target_frames, mask_resolution),
+            boxes_I4=truth.boxes_I4,
+            masks=truth.masks,
+            coverage_IT=truth.coverage_IT,
             true_box_I=torch.tensor([query.true_box for query in queries]),
+            masked_J=torch.tensor([index for index, query in enumerate(queries) if query.masked], dtype=torch.long),
         )
-
-    @property
-    def _pad(self) -> int:
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
 
     def prompt_ids(self, question: str) -> list[int]:
         """Tokenises what stands behind the image up to the answer."""
@@ -194,7 +215,7 @@ class MediSeeProcessor:
         ids = list(prompt)
         if query.answer is not None:
             ids += self.tokenizer(f" {self.answer_text(query.answer)}", add_special_tokens=False).input_ids
-            ids.append(self.tokenizer.eos_token_id)
+            ids.append(self.end_id)
         if len(self.prefix) + len(ids) > MAX_TOKENS + self.image_tokens:
             raise InputError(
                 f"{where}: question and answer have {len(ids)} tokens; at most {MAX_TOKENS} fit, shorten them."
@@ -220,7 +241,7 @@ class MediSeeProcessor:
             candidates.append(places)
         return supervised, labels, candidates
 
-    def _images(self, examples: Sequence[Example]) -> dict[str, Tensor | None]:
+    def _images(self, examples: Sequence[Example]) -> _Images:
         cached = all(example.embedding is not None for example in examples)
         pixels = embedding = vision = None
         if cached:
@@ -233,11 +254,11 @@ class MediSeeProcessor:
             vision = torch.stack(
                 [self.vision_pixels(example.image) for example in examples if example.image is not None]
             )
-        return {"pixels_B3FF": pixels, "embedding_BCGG": embedding, "vision_B3VV": vision}
+        return _Images(pixels, embedding, vision)
 
-    def _truth(self, queries: Sequence[Query], frames: Sequence[Frame], resolution: str) -> dict[str, object]:
+    def _truth(self, queries: Sequence[Query], frames: Sequence[Frame], resolution: str) -> _Truth:
         if any(query.mask is None for query in queries):
-            return {"boxes_I4": None, "masks": (), "coverage_IT": None}
+            return _Truth(None, (), None)
         masks, boxes, coverage = [], [], []
         for query, frame in zip(queries, frames, strict=True):
             mask = query.mask if query.mask is not None else np.zeros((frame.height, frame.width), dtype=bool)
@@ -250,11 +271,7 @@ class MediSeeProcessor:
             inside = mask_to_frame(mask, frame, self.mask_side)
             masks.append(inside if resolution == "decoder" else torch.from_numpy(mask).float())
             coverage.append(self._token_coverage(mask, frame, inside))
-        return {
-            "boxes_I4": torch.tensor(boxes, dtype=torch.float32),
-            "masks": tuple(masks),
-            "coverage_IT": torch.stack(coverage),
-        }
+        return _Truth(torch.tensor(boxes, dtype=torch.float32), tuple(masks), torch.stack(coverage))
 
     def _token_coverage(self, mask: np.ndarray, frame: Frame, inside: Tensor) -> Tensor:
         # Image tokens of the seg head lie on its frame, those of a vision tower on the padded square.

@@ -6,22 +6,18 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from medisee import MediSee, ask, ask_all, inference, overlay
 from medisee.errors import InputError, exit_code
 from medisee.inference import main, plain_text
 from medisee.masks import Rle, decode_mask
-from medisee.models import checkpoints
-from medisee.processing import Example, Query
 
 Capture = pytest.CaptureFixture[str]
 Say = Callable[..., None]
@@ -56,7 +52,7 @@ def say(model: MediSee, monkeypatch: pytest.MonkeyPatch) -> Say:
     """Scripts the model's answers, also where a command loads it."""
 
     def script(*texts: str) -> None:
-        monkeypatch.setattr(model.mllm, "lm_head", Scripted(model, texts))
+        monkeypatch.setitem(model.mllm._modules, "lm_head", Scripted(model, texts))
         monkeypatch.setattr(MediSee, "from_pretrained", lambda *_, **__: model)
 
     return script
@@ -328,96 +324,3 @@ def test_help_teaches(capsys: Capture) -> None:
     assert "python scripts/inference.py --checkpoint" in said
     assert "prediction.json" in said
     assert f"default: {inference.MAX_NEW_TOKENS}" in said
-
-
-def damage(checkpoint: Path, what: str) -> None:
-    """Breaks one thing in a checkpoint folder."""
-    weights, config = checkpoint / "model.safetensors", checkpoint / "config.json"
-    if what == "no weights":
-        weights.unlink()
-    elif what == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif what in ("missing", "left-over"):
-        state = load_file(weights)
-        tensor = state.pop("seg_router.0.bias") if what == "missing" else torch.zeros(1)
-        save_file(state if what == "missing" else {**state, "stranger": tensor}, weights)
-    else:
-        key, value = {"width": ("router_hidden", 8), "unknown": ("router_hiden", 16)}[what]
-        content = json.loads(config.read_text())
-        content["model"][key] = value
-        config.write_text(json.dumps(content))
-
-
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        ("no weights", "model.safetensors: missing; copy the whole checkpoint folder"),
-        ("truncated", "unreadable checkpoint"),
-        ("missing", "model.safetensors: missing tensor seg_router.0.bias"),
-        ("left-over", "model.safetensors: left-over tensor stranger"),
-        ("width", r"seg_router.*has shape \(16"),
-        ("unknown", "config.json: unknown key 'model.router_hiden'.*Did you mean 'router_hidden'"),
-    ],
-)
-def test_a_damaged_checkpoint_is_named(tiny_checkpoint: Path, tmp_path: Path, what: str, message: str) -> None:
-    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
-    damage(folder, what)
-    with pytest.raises(InputError, match=message):
-        MediSee.from_pretrained(folder)
-
-
-def test_saved_and_loaded_models_agree_to_the_last_bit(model: MediSee, images: dict[str, Path], tmp_path: Path) -> None:
-    model.save_pretrained(tmp_path / "saved")
-    model.save_pretrained(tmp_path / "saved")  # a checkpoint may be replaced
-    loaded = MediSee.from_pretrained(str(tmp_path / "saved"))
-    pixels = inference.read_image(images["colour"])
-    batch = model.processor(
-        [Example(pixels, 40, 64, (Query(record="r", target="t", question="Where?", answer=ANSWER),))]
-    )
-    with torch.inference_mode():
-        ours, theirs = model(batch), loaded(batch)
-    for name in ("boxes_I4", "masks_Ihh", "text_logits_NV", "similarity_IT"):
-        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-
-
-def test_saving_replaces_nothing_but_checkpoints(model: MediSee, tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("")
-    for folder in (tmp_path, tmp_path / "thesis.txt"):
-        with pytest.raises(InputError, match="holds no checkpoint, but other files"):
-            model.save_pretrained(folder)
-    assert files(tmp_path) == {"thesis.txt"}
-
-
-def test_a_hub_id_is_fetched(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    fetch = lambda hub_id, revision, **_: asked.append((hub_id, revision)) or str(tiny_checkpoint)  # noqa: E731
-    monkeypatch.setattr(checkpoints, "snapshot_download", fetch)
-    assert isinstance(MediSee.from_pretrained("lab/medisee", revision="v1"), MediSee)
-    assert asked == [("lab/medisee", "v1")]
-    with pytest.raises(InputError, match="runs/no/checkpoint: no such folder; give the folder that training wrote"):
-        MediSee.from_pretrained("runs/no/checkpoint")
-    assert len(asked) == 1
-
-
-def test_a_hub_out_of_reach_is_told(model: MediSee, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise OSError("401 Client Error.\nmore")
-
-    monkeypatch.setattr(checkpoints, "snapshot_download", fail)
-    with pytest.raises(
-        InputError, match=r"lab/no: no such folder, and no hub repository in reach \(401 Client Error.\)"
-    ):
-        MediSee.from_pretrained("lab/no")
-    monkeypatch.setattr(checkpoints.HfApi, "create_repo", fail)
-    with pytest.raises(InputError, match=r"lab/no: cannot be pushed \(401 Client Error.\)"):
-        model.push_to_hub("lab/no")
-
-
-def test_push_uploads_a_checkpoint(model: MediSee, monkeypatch: pytest.MonkeyPatch) -> None:
-    def upload(_: object, *, repo_id: str, folder_path: Path, **__: object) -> str:
-        return f"{repo_id}: {sorted(path.name for path in folder_path.iterdir())}"
-
-    monkeypatch.setattr(checkpoints.HfApi, "create_repo", lambda _, hub_id, **__: SimpleNamespace(repo_id=hub_id))
-    monkeypatch.setattr(checkpoints.HfApi, "upload_folder", upload)
-    pushed = model.push_to_hub("lab/medisee", private=True)
-    assert pushed == "lab/medisee: ['config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']"

@@ -86,7 +86,9 @@ class TrainingData(Dataset[Example]):
             for target in targets[: data.targets_per_image]
         ]
         example = record_example(manifest, record, asked, self.cache)
-        queries = tuple(self._noise(query, step, rng) for query in example.queries)
+        noisy = [self._noise(query, step, rng) for query in example.queries]
+        most = train.masks_per_image or len(noisy)
+        queries = tuple(replace(query, masked=place < most) for place, query in enumerate(noisy))
         return replace(example, queries=queries)
 
     def _noise(self, query: Query, step: int, rng: random.Random) -> Query:

@@ -59,10 +59,20 @@ def frozen_bases(config: Model) -> list[FrozenBase]:
     head = config.seg_head
     if head.kind == "lite_medsam" or head.checkpoint is not None:
         path = Path(head.checkpoint) if head.checkpoint else packaged_weights()
-        bases.append(FrozenBase("seg_head.", str(head.checkpoint or path.name), sha256=sha256(path)))
+        bases.append(FrozenBase("seg_head.", str(head.checkpoint or path.name), sha256=_sha256(path)))
     if config.mllm.source is not None:
         bases.append(FrozenBase("mllm.", config.mllm.source, config.mllm.revision))
     return bases
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: the seg head's frozen weights cannot be read ({error.strerror}); "
+            "put the file there or correct model.seg_head.checkpoint."
+        ) from error
 
 
 def trained_state(model: MediSee) -> dict[str, Tensor]:
@@ -121,8 +131,13 @@ def load_checkpoint(folder: Path, build: Any) -> MediSee:
         state = load_file(folder / WEIGHTS)
     except FileNotFoundError as error:
         raise InputError(f"{folder / WEIGHTS}: missing; copy the whole checkpoint folder.") from error
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{folder}: unreadable checkpoint ({str(error).splitlines()[0]}); copy it again.") from error
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        raise InputError(f"{folder}: unreadable checkpoint ({_first_line(error)}); copy it again.") from error
+    if unknown := [token for token in config.candidate_tokens if token not in tokenizer.get_vocab()]:
+        raise InputError(
+            f"{folder / CONFIG}: candidate_tokens {', '.join(unknown)} are not in the checkpoint's tokenizer; "
+            "use the config.json that was written with it."
+        )
     model = build(config, tokenizer)
     load_trained(model, state, folder / WEIGHTS)
     return model

@@ -1,6 +1,6 @@
 """MediSee: the paper's figure 5 as code. Read `forward` first.
 
-Shapes: B images, S sequences, I targets, K candidate tokens, L sequence length, D hidden width, C prompt channels,
+Shapes: B images, S sequences, I targets, J targets whose masks are decoded, K candidate tokens, L sequence length, D hidden width, C prompt channels,
 T image tokens, N supervised tokens, V vocabulary, G embedding grid, h decoder output side.
 """
 
@@ -31,13 +31,13 @@ class Output:
 
     Attributes:
         boxes_I4: normalised xyxy, float32.
-        masks_Ihh: mask logits of the seg head's frame; None when masks were not asked for.
+        masks_Jhh: mask logits of the seg head's frame; None when masks were not asked for.
         text_logits_NV: logits at the supervised positions.
         similarity_IT: dot products of h_seg with the image tokens' last states, over sqrt(D).
     """
 
     boxes_I4: Tensor
-    masks_Ihh: Tensor | None
+    masks_Jhh: Tensor | None
     text_logits_NV: Tensor
     similarity_IT: Tensor
 
@@ -49,13 +49,13 @@ class Generated:
     Attributes:
         texts: decoded answers without special tokens.
         emitted: whether all candidate tokens were written.
-        boxes_I4, masks_Ihh: as in Output; meaningless where nothing was emitted.
+        boxes_I4, masks_Jhh: as in Output; meaningless where nothing was emitted.
     """
 
     texts: tuple[str, ...]
     emitted: tuple[bool, ...]
     boxes_I4: Tensor
-    masks_Ihh: Tensor
+    masks_Jhh: Tensor
 
 
 class MediSee(nn.Module):
@@ -74,7 +74,7 @@ class MediSee(nn.Module):
         self.seg_head = build_seg_head(config, weights=weights)
         spec = self.seg_head.spec
         self.mllm = load_mllm(config.mllm, tokenizer, spec)
-        hidden = self.mllm.config.text_config.hidden_size
+        hidden = self.mllm.lm_head.in_features
         tokens = len(config.candidate_tokens)
         routers = {"width": config.router_hidden, "mode": config.fusion}
         self.seg_router = Router(hidden, tokens, pick=0, **routers)
@@ -95,11 +95,11 @@ class MediSee(nn.Module):
         tokens_IKD = hidden_SLD[batch.sequence_of_target_I[:, None], batch.candidates_IK]
         boxes_I4 = cxcywh_to_xyxy(self.box_decoder(self.box_router(tokens_IKD)))
         segmentation_ID = self.seg_router(tokens_IKD)
-        masks_Ihh = self.decode_masks(batch, embedding_BCGG, segmentation_ID, boxes_I4) if masks else None
+        masks_Jhh = self.decode_masks(batch, embedding_BCGG, segmentation_ID, boxes_I4) if masks else None
         supervised_ND = hidden_SLD[batch.supervised_N2[:, 0], batch.supervised_N2[:, 1]]
         return Output(
             boxes_I4=boxes_I4,
-            masks_Ihh=masks_Ihh,
+            masks_Jhh=masks_Jhh,
             text_logits_NV=self.mllm.lm_head(supervised_ND),
             similarity_IT=self._similarity(batch, hidden_SLD, segmentation_ID),
         )
@@ -108,6 +108,8 @@ class MediSee(nn.Module):
         """Returns f = G_enc(x_img), (B, C, G, G), from the cache where the batch brings it."""
         if batch.embedding_BCGG is not None:
             return batch.embedding_BCGG
+        if batch.pixels_B3FF is None:
+            raise ValueError("a batch needs pixels or cached embeddings")
         return self.seg_head.encode(batch.pixels_B3FF)
 
     def hidden_states(self, batch: Batch, embedding_BCGG: Tensor) -> Tensor:
@@ -121,19 +123,21 @@ class MediSee(nn.Module):
         ).last_hidden_state
 
     def decode_masks(self, batch: Batch, embedding_BCGG: Tensor, segmentation_ID: Tensor, boxes_I4: Tensor) -> Tensor:
-        """Returns M = G_dec(f, h_seg, B): mask logits (I, h, h) of the frame.
+        """Returns M = G_dec(f, h_seg, B): mask logits (J, h, h) of the frame.
 
         Gradients flow through the predicted box into the box decoder. Where the batch says so, the true box prompts.
         """
         prompt_boxes_I4 = boxes_I4
         if batch.boxes_I4 is not None:
             prompt_boxes_I4 = torch.where(batch.true_box_I[:, None], batch.boxes_I4, boxes_I4)
-        frames = [batch.frames[index] for index in batch.image_of_target_I.tolist()]
+        image_of_mask_J = batch.image_of_target_I[batch.masked_J]
+        frames = [batch.frames[index] for index in image_of_mask_J.tolist()]
+        text, box = ("text" in self.config.prompts, "box" in self.config.prompts)
         prompts = Prompts(
-            text=self.text_projection(segmentation_ID) if "text" in self.config.prompts else None,
-            boxes=boxes_to_frame(prompt_boxes_I4, frames) if "box" in self.config.prompts else None,
+            text=self.text_projection(segmentation_ID[batch.masked_J]) if text else None,
+            boxes=boxes_to_frame(prompt_boxes_I4[batch.masked_J], frames) if box else None,
         )
-        return self.seg_head.decode(embedding_BCGG, prompts, batch.image_of_target_I)
+        return self.seg_head.decode(embedding_BCGG, prompts, image_of_mask_J)
 
     @torch.inference_mode()
     def generate(self, batch: Batch, *, max_new_tokens: int) -> Generated:
@@ -146,14 +150,15 @@ class MediSee(nn.Module):
         embedding_BCGG = self.embed_images(batch)
         left = _left_padded(batch.input_ids_SL, batch.segments_SL)
         inputs_SLD = self._embed_inputs(left.input_ids_SL, batch.image_of_sequence_S, batch, embedding_BCGG)
-        result: Any = self.mllm.generate(
+        llava: Any = self.mllm
+        result: Any = llava.generate(
             inputs_embeds=inputs_SLD,
             attention_mask=left.mask_SL,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.processor.end_id,
+            pad_token_id=self.processor.pad_id,
             output_hidden_states=True,
             return_dict_in_generate=True,
         )
@@ -161,9 +166,9 @@ class MediSee(nn.Module):
         states_SLD = torch.stack([step[-1][:, -1] for step in result.hidden_states], dim=1)
         tokens_IKD, emitted = self._written_candidates(result.sequences, states_SLD)
         boxes_I4 = cxcywh_to_xyxy(self.box_decoder(self.box_router(tokens_IKD)))
-        masks_Ihh = self.decode_masks(batch, embedding_BCGG, self.seg_router(tokens_IKD), boxes_I4)
+        masks_Jhh = self.decode_masks(batch, embedding_BCGG, self.seg_router(tokens_IKD), boxes_I4)
         texts = self.tokenizer.batch_decode(self._without_padding(result.sequences), skip_special_tokens=False)
-        return Generated(tuple(text.strip() for text in texts), emitted, boxes_I4, masks_Ihh)
+        return Generated(tuple(text.strip() for text in texts), emitted, boxes_I4, masks_Jhh)
 
     def _written_candidates(self, ids_SL: Tensor, states_SLD: Tensor) -> tuple[Tensor, tuple[bool, ...]]:
         wanted = torch.tensor(self.processor.candidate_ids, device=ids_SL.device)
@@ -173,7 +178,7 @@ class MediSee(nn.Module):
         return states_SLD[rows, first_SK], tuple(found_SKL.any(dim=2).all(dim=1).tolist())
 
     def _without_padding(self, ids_SL: Tensor) -> list[list[int]]:
-        end = (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        end = (self.processor.end_id, self.processor.pad_id)
         return [[token for token in row if token not in end] for row in ids_SL.tolist()]
 
     def _embed_inputs(
@@ -189,7 +194,10 @@ class MediSee(nn.Module):
             projector = self.mllm.model.multi_modal_projector
             features = seg_head_tokens(embedding_BCGG, self.config.mllm.image_grid)
             return projector(features.to(projector.linear_1.weight.dtype))
-        return torch.stack(self.mllm.get_image_features(batch.vision_B3VV.to(self.mllm.dtype)).pooler_output)
+        if batch.vision_B3VV is None:
+            raise ValueError("a batch needs pixels for the vision tower")
+        features: Any = self.mllm.get_image_features(batch.vision_B3VV.to(self.mllm.dtype))
+        return torch.stack(features.pooler_output)
 
     def _similarity(self, batch: Batch, hidden_SLD: Tensor, segmentation_ID: Tensor) -> Tensor:
         start, count = self.processor.image_start, self.processor.image_tokens

@@ -26,7 +26,7 @@ from transformers import (
 from medisee.config import Mllm
 from medisee.errors import InputError
 from medisee.models.seg_head import SegHeadSpec
-from medisee.models.tokenizer import IMAGE_TOKEN, add_candidate_tokens
+from medisee.models.tokenizer import IMAGE_TOKEN, add_candidate_tokens, token_id
 
 PATCH = 14
 MAX_TOKENS = 1024
@@ -41,7 +41,7 @@ def load_tokenizer(config: Mllm, candidate_tokens: tuple[str, ...]) -> PreTraine
     """
     source = config.source or ""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision or "main")
     except (OSError, ValueError) as error:
         raise InputError(_unreadable(source, error)) from error
     tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -62,15 +62,16 @@ def load_mllm(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg: SegHeadSpec
     """
     if config.source is None:
         llava = LlavaForConditionalGeneration(_llava_config(config, tokenizer, seg))
+        llava.set_attn_implementation(config.attention)
     else:
         try:
             llava = LlavaForConditionalGeneration.from_pretrained(
-                config.source, revision=config.revision, attn_implementation=config.attention, use_safetensors=True
+                config.source, revision=config.revision or "main", attn_implementation=config.attention, use_safetensors=True
             )
         except (OSError, ValueError) as error:
             raise InputError(_unreadable(config.source, error)) from error
         llava.resize_token_embeddings(len(tokenizer))
-        llava.config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        llava.config.image_token_id = token_id(tokenizer, IMAGE_TOKEN)
     if config.image_tokens == "seg_head":
         llava.model.vision_tower = nn.Identity()
     _choose_trained(llava, config)
@@ -112,9 +113,9 @@ def _llava_config(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg: SegHead
         sliding_window=None,
         attention_dropout=size.dropout,
         initializer_range=size.initial_std,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=token_id(tokenizer, str(tokenizer.bos_token)),
+        eos_token_id=token_id(tokenizer, str(tokenizer.eos_token)),
+        pad_token_id=token_id(tokenizer, str(tokenizer.pad_token)),
         tie_word_embeddings=False,
     )
     seg_tokens = config.image_tokens == "seg_head"
@@ -134,11 +135,10 @@ def _llava_config(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg: SegHead
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_index=token_id(tokenizer, IMAGE_TOKEN),
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
-        attn_implementation=config.attention,
     )
 
 

@@ -1,6 +1,6 @@
 """L_end of the paper (equation 4): weighted sum of text, mask and box losses, means over all ranks' targets.
 
-Shapes: I targets, N supervised tokens.
+Shapes: I targets, J targets whose masks are decoded, N supervised tokens.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ def end_to_end_loss(output: Output, batch: Batch, weights: Loss, *, world: int =
         weights: lambda of every term.
         world: number of ranks; above 1 the counts are summed over them.
     """
-    counts = torch.tensor([len(batch.labels_N), len(batch.queries)], device=output.boxes_I4.device, dtype=torch.float32)
+    own = [len(batch.labels_N), len(batch.queries), len(batch.masked_J)]
+    counts = torch.tensor(own, device=output.boxes_I4.device, dtype=torch.float32)
     if world > 1:
         torch.distributed.all_reduce(counts)
-    tokens, targets = (counts / world).unbind()
+    tokens, targets, masked = (counts / world).unbind()
     text = losses.text_loss(output.text_logits_NV, batch.labels_N).sum() / tokens
     boxes_I4, truth_I4 = output.boxes_I4, batch.boxes_I4
     if truth_I4 is None or batch.coverage_IT is None:
@@ -57,7 +58,7 @@ def end_to_end_loss(output: Output, batch: Batch, weights: Loss, *, world: int =
     l1 = losses.l1_loss(boxes_I4, truth_I4).sum() / targets
     giou = losses.giou_loss(boxes_I4, truth_I4).sum() / targets
     similarity = losses.similarity_loss(output.similarity_IT, batch.coverage_IT).sum() / targets
-    bce, dice = (value / targets for value in _mask_losses(output, batch, weights))
+    bce, dice = (value / masked for value in _mask_losses(output, batch, weights))
     total = (
         weights.text * text
         + weights.bce * bce
@@ -69,19 +70,20 @@ def end_to_end_loss(output: Output, batch: Batch, weights: Loss, *, world: int =
 
 
 def _mask_losses(output: Output, batch: Batch, weights: Loss) -> tuple[Tensor, Tensor]:
-    if output.masks_Ihh is None:
+    if output.masks_Jhh is None:
         zero = torch.zeros((), device=output.boxes_I4.device)
         return zero, zero
     if weights.mask_resolution == "decoder":
-        truth_Ihh = torch.stack(batch.masks)
+        truth_Jhh = torch.stack([batch.masks[index] for index in batch.masked_J.tolist()])
         return (
-            losses.bce_loss(output.masks_Ihh, truth_Ihh).sum(),
-            losses.dice_loss(output.masks_Ihh, truth_Ihh).sum(),
+            losses.bce_loss(output.masks_Jhh, truth_Jhh).sum(),
+            losses.dice_loss(output.masks_Jhh, truth_Jhh).sum(),
         )
-    frames = [batch.frames[index] for index in batch.image_of_target_I.tolist()]
+    frames = [batch.frames[index] for index in batch.image_of_target_I[batch.masked_J].tolist()]
+    masks = [batch.masks[index] for index in batch.masked_J.tolist()]
     pairs = [
         (logits_to_original(logits, frame)[None], mask[None])
-        for logits, frame, mask in zip(output.masks_Ihh, frames, batch.masks, strict=True)
+        for logits, frame, mask in zip(output.masks_Jhh, frames, masks, strict=True)
     ]
     return (
         torch.stack([losses.bce_loss(*pair) for pair in pairs]).sum(),

@@ -186,7 +186,7 @@ def sam_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
         qkv_bias=True,
         use_rel_pos=True,
         window_size=14,
-        norm_layer=_layer_norm,
+        norm_layer=_LayerNorm,
     )
     head = SamHead(encoder, *sam_parts(channels, grid, config.size), _spec(config, channels, grid))
     if weights and config.checkpoint is not None:
@@ -231,8 +231,10 @@ def load_weights(
     head.load_state_dict(state)
 
 
-def _layer_norm(width: int) -> nn.LayerNorm:
-    return nn.LayerNorm(width, eps=1e-6)
+class _LayerNorm(nn.LayerNorm):
+    # SAM's published encoders were trained with this epsilon.
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6)
 
 
 def _spec(config: SegHeadConfig, channels: int, grid: int) -> SegHeadSpec:

@@ -39,3 +39,11 @@ def add_candidate_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[st
     """Adds the candidate tokens and then `<image>`, so that Mistral's get 32000, 32001 and 32002."""
     missing = [token for token in (*tokens, IMAGE_TOKEN) if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens(missing, special_tokens=True)
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """Returns the id of one token that the vocabulary holds."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    if not isinstance(found, int):
+        raise ValueError(f"{token!r} is no single token of the vocabulary")
+    return found

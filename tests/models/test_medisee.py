@@ -77,11 +77,11 @@ def test_forward_shapes(tiny_model: MediSee, make_example: MakeExample) -> None:
     grid = tiny_model.seg_head.spec.grid
     assert output.boxes_I4.shape == (3, 4)
     assert output.boxes_I4.dtype == torch.float32
-    assert output.masks_Ihh is not None
-    assert output.masks_Ihh.shape == (3, 4 * grid, 4 * grid)
+    assert output.masks_Jhh is not None
+    assert output.masks_Jhh.shape == (3, 4 * grid, 4 * grid)
     assert output.text_logits_NV.shape == (len(batch.labels_N), len(tiny_model.tokenizer))
     assert output.similarity_IT.shape == (3, 4)
-    assert tiny_model(batch, masks=False).masks_Ihh is None
+    assert tiny_model(batch, masks=False).masks_Jhh is None
 
 
 @pytest.mark.parametrize("image_tokens", ["seg_head", "vision_tower"])
@@ -95,7 +95,7 @@ def test_packed_equals_one_query_a_sequence(
     ]
     together, alone = forced(model, examples), forced(model, examples, packed=False)
     same(together.boxes_I4, alone.boxes_I4)
-    same(together.masks_Ihh, alone.masks_Ihh)
+    same(together.masks_Jhh, alone.masks_Jhh)
     same(together.text_logits_NV, alone.text_logits_NV)
     same(together.similarity_IT, alone.similarity_IT)
     assert not torch.allclose(together.boxes_I4[0], together.boxes_I4[1], atol=1e-3)
@@ -109,9 +109,9 @@ def test_questions_and_images_matter(tiny_model: MediSee, make_example: MakeExam
     other_words = forced(tiny_model, [make_example(QUESTIONS[1:2], answer=FORCED)])
     assert (first.boxes_I4 - other_image.boxes_I4).abs().max() > 1e-3
     assert (first.boxes_I4 - other_words.boxes_I4).abs().max() > 1e-3
-    assert first.masks_Ihh is not None
-    assert other_words.masks_Ihh is not None
-    assert (first.masks_Ihh - other_words.masks_Ihh).abs().max() > 1e-3
+    assert first.masks_Jhh is not None
+    assert other_words.masks_Jhh is not None
+    assert (first.masks_Jhh - other_words.masks_Jhh).abs().max() > 1e-3
 
 
 def test_cached_embedding_equals_pixels(tiny_model: MediSee, make_example: MakeExample) -> None:
@@ -121,7 +121,7 @@ def test_cached_embedding_equals_pixels(tiny_model: MediSee, make_example: MakeE
     cached = replace(example, image=None, embedding=embedding)
     ours, theirs = forced(tiny_model, [cached]), forced(tiny_model, [example])
     same(ours.boxes_I4, theirs.boxes_I4, 1e-6)
-    same(ours.masks_Ihh, theirs.masks_Ihh, 1e-6)
+    same(ours.masks_Jhh, theirs.masks_Jhh, 1e-6)
 
 
 @pytest.mark.parametrize("image_tokens", ["seg_head", "vision_tower"])
@@ -136,7 +136,7 @@ def test_generated_states_equal_teacher_forcing(
     assert written.texts == (answer,)
     assert written.emitted == (True,)
     same(written.boxes_I4, truth.boxes_I4)
-    same(written.masks_Ihh, truth.masks_Ihh)
+    same(written.masks_Jhh, truth.masks_Jhh)
 
 
 def test_generation_reads_the_first_of_repeated_tokens(tiny_model: MediSee, make_example: MakeExample) -> None:
@@ -144,7 +144,7 @@ def test_generation_reads_the_first_of_repeated_tokens(tiny_model: MediSee, make
     example = make_example(QUESTIONS[:1], answer=answer)
     written, truth = generate(tiny_model, [example], [answer]), forced(tiny_model, [example])
     same(written.boxes_I4, truth.boxes_I4)
-    same(written.masks_Ihh, truth.masks_Ihh)
+    same(written.masks_Jhh, truth.masks_Jhh)
 
 
 @pytest.mark.parametrize("candidates", [("[SEG]",), ("[SEG]", "[BBOX]", "[TGT3]")])
@@ -157,7 +157,7 @@ def test_generation_with_other_candidate_tokens(
     truth = forced(model, [example])
     assert written.emitted == (True,)
     same(written.boxes_I4, truth.boxes_I4)
-    same(written.masks_Ihh, truth.masks_Ihh)
+    same(written.masks_Jhh, truth.masks_Jhh)
 
 
 def test_generation_in_a_batch_equals_one_by_one(tiny_model: MediSee, make_example: MakeExample) -> None:
@@ -173,7 +173,7 @@ def test_generation_in_a_batch_equals_one_by_one(tiny_model: MediSee, make_examp
         assert (alone.texts, alone.emitted) == ((answer,), (True,))
         assert together.texts[row] == answer
         same(together.boxes_I4[row : row + 1], alone.boxes_I4)
-        same(together.masks_Ihh[row : row + 1], alone.masks_Ihh)
+        same(together.masks_Jhh[row : row + 1], alone.masks_Jhh)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_trained_model_writes_what_it_learned(tiny_model: MediSee, make_exampl
     assert written.texts == (FORCED,) * 3
     assert written.emitted == (True,) * 3
     same(written.boxes_I4, truth.boxes_I4)
-    same(written.masks_Ihh, truth.masks_Ihh)
+    same(written.masks_Jhh, truth.masks_Jhh)
 
 
 @pytest.mark.parametrize("prompts", [["text"], ["box"], ["text", "box"]])
@@ -229,8 +229,8 @@ def test_prompts_decide_what_the_mask_depends_on(
 ) -> None:
     model = build_tiny(prompts=prompts)
     output = model(model.processor([make_example(QUESTIONS[:1], answer=FORCED)]))
-    assert output.masks_Ihh is not None
-    output.masks_Ihh.square().sum().backward()
+    assert output.masks_Jhh is not None
+    output.masks_Jhh.square().sum().backward()
     for part, kind in ((model.box_decoder, "box"), (model.text_projection, "text")):
         gradients = [p.grad for p in part.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
         assert bool(gradients) == (kind in prompts)
@@ -241,7 +241,7 @@ def test_a_true_box_prompts_only_where_asked(tiny_model: MediSee, make_example: 
     helped = replace(example, queries=(replace(example.queries[0], true_box=True), example.queries[1]))
     plain, hinted = forced(tiny_model, [example]), forced(tiny_model, [helped])
     same(plain.boxes_I4, hinted.boxes_I4, 1e-6)
-    assert plain.masks_Ihh is not None
-    assert hinted.masks_Ihh is not None
-    assert (plain.masks_Ihh[0] - hinted.masks_Ihh[0]).abs().max() > 1e-4
-    same(plain.masks_Ihh[1], hinted.masks_Ihh[1], 1e-6)
+    assert plain.masks_Jhh is not None
+    assert hinted.masks_Jhh is not None
+    assert (plain.masks_Jhh[0] - hinted.masks_Jhh[0]).abs().max() > 1e-4
+    same(plain.masks_Jhh[1], hinted.masks_Jhh[1], 1e-6)
