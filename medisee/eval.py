@@ -167,7 +167,7 @@ def answers_from_file(path: Path, splits: Sequence[Split]) -> list[Answers]:
     found: dict[tuple[str, str, str, str], Prediction] = {}
     for prediction in predictions:
         key = (prediction.record, prediction.target, prediction.question, prediction.mode)
-        if problem := _problem(prediction, splits, again=key in found):
+        if problem := _problem(prediction, splits, again=key in found, hints=len(problems) < _MOST_PROBLEMS):
             where = f"record {prediction.record!r}, target {prediction.target!r}, mode {prediction.mode!r}"
             problems.append(f"{where}, question {prediction.question!r}: {problem}")
         found[key] = prediction
@@ -188,11 +188,11 @@ def answers_from_file(path: Path, splits: Sequence[Split]) -> list[Answers]:
     ]
 
 
-def _problem(prediction: Prediction, splits: Sequence[Split], *, again: bool) -> str | None:
+def _problem(prediction: Prediction, splits: Sequence[Split], *, again: bool, hints: bool) -> str | None:
     split = next((split for split in splits if prediction.record in split.known), None)
     if split is None:
         files = ", ".join(str(split.manifest.path) for split in splits)
-        hint = nearest(prediction.record, (record for split in splits for record in split.known))
+        hint = nearest(prediction.record, (record for split in splits for record in split.known)) if hints else ""
         return f"unknown record; expected one with targets of {files}; give the manifest that it belongs to.{hint}"
     asked = split.known[prediction.record]
     targets = list(dict.fromkeys(target.id for target, _ in asked.questions))

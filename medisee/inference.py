@@ -37,7 +37,7 @@ from medisee.drawing import overlay
 from medisee.errors import InputError, exit_code
 from medisee.files import atomic_path, write_json
 from medisee.masks import Box, decode_mask, encode_mask
-from medisee.models.checkpoints import local_checkpoint
+from medisee.models.checkpoints import is_hub_id, local_checkpoint
 from medisee.models.medisee import MediSee
 from medisee.models.mllm import MAX_TOKENS
 from medisee.processing import Example, Query
@@ -233,8 +233,8 @@ def _check(arguments: argparse.Namespace, folders: Sequence[Path]) -> torch.devi
         problems += _told(lambda image=image: read_image(image))
     problems += _out_problems(folders, arguments.image)
     problems += _told(lambda: _device(arguments.device))
-    # Not fetched from the hub in vain.
-    if not problems or Path(arguments.checkpoint).exists():
+    # Nothing is fetched from the hub in vain.
+    if not (problems and is_hub_id(arguments.checkpoint)):
         problems += _told(lambda: local_checkpoint(arguments.checkpoint))
     if problems:
         raise InputError(problems)

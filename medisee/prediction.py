@@ -100,7 +100,12 @@ def answer(model: MediSee, examples: Sequence[Example], mode: Mode, settings: Ev
     forced = settings.forced_answer.format(candidates=candidate_text(model.config.candidate_tokens))
     given = forced if mode == "forced" else None
     examples = [
-        replace(one, queries=tuple(replace(q, answer=given, mask=None, box=None, true_box=False, masked=True) for q in one.queries))
+        replace(
+            one,
+            queries=tuple(
+                replace(q, answer=given, mask=None, box=None, true_box=False, masked=True) for q in one.queries
+            ),
+        )
         for one in examples
     ]
     batch = model.processor(examples, packed=mode == "forced").to(device)

@@ -126,7 +126,11 @@ class MediSeeProcessor:
         self.image_tokens = image_token_count(config.mllm)
         self.mask_side = 4 * spec.grid
         before = tokenizer("[INST] ", add_special_tokens=False).input_ids
-        self.prefix: list[int] = [token_id(tokenizer, str(tokenizer.bos_token)), *before, *[self.image_id] * self.image_tokens]
+        self.prefix: list[int] = [
+            token_id(tokenizer, str(tokenizer.bos_token)),
+            *before,
+            *[self.image_id] * self.image_tokens,
+        ]
         self.image_start = 1 + len(before)
 
     def frame(self, height: int, width: int) -> Frame:

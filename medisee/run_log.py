@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -43,11 +41,11 @@ class RunLog:
         write_json(out / "run.json", self.facts)
         print(f"model: {total / 1e6:.1f}M parameters, {trained / 1e6:.1f}M of them learn", flush=True)
 
-    def losses(self, step: int, since_last: Sequence[Terms], norm: float, progress: tqdm) -> None:
-        """Logs the mean of the terms of all micro-batches since the last line."""
+    def losses(self, step: int, mean: Terms, norm: float, progress: tqdm) -> None:
+        """Logs the mean of the terms since the last line."""
         if not self.active:
             return
-        values = {f.name: float(torch.stack([getattr(t, f.name) for t in since_last]).mean()) for f in fields(Terms)}
+        values = {field.name: float(getattr(mean, field.name)) for field in fields(Terms)}
         self._append({"step": step, **values, "gradient_norm": norm, "seconds": time.perf_counter() - self.began})
         progress.set_postfix(loss=f"{values['total']:.2f}", text=f"{values['text']:.2f}", giou=f"{values['giou']:.2f}")
 

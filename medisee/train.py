@@ -35,7 +35,7 @@ from medisee.metrics import score, summarise
 from medisee.models.checkpoints import WEIGHTS, load_trained, save_checkpoint, trained_state
 from medisee.models.medisee import MediSee
 from medisee.models.mllm import load_tokenizer
-from medisee.models.objective import Terms, end_to_end_loss
+from medisee.models.objective import Terms, end_to_end_loss, mean_terms
 from medisee.models.tokenizer import add_candidate_tokens, train_tokenizer
 from medisee.optimization import DeepSpeedOptimization, Optimization, TorchOptimization, world_from_environment
 from medisee.precision import compute_dtype
@@ -105,7 +105,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
         norm = optimization.step()
         last = step == settings.steps
         if last or step % settings.log_every == 0:
-            log.losses(step, since_log, norm, progress)
+            log.losses(step, mean_terms(since_log, world=place.world), norm, progress)
             since_log.clear()
         if val is not None and (last or step % settings.val_every == 0):
             best = _validate(config, model, val, cache, step=step, best=best, log=log, place=place)

@@ -18,6 +18,7 @@ from medisee import MediSee, ask, ask_all, inference, overlay
 from medisee.errors import InputError, exit_code
 from medisee.inference import main, plain_text
 from medisee.masks import Rle, decode_mask
+from medisee.models import checkpoints
 
 Capture = pytest.CaptureFixture[str]
 Say = Callable[..., None]
@@ -282,6 +283,16 @@ def test_all_bad_input_is_told_together_and_nothing_is_written(
         assert [line for line in said if line.startswith(f"error: {start}") and part in line], (start, said)
     assert len(said) == 7
     assert files(tmp_path) == before
+
+
+def test_nothing_is_fetched_for_other_bad_input_but_a_missing_folder_is_told(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    said = refused(capsys, command(Path("lab/medisee"), tmp_path / "out", [tmp_path / "no.png"], "Where?"))
+    assert len(said) == 1
+    said = refused(capsys, command(tmp_path / "no", tmp_path / "out", [tmp_path / "no.png"], "Where?"))
+    assert len(said) == 2 and f"{tmp_path / 'no'}: no such folder" in said[1]
 
 
 def test_an_image_is_not_replaced_by_its_own_mask(

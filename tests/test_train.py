@@ -37,10 +37,11 @@ def losses(out: Path) -> dict[int, float]:
 
 
 @pytest.fixture
-def every_step(tiny_config: Run) -> Run:
-    """A tiny run of eight steps that logs each and saves every third, with LoRA's dropout to test the random state."""
+def every_step(tiny_config: Run, tiny_manifest: Path) -> Run:
+    """A tiny run of eight steps that logs each, saves every third and validates every fourth."""
     train_section = {"steps": 8, "log_every": 1, "save_every": 3, "val_every": 4, "warmup": 2, "accumulation": 2}
-    return {**tiny_config, "train": {**tiny_config["train"], **train_section}}
+    data = {**tiny_config["data"], "val": str(tiny_manifest)}
+    return {**tiny_config, "data": data, "train": {**tiny_config["train"], **train_section}}
 
 
 def test_a_run_leaves_a_checkpoint_logs_and_facts(every_step: Run, tmp_path: Path) -> None:

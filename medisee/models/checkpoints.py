@@ -143,6 +143,11 @@ def load_checkpoint(folder: Path, build: Any) -> MediSee:
     return model
 
 
+def is_hub_id(source: Path | str) -> bool:
+    """Tells whether a checkpoint's name is no path here but could be that of a hub repository."""
+    return not Path(source).exists() and _HUB_ID.fullmatch(str(source)) is not None
+
+
 def local_checkpoint(source: Path | str, revision: str | None = None) -> Path:
     """Returns the folder of a checkpoint: `source` itself, or where the files of a hub id were fetched to.
 
@@ -154,7 +159,7 @@ def local_checkpoint(source: Path | str, revision: str | None = None) -> Path:
         _read_config(folder)
         return folder
     problem = f"{source}: no such folder"
-    if not _HUB_ID.fullmatch(str(source)):
+    if not is_hub_id(source):
         raise InputError(f"{problem}; give the folder that training wrote, such as runs/demo/checkpoint, or a hub id.")
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(_HUB_FILES)))

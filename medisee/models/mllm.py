@@ -66,7 +66,10 @@ def load_mllm(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg: SegHeadSpec
     else:
         try:
             llava = LlavaForConditionalGeneration.from_pretrained(
-                config.source, revision=config.revision or "main", attn_implementation=config.attention, use_safetensors=True
+                config.source,
+                revision=config.revision or "main",
+                attn_implementation=config.attention,
+                use_safetensors=True,
             )
         except (OSError, ValueError) as error:
             raise InputError(_unreadable(config.source, error)) from error

@@ -5,6 +5,7 @@ Shapes: I targets, J targets whose masks are decoded, N supervised tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -67,6 +68,15 @@ def end_to_end_loss(output: Output, batch: Batch, weights: Loss, *, world: int =
         + weights.similarity * similarity
     )
     return Terms(total, text, bce, dice, l1, giou, similarity)
+
+
+def mean_terms(terms: Sequence[Terms], *, world: int = 1) -> Terms:
+    """Returns the mean over micro-batches, and over ranks: every rank calls it."""
+    values = torch.stack([torch.stack([getattr(one, field.name) for field in fields(Terms)]) for one in terms]).mean(0)
+    if world > 1:
+        torch.distributed.all_reduce(values)
+        values = values / world
+    return Terms(*values.unbind())
 
 
 def _mask_losses(output: Output, batch: Batch, weights: Loss) -> tuple[Tensor, Tensor]:

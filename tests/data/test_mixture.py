@@ -93,6 +93,26 @@ def test_other_seeds_draw_otherwise() -> None:
     assert len(orders) == 5
 
 
+@settings(deadline=None, max_examples=30)
+@given(sources, st.integers(1, 40))
+def test_a_source_that_joins_later(shape: list[tuple[int, int]], join: int) -> None:
+    """Before it joins the others keep their shares; then all do; and passes stay whole across the change."""
+    shape = [*shape, (4, 2)]
+    last = len(shape) - 1
+    own = Mixture([n for n, _ in shape], [w for _, w in shape], 0, first_draws=[0] * last + [join])
+    alone = mixture(shape[:-1])
+    found = draws(own, join + 120)
+    assert [(d.source, d.index) for d in found[:join]] == [(d.source, d.index) for d in draws(alone, join)]
+    weights = [weight for _, weight in shape]
+    length = sum(weights) // int(np.gcd.reduce(weights))
+    cycle = Counter(draw.source for draw in found[join : join + length])
+    assert [cycle[source] * sum(weights) for source in range(len(shape))] == [w * length for w in weights]
+    for source, (size, _) in enumerate(shape):
+        seen = [draw.index for draw in found if draw.source == source]
+        for first in range(0, len(seen) - size + 1, size):
+            assert sorted(seen[first : first + size]) == list(range(size))
+
+
 def run(**train: Any) -> Config:
     return config_from({"train": {"steps": 6, "accumulation": 2, "batch_size": 4} | train}, where="test")
 

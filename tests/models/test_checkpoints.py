@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,8 +80,8 @@ def test_saved_and_loaded_models_agree_to_the_last_bit(model: MediSee, tmp_path:
     )
     with torch.inference_mode():
         ours, theirs = model(batch), loaded(batch)
-    for name in ("boxes_I4", "masks_Ihh", "text_logits_NV", "similarity_IT"):
-        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    for field in fields(ours):
+        assert torch.equal(getattr(ours, field.name), getattr(theirs, field.name)), field.name
 
 
 def test_saving_replaces_nothing_but_checkpoints(model: MediSee, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -15,7 +15,8 @@ from medisee.models.heads import BoxDecoder, Router, TextProjection
 HIDDEN, WIDTH, TARGETS = 12, 7, 5
 
 
-def router(tokens: int, mode: Literal["soft", "hard"] = "soft", pick: int = 0) -> Router:
+def router(tokens: int, mode: Literal["soft", "hard"] = "soft", pick: int = 0) -> Any:
+    """A router, as Any: torch does not type the members of a Sequential."""
     torch.manual_seed(tokens)
     return Router(HIDDEN, tokens, width=WIDTH, mode=mode, pick=pick)
 
@@ -24,7 +25,7 @@ def states(tokens: int) -> Tensor:
     return torch.randn(TARGETS, tokens, HIDDEN, generator=torch.Generator().manual_seed(9))
 
 
-def numpy_weights(router: Router, tokens_IKD: Tensor) -> np.ndarray:
+def numpy_weights(router: Any, tokens_IKD: Tensor) -> np.ndarray:
     first, second = router.gate[0], router.gate[2]
     x = tokens_IKD.numpy().astype(np.float64).reshape(TARGETS, -1)
     hidden = x @ first.weight.detach().numpy().T + first.bias.detach().numpy()
@@ -98,7 +99,8 @@ def test_box_decoder_starts_at_the_centre_half_box() -> None:
 
 @torch.no_grad()
 def test_box_decoder_equals_numpy() -> None:
-    decoder, x = BoxDecoder(HIDDEN, WIDTH), states(1)[:, 0]
+    decoder: Any = BoxDecoder(HIDDEN, WIDTH)
+    x = states(1)[:, 0]
     decoder.layers[4].weight.normal_()
     values = x.numpy()
     for place in (0, 2, 4):
@@ -111,7 +113,8 @@ def test_box_decoder_equals_numpy() -> None:
 
 @pytest.mark.parametrize("way", ["autocast", "weights"])
 def test_boxes_are_float32_under_bfloat16(way: str) -> None:
-    decoder, x = BoxDecoder(HIDDEN, WIDTH), states(1)[:, 0]
+    decoder: Any = BoxDecoder(HIDDEN, WIDTH)
+    x = states(1)[:, 0]
     torch.nn.init.normal_(decoder.layers[4].weight)
     with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
         boxes = decoder(x) if way == "autocast" else decoder.bfloat16()(x.bfloat16())
@@ -120,7 +123,7 @@ def test_boxes_are_float32_under_bfloat16(way: str) -> None:
 
 
 def test_box_decoder_learns_from_its_start() -> None:
-    decoder = BoxDecoder(HIDDEN, WIDTH)
+    decoder: Any = BoxDecoder(HIDDEN, WIDTH)
     (decoder(states(1)[:, 0]) - 0.2).square().sum().backward()
     last = decoder.layers[4]
     assert last.weight.grad is not None
@@ -129,7 +132,8 @@ def test_box_decoder_learns_from_its_start() -> None:
 
 @torch.no_grad()
 def test_text_projection_is_linear_relu_linear() -> None:
-    projection, x = TextProjection(HIDDEN, 6), states(1)[:, 0]
+    projection: Any = TextProjection(HIDDEN, 6)
+    x = states(1)[:, 0]
     first, second = projection[0], projection[2]
     assert first.weight.shape == (HIDDEN, HIDDEN)
     hidden = np.maximum(x.numpy() @ first.weight.numpy().T + first.bias.numpy(), 0)

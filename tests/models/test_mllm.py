@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
-from medisee.config import Mllm
+from medisee.config import Mllm, Model
 from medisee.errors import InputError
 from medisee.models.medisee import MediSee
-from medisee.models.mllm import image_token_count, load_mllm, load_tokenizer, seg_head_tokens
+from medisee.models.mllm import POSITION_FREQUENCIES, image_token_count, load_mllm, load_tokenizer, seg_head_tokens
 from medisee.models.seg_head import SegHeadSpec
 from medisee.models.tokenizer import IMAGE_TOKEN, add_candidate_tokens, train_tokenizer
+from medisee.processing import Example
 
 BuildModel: TypeAlias = Callable[..., MediSee]
 
@@ -53,6 +54,12 @@ def built(**changes: Any) -> LlavaForConditionalGeneration:
     return load_mllm(mllm_config(**changes), new_tokenizer(), SPEC).eval()
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> list[int]:
+    ids = tokenizer.convert_tokens_to_ids(list(tokens))
+    assert isinstance(ids, list)
+    return ids
+
+
 def learning(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -65,7 +72,7 @@ def is_lora(name: str) -> bool:
 def test_candidate_tokens_stand_in_order_before_the_image_token(candidates: tuple[str, ...]) -> None:
     tokenizer = new_tokenizer(candidates)
     size = len(plain_tokenizer())
-    ids = tokenizer.convert_tokens_to_ids([*candidates, IMAGE_TOKEN])
+    ids = token_ids(tokenizer, *candidates, IMAGE_TOKEN)
     assert ids == list(range(size, size + len(candidates) + 1))
     assert len(tokenizer) == size + len(candidates) + 1
     for token, number in zip(candidates, ids, strict=False):
@@ -86,12 +93,14 @@ def test_image_token_count() -> None:
 
 
 def test_sizes_reach_the_llava() -> None:
-    text = built().config.text_config
+    llava: Any = built()
+    text = llava.config.text_config
     assert (text.hidden_size, text.num_hidden_layers, text.num_attention_heads) == (32, 2, 4)
     assert (text.num_key_value_heads, text.intermediate_size, text.vocab_size) == (2, 64, len(new_tokenizer()))
     assert text.sliding_window is None
-    assert built().get_input_embeddings().weight.shape == (len(new_tokenizer()), 32)
-    assert built().get_output_embeddings().weight.data_ptr() != built().get_input_embeddings().weight.data_ptr()
+    embedding, output = llava.get_input_embeddings().weight, llava.get_output_embeddings().weight
+    assert embedding.shape == output.shape == (len(new_tokenizer()), 32)
+    assert embedding.data_ptr() != output.data_ptr()
 
 
 def test_mistral_7b_is_the_default() -> None:
@@ -160,13 +169,14 @@ def test_a_vision_tower_from_the_seg_head_has_no_weights() -> None:
 
 def test_seg_head_tokens_are_row_by_row_and_know_their_place() -> None:
     embedding = torch.randn(1, SPEC.channels, SPEC.grid, SPEC.grid)
-    changed = embedding.clone()
-    changed[:, :, :2, 2:] += torch.randn(1, SPEC.channels, 2, 2)
-    before, after = seg_head_tokens(embedding, 2), seg_head_tokens(changed, 2)
-    moved = (before != after).any(dim=2)[0]
-    assert moved.tolist() == [False, True, False, False]
-    blank = seg_head_tokens(torch.zeros_like(embedding), 2)[0]
-    assert len({tuple(token) for token in blank.tolist()}) == 4
+    swapped = embedding.clone()
+    swapped[:, :, :2, 2:], swapped[:, :, 2:, :2] = embedding[:, :, 2:, :2], embedding[:, :, :2, 2:]
+    waves = 4 * POSITION_FREQUENCIES
+    before, after = seg_head_tokens(embedding, 2)[0], seg_head_tokens(swapped, 2)[0]
+    torch.testing.assert_close(after[:, :-waves], before[[0, 2, 1, 3], :-waves])
+    assert (before[1, :-waves] - before[2, :-waves]).abs().max() > 0.1
+    assert torch.equal(after[:, -waves:], before[:, -waves:])
+    assert len({tuple(place) for place in before[:, -waves:].tolist()}) == 4
 
 
 def test_a_seg_head_grid_that_does_not_divide_is_refused() -> None:
@@ -223,7 +233,7 @@ def test_a_saved_llava_keeps_its_logits(saved: Saved, train: str) -> None:
     llava = load_mllm(config, tokenizer, SPEC).eval()
     old = len(plain_tokenizer()) + 1
     before = saved.logits(saved.llava, old - 1)
-    after = saved.logits(llava, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    after = saved.logits(llava, token_ids(tokenizer, IMAGE_TOKEN)[0])
     assert after.shape[-1] == old + 2
     torch.testing.assert_close(after[..., :old], before, rtol=1e-5, atol=1e-5)
 
@@ -232,7 +242,7 @@ def test_a_saved_llava_brings_its_tokenizer(saved: Saved) -> None:
     config = mllm_config(source=str(saved.folder))
     tokenizer = load_tokenizer(config, CANDIDATES)
     old = len(plain_tokenizer()) + 1
-    assert tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, *CANDIDATES]) == [old - 1, old, old + 1]
+    assert token_ids(tokenizer, IMAGE_TOKEN, *CANDIDATES) == [old - 1, old, old + 1]
     text = "Where is the left lung?"
     assert tokenizer(text, add_special_tokens=False).input_ids == saved.ids[0].tolist()
     assert tokenizer.pad_token_id == 0
@@ -246,7 +256,8 @@ def test_a_pretrained_projector_is_frozen(saved: Saved) -> None:
 
 def test_new_embeddings_are_finite_and_of_the_size_of_old_ones(saved: Saved) -> None:
     config = mllm_config(source=str(saved.folder))
-    weight = load_mllm(config, load_tokenizer(config, CANDIDATES), SPEC).get_input_embeddings().weight
+    llava: Any = load_mllm(config, load_tokenizer(config, CANDIDATES), SPEC)
+    weight = llava.get_input_embeddings().weight
     assert torch.isfinite(weight).all()
     assert weight[-2:].norm(dim=1).max() < 3 * weight[:-2].norm(dim=1).max()
 
@@ -258,6 +269,18 @@ def test_an_unreadable_source_is_an_input_error(tmp_path: Path, source: str) -> 
         with pytest.raises(InputError, match=r"model\.mllm\.source") as caught:
             load()
         assert len(caught.value.problems) == 1
+
+
+@pytest.mark.xfail(reason="heads are float32 and states bf16: without autocast the routers refuse them")
+@torch.no_grad()
+def test_a_llava_saved_in_bfloat16_answers(saved: Saved, make_example: Callable[..., Example]) -> None:
+    """Published models are stored in 16 bit; validation, evaluation and inference run without autocast."""
+    saved.llava.bfloat16().save_pretrained(saved.folder)
+    head = {"vit": "micro", "size": 64}
+    config = Model.model_validate({"mllm": SMALL | {"source": str(saved.folder)}, "seg_head": head})
+    model = MediSee(config, load_tokenizer(config.mllm, CANDIDATES)).eval()
+    output = model(model.processor([make_example(["Where is the left lung?"], answer="It is [SEG] and [BBOX].")]))
+    assert torch.isfinite(output.boxes_I4).all()
 
 
 def test_both_kinds_of_image_tokens_build_a_whole_model(build_tiny: BuildModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -31,18 +32,19 @@ sequences = st.lists(
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
 def mistral(request: pytest.FixtureRequest) -> MistralModel:
     torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=None,
-        initializer_range=0.3,
-        attn_implementation=request.param,
-    )
-    return MistralModel(config).eval()
+    # As a dict, since transformers does not declare the kernel among the parameters.
+    sizes: dict[str, Any] = {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": None,
+        "initializer_range": 0.3,
+        "attn_implementation": request.param,
+    }
+    return MistralModel(MistralConfig(**sizes)).eval()
 
 
 def states(
