@@ -274,6 +274,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _facts(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    # Without the images' folders, which may be named after patients.
     settings = {
         "checkpoint": arguments.checkpoint,
         "images": [image.name for image in arguments.image],
@@ -281,10 +282,7 @@ def _facts(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any
         "decode": arguments.decode,
         "max_new_tokens": arguments.max_new_tokens,
     }
-    facts = run_facts(settings, seed=0, device=device)
-    # The settings say the same without the images' folders, which may be named after patients.
-    del facts["command"]
-    return facts
+    return run_facts(settings, seed=0, device=device)
 
 
 def _folders(out: Path, images: Sequence[Path], queries: int) -> list[list[Path]]:

@@ -52,14 +52,16 @@ def all_questions(manifest: Manifest, limit: int | None = None, seed: int = 0) -
 def shuffled_questions(asked: Sequence[Asked], seed: int = 0) -> list[Asked]:
     """Gives every target a question about another category: what scores then is not understood but guessed."""
     rng = random.Random(seed)
-    pool = [(target.category, qa) for one in asked for target, qa in one.questions]
-    shuffled = []
-    for one in asked:
-        others = [[qa for category, qa in pool if category != target.category] for target, _ in one.questions]
-        drawn = [rng.choice(foreign) if foreign else qa for foreign, (_, qa) in zip(others, one.questions, strict=True)]
-        pairs = zip(one.questions, drawn, strict=True)
-        shuffled.append(Asked(one.record, tuple((target, qa) for (target, _), qa in pairs)))
-    return shuffled
+    pool: dict[str, list[QA]] = {}
+    for target, qa in (pair for one in asked for pair in one.questions):
+        pool.setdefault(target.category, []).append(qa)
+
+    def foreign(target: Target, own: QA) -> QA:
+        others = [category for category in pool if category != target.category]
+        counts = [len(pool[category]) for category in others]
+        return rng.choice(pool[rng.choices(others, counts)[0]]) if others else own
+
+    return [Asked(one.record, tuple((t, foreign(t, qa)) for t, qa in one.questions)) for one in asked]
 
 
 def predict(

@@ -1,5 +1,7 @@
-"""run.json: what made a result - configuration, commit, versions, device, seed, time. No patient field, no key, no path
-outside the run."""
+"""run.json: what made a result - configuration, commit, versions, device, seed, time. No patient field, no key.
+
+Of the command line only the program's name is kept: names of folders and images can be patient data.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ _PACKAGES = ("medisee", "torch", "transformers", "peft", "deepspeed", "segment-a
 def run_facts(settings: dict[str, Any], seed: int, device: torch.device | str) -> dict[str, Any]:
     """Returns the facts to write beside a result; `settings` is the resolved configuration."""
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": Path(sys.argv[0]).name,
         "settings": settings,
         "seed": seed,
         "device": _device_name(torch.device(device)),

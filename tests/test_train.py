@@ -156,6 +156,24 @@ def test_the_checkpoint_is_chosen_on_val(every_step: Run, tmp_path: Path) -> Non
     assert figures[kept] == max(figures.values())
 
 
+def test_a_vision_tower_works_beside_cached_features(every_step: Run, tmp_path: Path) -> None:
+    vision = {"image_tokens": "vision_tower", "vision_hidden": 64, "vision_layers": 2, "vision_size": 28}
+    model = {**every_step["model"], "mllm": {**every_step["model"]["mllm"], **vision}}
+    data = {**every_step["data"], "cache": str(tmp_path / "cache")}
+    train(configured({**every_step, "model": model, "data": data}, train={"out": str(tmp_path / "run"), "steps": 2}))
+    assert sorted(losses(tmp_path / "run")) == [1, 2]
+
+
+def test_a_source_joins_at_its_step_and_masks_can_be_few(every_step: Run, tiny_manifest: Path, tmp_path: Path) -> None:
+    sources = [{"records": str(tiny_manifest)}, {"records": str(tiny_manifest), "from_step": 4, "weight": 3}]
+    section = {"out": str(tmp_path), "mask_from": 2, "masks_per_image": 1, "true_box": 1.0, "true_box_until": 6}
+    train(configured(every_step, data={"train": sources}, train=section))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    dice = {line["step"]: line["dice"] for line in lines if "dice" in line}
+    assert [dice[step] for step in (1, 2)] == [0, 0]
+    assert all(dice[step] > 0 for step in range(3, 9))
+
+
 def test_warmup_decay() -> None:
     section = Config().train.model_copy(update={"warmup": 4, "steps": 10})
     assert [warmup_decay(section, step) for step in range(11)] == pytest.approx(

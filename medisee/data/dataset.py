@@ -30,6 +30,7 @@ def record_example(
     cache: FeatureCache | None,
     *,
     truth: bool = True,
+    keep_image: bool = False,
 ) -> Example:
     """Reads one record's image, or its cached features, and its masks.
 
@@ -39,6 +40,7 @@ def record_example(
         asked: the targets and questions to ask.
         cache: frozen features; the image is read only where they are missing.
         truth: read masks and boxes.
+        keep_image: read the image even where its features are cached, for a vision tower of its own.
     """
     path = manifest.image_path(record)
     cached = cache is not None and path in cache
@@ -52,7 +54,7 @@ def record_example(
         queries.append(
             Query(record=record.id, target=target.id, question=qa.question, answer=qa.answer, mask=mask, box=box)
         )
-    if cached and height:
+    if cached and height and not keep_image:
         return Example(None, height, width, tuple(queries), cache.read(path) if cache is not None else None)
     image = read_image(path)
     embedding = cache.read(path) if cached and cache is not None else None
@@ -85,7 +87,8 @@ class TrainingData(Dataset[Example]):
             (target, rng.choice(asked_questions(target, target.category, rng)))
             for target in targets[: data.targets_per_image]
         ]
-        example = record_example(manifest, record, asked, self.cache)
+        keep_image = self.config.model.mllm.image_tokens == "vision_tower"
+        example = record_example(manifest, record, asked, self.cache, keep_image=keep_image)
         noisy = [self._noise(query, step, rng) for query in example.queries]
         most = train.masks_per_image or len(noisy)
         queries = tuple(replace(query, masked=place < most) for place, query in enumerate(noisy))

@@ -92,7 +92,7 @@ class MediSee(nn.Module):
         """
         embedding_BCGG = self.embed_images(batch)
         hidden_SLD = self.hidden_states(batch, embedding_BCGG)
-        tokens_IKD = hidden_SLD[batch.sequence_of_target_I[:, None], batch.candidates_IK]
+        tokens_IKD = hidden_SLD[batch.sequence_of_target_I[:, None], batch.candidates_IK].to(self.head_dtype)
         boxes_I4 = cxcywh_to_xyxy(self.box_decoder(self.box_router(tokens_IKD)))
         segmentation_ID = self.seg_router(tokens_IKD)
         masks_Jhh = self.decode_masks(batch, embedding_BCGG, segmentation_ID, boxes_I4) if masks else None
@@ -103,6 +103,11 @@ class MediSee(nn.Module):
             text_logits_NV=self.mllm.lm_head(supervised_ND),
             similarity_IT=self._similarity(batch, hidden_SLD, segmentation_ID),
         )
+
+    @property
+    def head_dtype(self) -> torch.dtype:
+        """The type of routers and decoders: float32, even where the language model is stored in 16 bit."""
+        return self.text_projection[0].weight.dtype  # type: ignore[return-value]
 
     def embed_images(self, batch: Batch) -> Tensor:
         """Returns f = G_enc(x_img), (B, C, G, G), from the cache where the batch brings it."""
@@ -164,7 +169,7 @@ class MediSee(nn.Module):
         )
         # Step t's last state predicts token t: the state that the routers were trained on.
         states_SLD = torch.stack([step[-1][:, -1] for step in result.hidden_states], dim=1)
-        tokens_IKD, emitted = self._written_candidates(result.sequences, states_SLD)
+        tokens_IKD, emitted = self._written_candidates(result.sequences, states_SLD.to(self.head_dtype))
         boxes_I4 = cxcywh_to_xyxy(self.box_decoder(self.box_router(tokens_IKD)))
         masks_Jhh = self.decode_masks(batch, embedding_BCGG, self.seg_router(tokens_IKD), boxes_I4)
         texts = self.tokenizer.batch_decode(self._without_padding(result.sequences), skip_special_tokens=False)

@@ -22,6 +22,7 @@ from transformers import (
     MistralConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from medisee.config import Mllm
 from medisee.errors import InputError
@@ -73,10 +74,14 @@ def load_mllm(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg: SegHeadSpec
             )
         except (OSError, ValueError) as error:
             raise InputError(_unreadable(config.source, error)) from error
+        _check_vision(llava, config)
         llava.resize_token_embeddings(len(tokenizer))
         llava.config.image_token_id = token_id(tokenizer, IMAGE_TOKEN)
     if config.image_tokens == "seg_head":
         llava.model.vision_tower = nn.Identity()
+        if config.source is not None:
+            llava.config.vision_config.hidden_size = _seg_token_width(config, seg)
+            llava.model.multi_modal_projector = LlavaMultiModalProjector(llava.config).to(llava.dtype)
     _choose_trained(llava, config)
     return llava
 
@@ -122,13 +127,8 @@ def _llava_config(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg: SegHead
         tie_word_embeddings=False,
     )
     seg_tokens = config.image_tokens == "seg_head"
-    if seg_tokens and seg.grid % config.image_grid:
-        raise InputError(
-            f"model.mllm.image_grid = {config.image_grid}: must divide the seg head's embedding of {seg.grid} x {seg.grid}."
-        )
-    seg_width = seg.channels * (seg.grid // config.image_grid) ** 2 + 4 * POSITION_FREQUENCIES
     vision = CLIPVisionConfig(
-        hidden_size=seg_width if seg_tokens else config.vision_hidden,
+        hidden_size=_seg_token_width(config, seg) if seg_tokens else config.vision_hidden,
         intermediate_size=4 if seg_tokens else 4 * config.vision_hidden,
         num_hidden_layers=1 if seg_tokens else config.vision_layers,
         num_attention_heads=1 if seg_tokens else max(1, config.vision_hidden // 64),
@@ -143,6 +143,22 @@ def _llava_config(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg: SegHead
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     )
+
+
+def _seg_token_width(config: Mllm, seg: SegHeadSpec) -> int:
+    if seg.grid % config.image_grid:
+        raise InputError(
+            f"model.mllm.image_grid = {config.image_grid}: must divide the seg head's embedding of {seg.grid} x {seg.grid}."
+        )
+    return seg.channels * (seg.grid // config.image_grid) ** 2 + 4 * POSITION_FREQUENCIES
+
+
+def _check_vision(llava: LlavaForConditionalGeneration, config: Mllm) -> None:
+    size = llava.config.vision_config.image_size
+    if config.image_tokens == "vision_tower" and size != config.vision_size:
+        raise InputError(
+            f"model.mllm.vision_size = {config.vision_size}: {config.source} was trained at {size}; set it to {size}."
+        )
 
 
 def image_token_count(config: Mllm) -> int:

@@ -271,7 +271,6 @@ def test_an_unreadable_source_is_an_input_error(tmp_path: Path, source: str) -> 
         assert len(caught.value.problems) == 1
 
 
-@pytest.mark.xfail(reason="heads are float32 and states bf16: without autocast the routers refuse them")
 @torch.no_grad()
 def test_a_llava_saved_in_bfloat16_answers(saved: Saved, make_example: Callable[..., Example]) -> None:
     """Published models are stored in 16 bit; validation, evaluation and inference run without autocast."""
@@ -290,3 +289,21 @@ def test_both_kinds_of_image_tokens_build_a_whole_model(build_tiny: BuildModel) 
         names = {name.split(".")[0] for name in learning(model)}
         expected = {"mllm", "seg_router", "box_router", "box_decoder", "text_projection", "seg_head"}
         assert names == expected
+
+
+@torch.no_grad()
+def test_a_saved_llava_can_take_image_tokens_from_the_seg_head(
+    saved: Saved, make_example: Callable[..., Example]
+) -> None:
+    changes = {"source": str(saved.folder), "image_tokens": "seg_head"}
+    config = Model.model_validate({"mllm": SMALL | changes, "seg_head": {"vit": "micro", "size": 64}})
+    model = MediSee(config, load_tokenizer(config.mllm, CANDIDATES)).eval()
+    output = model(model.processor([make_example(["Where is the left lung?"], answer="It is [SEG] and [BBOX].")]))
+    assert torch.isfinite(output.boxes_I4).all()
+    assert "mllm.model.multi_modal_projector.linear_1.weight" in learning(model)
+
+
+def test_another_vision_size_than_the_saved_one_is_an_input_error(saved: Saved) -> None:
+    config = mllm_config(source=str(saved.folder), vision_size=42)
+    with pytest.raises(InputError, match=r"vision_size = 42: .* was trained at 28; set it to 28"):
+        load_mllm(config, load_tokenizer(config, CANDIDATES), SPEC)
