@@ -9,6 +9,7 @@ Shapes: B images, T image tokens, D hidden, G side of the seg head's embedding, 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -80,7 +81,8 @@ def load_mllm(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg: SegHeadSpec
     if config.image_tokens == "seg_head":
         llava.model.vision_tower = nn.Identity()
         if config.source is not None:
-            llava.config.vision_config.hidden_size = _seg_token_width(config, seg)
+            vision: Any = llava.config.vision_config
+            vision.hidden_size = _seg_token_width(config, seg)
             llava.model.multi_modal_projector = LlavaMultiModalProjector(llava.config).to(llava.dtype)
     _choose_trained(llava, config)
     return llava
@@ -154,7 +156,8 @@ def _seg_token_width(config: Mllm, seg: SegHeadSpec) -> int:
 
 
 def _check_vision(llava: LlavaForConditionalGeneration, config: Mllm) -> None:
-    size = llava.config.vision_config.image_size
+    vision: Any = llava.config.vision_config
+    size = vision.image_size
     if config.image_tokens == "vision_tower" and size != config.vision_size:
         raise InputError(
             f"model.mllm.vision_size = {config.vision_size}: {config.source} was trained at {size}; set it to {size}."
