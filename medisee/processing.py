@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from medisee.config import Model
 from medisee.data.prompts import CANDIDATE_TOKENS, candidate_text
 from medisee.errors import InputError
 from medisee.geometry import Frame, fit, mask_to_frame, normalise_box, to_frame
 from medisee.masks import mask_box
+from medisee.model_config import Model
 from medisee.models.mllm import MAX_TOKENS, image_token_count
 from medisee.models.packing import pack
 from medisee.models.seg_head import SegHeadSpec

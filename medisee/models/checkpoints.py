@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from medisee.config import Model, config_from
+from medisee.config import config_from
 from medisee.errors import InputError
 from medisee.files import atomic_path, sha256, write_json
+from medisee.model_config import Model
 from medisee.models.lite_medsam import packaged_weights
 
 if TYPE_CHECKING:

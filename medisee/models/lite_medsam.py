@@ -12,8 +12,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from medisee.config import SegHeadConfig
 from medisee.errors import InputError
+from medisee.model_config import SamSizes, SegHeadConfig
 from medisee.models.seg_head import SamHead, SegHeadSpec, load_weights, sam_parts
 
 STRIDE = 4
@@ -65,7 +65,7 @@ def lite_medsam_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
         raise InputError(f"model.seg_head.size = {config.size}: LiteMedSAM needs a multiple of 32.")
     grid = config.size // STRIDE
     spec = SegHeadSpec(config.size, config.resize, config.pixels, CHANNELS, grid)
-    head = SamHead(LiteEncoder(config.size), *sam_parts(CHANNELS, grid, config.size), spec)
+    head = SamHead(LiteEncoder(config.size), *sam_parts(SamSizes(), grid, config.size), spec)
     if weights:
         load_weights(head, Path(config.checkpoint) if config.checkpoint else packaged_weights())
     return head

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from medisee.config import Model
 from medisee.geometry import boxes_to_frame, cxcywh_to_xyxy
+from medisee.model_config import Model
 from medisee.models.checkpoints import load_checkpoint, local_checkpoint, push_checkpoint, save_checkpoint
 from medisee.models.heads import BoxDecoder, Router, TextProjection
 from medisee.models.lite_medsam import lite_medsam_head

@@ -25,8 +25,8 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from medisee.config import Mllm
 from medisee.errors import InputError
+from medisee.model_config import Mllm
 from medisee.models.seg_head import SegHeadSpec
 from medisee.models.tokenizer import IMAGE_TOKEN, add_candidate_tokens, token_id
 
@@ -131,9 +131,9 @@ def _llava_config(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg: SegHead
     seg_tokens = config.image_tokens == "seg_head"
     vision = CLIPVisionConfig(
         hidden_size=_seg_token_width(config, seg) if seg_tokens else config.vision_hidden,
-        intermediate_size=4 if seg_tokens else 4 * config.vision_hidden,
+        intermediate_size=4 if seg_tokens else config.vision_intermediate or 4 * config.vision_hidden,
         num_hidden_layers=1 if seg_tokens else config.vision_layers,
-        num_attention_heads=1 if seg_tokens else max(1, config.vision_hidden // 64),
+        num_attention_heads=1 if seg_tokens else config.vision_heads or max(1, config.vision_hidden // 64),
         image_size=config.vision_size,
         patch_size=PATCH,
     )

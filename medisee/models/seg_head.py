@@ -15,8 +15,8 @@ import torch
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
 from torch import Tensor, nn
 
-from medisee.config import SegHeadConfig
 from medisee.errors import InputError
+from medisee.model_config import SamSizes, SegHeadConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,33 +134,28 @@ class SamHead(nn.Module):
         return torch.cat(parts, dim=1)
 
 
-@dataclass(frozen=True, slots=True)
-class _VitSize:
-    width: int
-    depth: int
-    heads: int
-    global_attention: tuple[int, ...]
-
-
 _VIT = {
-    "b": _VitSize(768, 12, 12, (2, 5, 8, 11)),
-    "l": _VitSize(1024, 24, 16, (5, 11, 17, 23)),
-    "h": _VitSize(1280, 32, 16, (7, 15, 23, 31)),
-    "micro": _VitSize(32, 2, 2, (1,)),
+    "b": SamSizes(),
+    "l": SamSizes(width=1024, depth=24, heads=16, global_attention=(5, 11, 17, 23)),
+    "h": SamSizes(width=1280, depth=32, heads=16, global_attention=(7, 15, 23, 31)),
+    "micro": SamSizes(width=32, depth=2, heads=2, global_attention=(1,), channels=32),
 }
 
 
-def sam_parts(channels: int, grid: int, size: int) -> tuple[PromptEncoder, MaskDecoder]:
+def sam_parts(sizes: SamSizes, grid: int, size: int) -> tuple[PromptEncoder, MaskDecoder]:
     """Builds SAM's prompt encoder and mask decoder for a frame of side `size` and an embedding of side `grid`."""
+    channels = sizes.channels
     prompt_encoder = PromptEncoder(
         embed_dim=channels, image_embedding_size=(grid, grid), input_image_size=(size, size), mask_in_chans=16
     )
     mask_decoder = MaskDecoder(
         num_multimask_outputs=3,
-        transformer=TwoWayTransformer(depth=2, embedding_dim=channels, mlp_dim=2048, num_heads=8),
+        transformer=TwoWayTransformer(
+            depth=2, embedding_dim=channels, mlp_dim=sizes.decoder_mlp, num_heads=sizes.decoder_heads
+        ),
         transformer_dim=channels,
         iou_head_depth=3,
-        iou_head_hidden_dim=256,
+        iou_head_hidden_dim=sizes.iou_hidden,
     )
     return prompt_encoder, mask_decoder
 
@@ -173,22 +168,21 @@ def sam_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
     """
     if config.size % 16:
         raise InputError(f"model.seg_head.size = {config.size}: SAM's patches are 16 pixels; use a multiple of 16.")
-    vit = _VIT[config.vit]
-    channels = 32 if config.vit == "micro" else 256
+    sizes = config.sizes or _VIT[config.vit]
     grid = config.size // 16
     encoder = ImageEncoderViT(
         img_size=config.size,
-        embed_dim=vit.width,
-        depth=vit.depth,
-        num_heads=vit.heads,
-        global_attn_indexes=vit.global_attention,
-        out_chans=channels,
+        embed_dim=sizes.width,
+        depth=sizes.depth,
+        num_heads=sizes.heads,
+        global_attn_indexes=sizes.global_attention,
+        out_chans=sizes.channels,
         qkv_bias=True,
         use_rel_pos=True,
-        window_size=14,
+        window_size=sizes.window,
         norm_layer=_LayerNorm,
     )
-    head = SamHead(encoder, *sam_parts(channels, grid, config.size), _spec(config, channels, grid))
+    head = SamHead(encoder, *sam_parts(sizes, grid, config.size), _spec(config, sizes.channels, grid))
     if weights and config.checkpoint is not None:
         load_weights(head, Path(config.checkpoint))
     return head

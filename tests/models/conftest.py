@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from medisee.config import Model, config_from
+from medisee.config import config_from
+from medisee.model_config import Model
 from medisee.models.medisee import MediSee
 from medisee.models.tokenizer import add_candidate_tokens, train_tokenizer
 from medisee.processing import Example, Query

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from medisee.config import SegHeadConfig
 from medisee.errors import InputError
+from medisee.model_config import SegHeadConfig
 from medisee.models import lite_medsam
 from medisee.models.lite_medsam import LiteEncoder, lite_medsam_head, packaged_weights
 from medisee.models.seg_head import Prompts, SamHead

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
-from medisee.config import Mllm, Model
 from medisee.errors import InputError
+from medisee.model_config import Mllm, Model
 from medisee.models.medisee import MediSee
 from medisee.models.mllm import POSITION_FREQUENCIES, image_token_count, load_mllm, load_tokenizer, seg_head_tokens
 from medisee.models.seg_head import SegHeadSpec

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from medisee.config import SegHeadConfig
 from medisee.errors import InputError
+from medisee.model_config import SegHeadConfig
 from medisee.models.seg_head import Prompts, SamHead, load_weights, sam_head
 
 SIZE = 64
