@@ -2,6 +2,9 @@
 
 YAML files may start with `base: other.yaml` and then hold only the difference. Dotted overrides (`train.lr=1e-4`) win
 over files. An unknown key is an error that names the nearest known one. `--print-config` prints the resolved run.
+
+`compat: release` computes what the authors' release computes: RELEASE lists its values, and each can still be set by
+itself.
 """
 
 from __future__ import annotations
@@ -15,6 +18,21 @@ from pydantic import Field, ValidationError, model_validator
 
 from medisee.errors import InputError, nearest
 from medisee.model_config import Model, Section
+
+RELEASE: dict[str, Any] = {
+    "model": {
+        "box_frame": "frame",
+        "box_dtype": "bfloat16",
+        "mllm": {"vision_input": "centre_crop"},
+        "seg_head": {"resize": "longest", "pixels": "sam"},
+    },
+    "loss": {"box": 2.0, "degenerate_giou": "constant"},
+    "data": {"boxes": "inclusive"},
+    "eval": {"forced_answer": "{candidates}."},
+}
+"""What `compat: release` sets: what the release computes otherwise than we do. Its other defects are none of computing
+and have no switch: it chooses the best epoch on the test file, draws samples without a seed, and generates without
+routers and box prompt."""
 
 
 class Loss(Section):
@@ -32,6 +50,9 @@ class Loss(Section):
     """Lambda_L1, on normalised xyxy."""
     giou: float = 1.0
     """Lambda_giou."""
+    degenerate_giou: Literal["finite", "constant"] = "finite"
+    """GIoU of boxes without area. `finite`: every box has its own value and gradient. `constant`: one such box takes the
+    gradient of all boxes of its image (release)."""
     similarity: float = 0.0
     """Cross-entropy between sim(h_img, h_seg) and the true mask on the image-token grid. Not in the paper: it gives a
     model that starts from random weights a direct signal of where things are."""
@@ -64,6 +85,9 @@ class Data(Section):
     """Folder the val manifest's paths are relative to; null: the manifest's own folder."""
     categories: str | None = None
     """JSON file {category: [names that count as naming it]}; null: the category itself."""
+    boxes: Literal["half_open", "inclusive"] = "half_open"
+    """Right and lower end of the true boxes in training. `half_open`: behind the mask's last pixel. `inclusive`: at it,
+    so that the last row and column are left out (release). Scores always take half-open boxes."""
     targets_per_image: int = Field(default=3, ge=1)
     """Up to this many targets are drawn per image (release: 3)."""
     word_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -74,6 +98,8 @@ class Data(Section):
     """Folder for the frozen encoder's features; null: the encoder runs every time."""
     cache_dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Precision in which cached features are computed; they are stored in 16 bit."""
+    skip_corrupt: bool = False
+    """Whether training names, counts and replaces records whose image or mask cannot be read; false: it stops."""
 
     @model_validator(mode="after")
     def _check(self) -> Data:
@@ -94,7 +120,10 @@ class Train(Section):
     batch_size: int = Field(default=15, ge=1)
     """Images per rank and micro-batch."""
     accumulation: int = Field(default=10, ge=1)
-    """Micro-batches per optimizer step."""
+    """Micro-batches per optimizer step; each counts the same, as in the release."""
+    global_batch: int | None = Field(default=None, ge=1)
+    """Images per optimizer step over all ranks: `accumulation` then follows from the number of ranks, so that the
+    effective batch stays when it changes. null: ranks x batch_size x accumulation (the paper: 4 x 15 x 10)."""
     lr: float = Field(default=3e-4, gt=0)
     """Peak learning rate of AdamW."""
     lr_mask_decoder: float | None = None
@@ -110,10 +139,22 @@ class Train(Section):
     dtype: Literal["float32", "bfloat16", "auto"] = "bfloat16"
     """Compute precision; geometry, losses and optimizer state stay in float32. `auto`: bfloat16 where the device
     multiplies it faster than float32 (GPUs since Ampere, CPUs with AMX), float32 elsewhere."""
+    recompute_layers: bool = False
+    """Whether the language model's layers keep their inputs only and compute again in the backward pass (activation
+    checkpointing): a third more arithmetic, and far less memory. The paper's run needs it on 48 GB; --plan tells."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO stage, under its launcher."""
+    """DeepSpeed ZeRO stage, under its launcher: 1 cuts the optimizer's state among the ranks, 2 the gradients too (the
+    paper), 3 the weights too."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What DeepSpeed keeps in the CPU's memory: `optimizer`: AdamW's state and step (ZeRO 1 to 3). `parameters`: the
+    weights as well (ZeRO 3)."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """More of DeepSpeed's own settings, merged over ours, such as {zero_optimization: {overlap_comm: true}}."""
     mask_from: int = Field(default=0, ge=0)
     """First step at which the mask decoder runs: earlier steps train text and boxes only. 0 in the paper's run."""
+    coarse_masks_until: int = Field(default=0, ge=0)
+    """Last step at which the mask decoder reads features of half the side, at about a quarter of the cost. 0 in the
+    paper's run."""
     masks_per_image: int | None = Field(default=None, ge=1)
     """Masks are decoded and learnt for this many of an image's targets, drawn anew each time; null: all, the paper's
     way. The mask decoder is the dearest part of a small model's step."""
@@ -125,11 +166,20 @@ class Train(Section):
     log_every: int = Field(default=10, ge=1)
     """Steps between log lines."""
     save_every: int = Field(default=500, ge=1)
-    """Steps between checkpoints for resuming."""
+    """Steps between saved states for --resume."""
+    keep_last: int = Field(default=2, ge=1)
+    """Saved states that stay: were the newest damaged, the one before would serve."""
     val_every: int = Field(default=500, ge=1)
     """Steps between validations."""
     val_limit: int | None = None
     """Images of val used for choosing the checkpoint; null: all."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Train:
+        needed = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < needed:
+            raise ValueError(f"offload {self.offload} needs zero_stage {needed} or more")
+        return self
 
 
 class Eval(Section):
@@ -148,6 +198,9 @@ class Eval(Section):
 class Config(Section):
     """One run: model, loss, data, training, evaluation."""
 
+    compat: Literal["none", "release"] = "none"
+    """`release`: what is not set otherwise takes the values with which the authors' release computes. `none`: ours,
+    which correct its defects."""
     model: Model = Model()
     """The model's parts and sizes."""
     loss: Loss = Loss()
@@ -158,6 +211,13 @@ class Config(Section):
     """Optimisation."""
     eval: Eval = Eval()
     """Evaluation and inference."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _compat(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("compat") == "release":
+            return _merge(RELEASE, values)
+        return values
 
 
 def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:

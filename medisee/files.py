@@ -25,12 +25,10 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        if temporary.is_file():
-            with temporary.open("rb+") as handle:
-                os.fsync(handle.fileno())
         if temporary.is_dir():
             replace_folder(temporary, path)
         else:
+            _sync(temporary)
             os.replace(temporary, path)
     finally:
         if temporary.is_dir():
@@ -40,13 +38,34 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Puts a complete folder in the place of an older one, which may be absent."""
+    """Puts a complete folder in the place of an older one, which may be absent, when all of it is on the disk."""
+    for path in new.rglob("*"):
+        _sync(path)
+    _sync(new)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.is_dir():
         os.rename(folder, old)
     os.rename(new, folder)
+    _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Undoes a `replace_folder` that was killed between its two renames, and removes what others have left over."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.is_dir() and not folder.exists():
+        os.rename(old, folder)
+    for left in folder.parent.glob(f".{folder.name}.*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -69,20 +69,35 @@ def to_frame(image: np.ndarray, frame: Frame, pixels: Literal["sam", "minmax"]) 
     return F.pad(values, (0, frame.size - frame.resized_width, 0, frame.size - frame.resized_height))
 
 
-def boxes_to_frame(boxes_I4: Tensor, frames: list[Frame]) -> Tensor:
-    """Maps normalised xyxy boxes (I, 4) into frame pixels, each by its image's own resized size.
+def boxes_to_frame(boxes_I4: Tensor, frames: list[Frame], scale: Literal["resized", "frame"] = "resized") -> Tensor:
+    """Maps normalised xyxy boxes (I, 4) into frame pixels.
 
-    The release multiplies both axes by the frame's side, which misplaces the prompt of a non-square image.
+    Args:
+        boxes_I4: normalised by the original image's size.
+        frames: of each box's image.
+        scale: `resized`: by the image's own resized size. `frame`: by the frame's side on both axes, as the release
+            does, which misplaces the boxes of a non-square image.
+
+    Returns:
+        float32 (I, 4).
     """
-    scale = torch.tensor(
-        [[f.resized_width, f.resized_height] * 2 for f in frames], dtype=torch.float32, device=boxes_I4.device
-    )
-    return boxes_I4.float() * scale
+    sides = [(f.resized_width, f.resized_height) if scale == "resized" else (f.size, f.size) for f in frames]
+    scale_I4 = torch.tensor([side * 2 for side in sides], dtype=torch.float32, device=boxes_I4.device)
+    return boxes_I4.float() * scale_I4
 
 
-def normalise_box(box: tuple[float, float, float, float], height: int, width: int) -> tuple[float, ...]:
-    """Divides an original-pixel xyxy box by (width, height)."""
-    return (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
+def normalise_box(
+    box: tuple[float, float, float, float],
+    height: int,
+    width: int,
+    ends: Literal["half_open", "inclusive"] = "half_open",
+) -> tuple[float, float, float, float]:
+    """Divides a half-open xyxy box in original pixels by (width, height).
+
+    `inclusive` ends are those of the last pixels inside, as the release takes them: one pixel short.
+    """
+    last = 1 if ends == "inclusive" else 0
+    return (box[0] / width, box[1] / height, (box[2] - last) / width, (box[3] - last) / height)
 
 
 def denormalise_box(box: Tensor, height: int, width: int) -> tuple[float, float, float, float]:

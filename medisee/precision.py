@@ -1,8 +1,9 @@
-"""Which floating-point type a run computes in."""
+"""Which floating-point type a run computes in, and which ones it stores."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -17,3 +18,20 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     else:
         fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
+
+
+def is_mixed(model: nn.Module) -> bool:
+    """Tells whether some weights are stored in 16 bit beside others in 32, so that autocast has to join them."""
+    return len({parameter.dtype for parameter in model.parameters()}) > 1
+
+
+def to_training_precision(model: nn.Module, dtype: torch.dtype) -> None:
+    """Stores what learns in float32, where small steps count; frozen 16-bit weights stay if the run computes in them.
+
+    Args:
+        model: changed in place.
+        dtype: what the run computes in.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad or dtype == torch.float32:
+            parameter.data = parameter.data.float()

@@ -92,7 +92,8 @@ def predict(
         yield from answer(model, examples, mode, settings)
 
 
-@torch.inference_mode()
+# Not inference_mode: weights that ZeRO 3 gathers in it could not be trained on.
+@torch.no_grad()
 def answer(model: MediSee, examples: Sequence[Example], mode: Mode, settings: Eval) -> list[Prediction]:
     """Answers the queries of a few images in one pass, in order.
 

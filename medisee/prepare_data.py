@@ -2,6 +2,7 @@
 
   python scripts/prepare_data.py demo --out data/demo
   python scripts/prepare_data.py sa-med2d --root SAMed2Dv1 --out data/sa_med2d --workers 8
+  python scripts/prepare_data.py mlmr-sd --root MLMR-SD --out data/mlmr_sd
 
 Each command has its own --help, which says what is written; run.json in the folder says how it was made.
 """
@@ -45,6 +46,21 @@ ROOT holds SAMed2D_v1.json, SAMed2D_v1_class_mapping_id.json, images/ and masks/
   run.json                             how this was made
 Paths in the manifests are relative to ROOT, so name it as their root when you train or evaluate.
 """
+MLMR_SD = """Makes manifests of MLMR-SD, in the JSON formats of the authors' release or in Parquet files of a dataset hub.
+What `python -m data_gen export` writes holds manifests already and needs no preparing.
+
+  python scripts/prepare_data.py mlmr-sd --root MLMR-SD --out data/mlmr_sd
+  python scripts/prepare_data.py mlmr-sd --root downloaded/hub --out data/mlmr_sd
+
+ROOT holds train.json, val.json, test.json, {image: {mask: class}}, with the questions beside them as .jsonl (keys: id,
+image, mask, category, question, answer, perspective, length, and history in a conversation), or data/*.parquet.
+Writes into OUT:
+  train.jsonl, val.jsonl, test.jsonl     the images of each split; without questions the class names are asked for
+  test_short.jsonl, test_long.jsonl      the paper's two test sets
+  images/, masks/                        the pictures, from Parquet files only
+  run.json                               how this was made
+Paths in the manifests are relative to ROOT (from Parquet files: to OUT), so name it as their root when you train.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="prepare_data.py", description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|sa-med2d")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|sa-med2d|mlmr-sd")
     demo = commands.add_parser("demo", help="the offline demo data set", description=DEMO, formatter_class=raw)
     demo.set_defaults(run=_demo)
     add = demo.add_argument
@@ -79,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--min-area", type=int, default=0, metavar="PIXELS", help="leave out smaller targets (default: 0)")
     add("--datasets", nargs="+", metavar="NAME", help="take only these (default: all)")
     add("--workers", type=int, default=1, metavar="N", help="processes that read masks (default: 1)")
+    mlmr_sd = commands.add_parser("mlmr-sd", help="MLMR-SD", description=MLMR_SD, formatter_class=raw)
+    mlmr_sd.set_defaults(run=_mlmr_sd)
+    add = mlmr_sd.add_argument
+    add("--root", type=Path, required=True, help="the data set's folder")
+    add("--out", type=Path, required=True, help="folder to write; an earlier result in it is replaced")
+    add("--seed", type=int, default=0, help="of the words around questions and answers (default: 0)")
     return parser
 
 
@@ -120,6 +142,16 @@ def _sa_med2d(arguments: argparse.Namespace) -> None:
     for reason, files in sorted(done.rejects.items(), key=lambda one: -one[1]):
         print(f"left out: {files:,} file(s), {reason}")
     print(f"done: {sum(done.images.values()):,} images in {arguments.out}; their root is {arguments.root}")
+
+
+def _mlmr_sd(arguments: argparse.Namespace) -> None:
+    from medisee.data.mlmr_sd import prepare
+
+    _check_out(arguments.out)
+    counts = prepare(arguments.root, arguments.out, seed=arguments.seed)
+    print(
+        f"done: {arguments.out} holds " + ", ".join(f"{name}.jsonl ({count} images)" for name, count in counts.items())
+    )
 
 
 def _check_sa_med2d(arguments: argparse.Namespace) -> None:

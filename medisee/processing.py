@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -22,7 +24,8 @@ from medisee.model_config import Model
 from medisee.models.mllm import MAX_TOKENS, image_token_count
 from medisee.models.packing import pack
 from medisee.models.seg_head import SegHeadSpec
-from medisee.models.tokenizer import IMAGE_TOKEN, token_id
+from medisee.models.tokenizer import IMAGE_TOKEN, answer_end, token_id
+from medisee.records import Turn
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -36,6 +39,7 @@ class Query:
         record, target: ids, kept for predictions and messages.
         question: the text asked.
         answer: the true or forced answer; None when the model is to generate it.
+        history: the earlier turns of a conversation, oldest first; the model reads them and does not learn them.
         mask: bool (H, W); box: original pixels, half-open.
         true_box: prompt the mask decoder with the true box instead of the predicted one.
         masked: decode this query's mask.
@@ -45,6 +49,7 @@ class Query:
     target: str
     question: str
     answer: str | None = None
+    history: tuple[Turn, ...] = ()
     mask: np.ndarray | None = None
     box: tuple[float, float, float, float] | None = None
     true_box: bool = False
@@ -123,6 +128,7 @@ class MediSeeProcessor:
         self.image_id = token_id(tokenizer, IMAGE_TOKEN)
         self.end_id = token_id(tokenizer, str(tokenizer.eos_token))
         self.pad_id = token_id(tokenizer, str(tokenizer.pad_token))
+        self.answer_end = answer_end(tokenizer)
         self.image_tokens = image_token_count(config.mllm)
         self.mask_side = 4 * spec.grid
         before = tokenizer("[INST] ", add_special_tokens=False).input_ids
@@ -142,29 +148,33 @@ class MediSeeProcessor:
         return to_frame(image, self.frame(*image.shape[:2]), self.spec.pixels)
 
     def vision_pixels(self, image: np.ndarray) -> Tensor:
-        """Pads an image to a square in CLIP's mean colour, as LLaVA-Med does, and standardises it: (3, V, V)."""
-        from PIL import Image
+        """Makes an image the vision tower's standardised square (3, V, V): padded in CLIP's mean colour, or its centre.
 
-        height, width = image.shape[:2]
-        side = max(height, width)
-        colour = tuple(int(255 * value) for value in CLIP_MEAN)
-        square = Image.new("RGB", (side, side), colour)
-        square.paste(Image.fromarray(image), ((side - width) // 2, (side - height) // 2))
-        size = self.config.mllm.vision_size
-        resized = square.resize((size, size), Image.Resampling.BICUBIC)
-        values = torch.from_numpy(np.asarray(resized, dtype=np.float32) / 255).permute(2, 0, 1)
+        `Mllm.vision_input` says which. The centre is cut from the resized image, as CLIP's own processor does it.
+        """
+        size, rule = self.config.mllm.vision_size, self.config.mllm.vision_input
+        square = _padded(image, size) if rule == "pad" else _centre(image, size)
+        values = torch.from_numpy(np.asarray(square, dtype=np.float32) / 255).permute(2, 0, 1)
         return (values - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
 
     def answer_text(self, text: str) -> str:
         """Rewrites "[SEG] and [BBOX]" of an answer for this model's candidate tokens."""
         return text.replace(candidate_text(CANDIDATE_TOKENS), candidate_text(self.config.candidate_tokens))
 
-    def __call__(self, examples: Sequence[Example], *, mask_resolution: str = "original", packed: bool = True) -> Batch:
+    def __call__(
+        self,
+        examples: Sequence[Example],
+        *,
+        mask_resolution: Literal["original", "decoder"] = "original",
+        boxes: Literal["half_open", "inclusive"] = "half_open",
+        packed: bool = True,
+    ) -> Batch:
         """Builds a batch.
 
         Args:
             examples: images with one or more queries each.
-            mask_resolution: `original` or `decoder`, see Loss.mask_resolution.
+            mask_resolution: see Loss.mask_resolution.
+            boxes: see Data.boxes.
             packed: one sequence an image; otherwise one a query.
 
         Raises:
@@ -184,7 +194,7 @@ class MediSeeProcessor:
         image_of_target = [rows[row][0] for row, _ in targets]
         frames = tuple(self.frame(example.height, example.width) for example in examples)
         target_frames = [frames[index] for index in image_of_target]
-        images, truth = self._images(examples), self._truth(queries, target_frames, mask_resolution)
+        images, truth = self._images(examples), self._truth(queries, target_frames, mask_resolution, boxes)
         return Batch(
             queries=queries,
             frames=frames,
@@ -209,17 +219,30 @@ class MediSeeProcessor:
 
     def prompt_ids(self, question: str) -> list[int]:
         """Tokenises what stands behind the image up to the answer."""
-        return self.tokenizer(f"\n{question.strip()} [/INST]", add_special_tokens=False).input_ids
+        return self._ids(f"\n{question.strip()} [/INST]")
+
+    def _conversation(self, query: Query) -> str:
+        """Returns `\n{q1} [/INST] {a1} </s>[INST] {q2} [/INST]`: every turn as if it were the one to learn."""
+        turns = [turn.question for turn in query.history] + [query.question]
+        text = f"\n{turns[0].strip()} [/INST]"
+        for turn, question in zip(query.history, turns[1:], strict=True):
+            text += f" {self.answer_text(turn.answer)}{self.answer_end}[INST] {question.strip()} [/INST]"
+        return text
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def _tokens(self, query: Query) -> _Tokens:
         where = f"record {query.record!r}, target {query.target!r}"
         if not query.question.strip():
             raise InputError(f"{where}: the query has no text; ask something.")
-        prompt = self.prompt_ids(query.question)
-        ids = list(prompt)
+        text = self._conversation(query)
+        prompt = ids = self._ids(text)
         if query.answer is not None:
-            ids += self.tokenizer(f" {self.answer_text(query.answer)}", add_special_tokens=False).input_ids
-            ids.append(self.end_id)
+            # As one text: what stands before a token decides how its space is encoded.
+            ids = self._ids(f"{text} {self.answer_text(query.answer)}{self.answer_end}")
+        if ids[: len(prompt)] != prompt:
+            raise InputError(f"{where}: the tokenizer joins question and answer; start the answer with another letter.")
         if len(self.prefix) + len(ids) > MAX_TOKENS + self.image_tokens:
             raise InputError(
                 f"{where}: question and answer have {len(ids)} tokens; at most {MAX_TOKENS} fit, shorten them."
@@ -260,7 +283,13 @@ class MediSeeProcessor:
             )
         return _Images(pixels, embedding, vision)
 
-    def _truth(self, queries: Sequence[Query], frames: Sequence[Frame], resolution: str) -> _Truth:
+    def _truth(
+        self,
+        queries: Sequence[Query],
+        frames: Sequence[Frame],
+        resolution: Literal["original", "decoder"],
+        ends: Literal["half_open", "inclusive"],
+    ) -> _Truth:
         if any(query.mask is None for query in queries):
             return _Truth(None, (), None)
         masks, boxes, coverage = [], [], []
@@ -271,19 +300,42 @@ class MediSeeProcessor:
                 raise InputError(
                     f"record {query.record!r}, target {query.target!r}: the mask is empty; remove the target."
                 )
-            boxes.append(normalise_box(box, frame.height, frame.width))
+            boxes.append(normalise_box(box, frame.height, frame.width, ends))
             inside = mask_to_frame(mask, frame, self.mask_side)
             masks.append(inside if resolution == "decoder" else torch.from_numpy(mask).float())
             coverage.append(self._token_coverage(mask, frame, inside))
         return _Truth(torch.tensor(boxes, dtype=torch.float32), tuple(masks), torch.stack(coverage))
 
     def _token_coverage(self, mask: np.ndarray, frame: Frame, inside: Tensor) -> Tensor:
-        # Image tokens of the seg head lie on its frame, those of a vision tower on the padded square.
+        # Image tokens of the seg head lie on its frame, those of a vision tower on the padded square or the centre.
         grid = int(self.image_tokens**0.5)
         if self.config.mllm.image_tokens == "vision_tower":
-            side = max(frame.height, frame.width)
-            padded = np.zeros((side, side), dtype=bool)
-            top, left = (side - frame.height) // 2, (side - frame.width) // 2
-            padded[top : top + frame.height, left : left + frame.width] = mask
-            inside = torch.from_numpy(padded).float()
+            height, width = mask.shape
+            if self.config.mllm.vision_input == "pad":
+                side = max(height, width)
+                top, left = (side - height) // 2, (side - width) // 2
+                mask = np.pad(mask, ((top, side - height - top), (left, side - width - left)))
+            else:
+                side = min(height, width)
+                top, left = (height - side) // 2, (width - side) // 2
+                mask = mask[top : top + side, left : left + side]
+            inside = torch.from_numpy(mask).float()
         return torch.nn.functional.adaptive_avg_pool2d(inside[None], grid).flatten()
+
+
+def _padded(image: np.ndarray, size: int) -> Image.Image:
+    height, width = image.shape[:2]
+    side = max(height, width)
+    square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in CLIP_MEAN))
+    square.paste(Image.fromarray(image), ((side - width) // 2, (side - height) // 2))
+    return square.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _centre(image: np.ndarray, size: int) -> Image.Image:
+    height, width = image.shape[:2]
+    shortest = min(height, width)
+    resized = Image.fromarray(image).resize(
+        (size * width // shortest, size * height // shortest), Image.Resampling.BICUBIC
+    )
+    left, top = (resized.width - size) // 2, (resized.height - size) // 2
+    return resized.crop((left, top, left + size, top + size))

@@ -19,13 +19,25 @@ Length = Literal["short", "long"]
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """An earlier question of a conversation and its answer."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
 class QA:
-    """A query about a target and its answer; `perspective` is what it reasons from, `length` how long it is."""
+    """A query about a target and its answer; `perspective` is what it reasons from, `length` how long it is.
+
+    `history` holds the turns of a conversation before the question, oldest first; no line names it when it is empty.
+    """
 
     question: str
     answer: str
     perspective: Perspective
     length: Length
+    history: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +111,7 @@ class Prediction:
 
 def write_records(path: Path | str, records: Iterable[Record]) -> None:
     """Writes a manifest atomically; paths in it stay as they are, relative to the root."""
-    write_lines(path, records)
+    write_lines(path, records, omit_empty=("history",))
 
 
 def write_predictions(path: Path | str, predictions: Iterable[Prediction]) -> None:
@@ -164,6 +176,10 @@ def _qa(fields: Fields) -> QA:
         answer=fields.text("answer", may_be_empty=True),
         perspective=fields.choice("perspective", get_args(Perspective)),
         length=fields.choice("length", get_args(Length)),
+        history=tuple(
+            Turn(turn.text("question"), turn.text("answer", may_be_empty=True))
+            for turn in fields.objects("history", Turn)
+        ),
     )
 
 

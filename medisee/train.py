@@ -2,59 +2,102 @@
 
   python scripts/train.py --config configs/demo.yaml [--resume] [train.lr=1e-4 ...]      one GPU, or the CPU
   deepspeed scripts/train.py --config configs/medisee_7b.yaml                            all GPUs of a machine
+  python scripts/train.py --config configs/medisee_7b.yaml --plan --gpu a6000 --gpus 4   what it needs, before it starts
 
-Writes <train.out>/: checkpoint/ (best on val), last/ (for --resume), log.jsonl, tensorboard/, run.json.
+Writes <train.out>/: checkpoint/ (best on val), last-<step>/ (for --resume), log.jsonl, tensorboard/, run.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import errno
 import random
-import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from medisee.config import Config, dump_config, load_config
-from medisee.data.dataset import training_batches
+from medisee.config import Config, Train, dump_config, load_config
+from medisee.data.dataset import TrainingBatches, training_batches
 from medisee.data.features import FeatureCache, fill_cache
 from medisee.data.prompts import ANSWERS, CLASS_QUESTIONS, REQUESTS, candidate_text
 from medisee.errors import InputError, exit_code
-from medisee.files import replace_folder, write_json
+from medisee.files import recover_folder
+from medisee.interruption import Stopped, StopRequest
 from medisee.manifest import Manifest
-from medisee.masks import decode_mask, mask_box
-from medisee.metrics import score, summarise
-from medisee.models.checkpoints import WEIGHTS, load_trained, save_checkpoint, trained_state
-from medisee.models.medisee import MediSee
+from medisee.models.checkpoints import save_checkpoint
+from medisee.models.medisee import MaskDetail, MediSee
 from medisee.models.mllm import load_tokenizer
-from medisee.models.objective import Terms, end_to_end_loss, mean_terms
+from medisee.models.objective import Terms, mean_terms
+from medisee.models.recomputation import recompute_layers
 from medisee.models.tokenizer import add_candidate_tokens, train_tokenizer
-from medisee.optimization import DeepSpeedOptimization, Optimization, TorchOptimization, world_from_environment
-from medisee.precision import compute_dtype
-from medisee.prediction import all_questions, predict
+from medisee.optimization import (
+    Optimization,
+    describe_batch,
+    effective_batch,
+    make_optimization,
+    split_batch,
+)
+from medisee.plan import GPU, GPUS, plan_training
+from medisee.plan_tables import render_plan
+from medisee.precision import compute_dtype, to_training_precision
 from medisee.processing import Batch
+from medisee.ranks import (
+    Place,
+    is_launched,
+    join_ranks,
+    raise_together,
+    wait_for_ranks,
+    world_from_environment,
+)
 from medisee.run_log import RunLog
+from medisee.training_state import (
+    OPTIMIZER,
+    LastStates,
+    Progress,
+    Saved,
+    check_same_run,
+    find_last_together,
+    restore_weights,
+    save_state,
+)
+from medisee.validation import selection_figure, validate
 
 CHECKPOINT = "checkpoint"
-LAST = "last"
-PROGRESS = "progress.json"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where this process stands among the ranks."""
+@dataclass(slots=True)
+class Run:
+    """What the loop works with; `best` and `skipped` change on the way."""
 
-    rank: int
-    world: int
-    device: torch.device
+    given: Config
+    """As the user wrote it."""
+    config: Config
+    """With the accumulation that this number of ranks needs."""
+    place: Place
+    model: MediSee
+    optimization: Optimization
+    batches: TrainingBatches
+    val: Manifest | None
+    cache: FeatureCache | None
+    states: LastStates
+    log: RunLog
+    start: Progress
+    best: float
+    named: set[str] = field(default_factory=set)
+
+    @property
+    def out(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.train.out)
 
 
 def train(config: Config, *, resume: bool = False) -> Path:
@@ -62,59 +105,97 @@ def train(config: Config, *, resume: bool = False) -> Path:
 
     Args:
         config: the run.
-        resume: continue from <train.out>/last.
+        resume: continue from the newest state in <train.out> that is whole.
 
     Raises:
-        InputError: bad data, a run folder of another configuration, nothing to resume.
+        InputError: bad data, a run folder of another configuration, nothing to resume, a loss that is not finite, a
+            full disk.
+        Stopped: the run was asked to end; its state is saved.
     """
-    settings, out = config.train, Path(config.train.out)
+    out = Path(config.train.out)
     manifests = _training_manifests(config)
     val = Manifest(config.data.val, config.data.root) if config.data.val else None
-    _check_run_folder(out, config, resume)
-    place = _join_ranks()
+    place = join_ranks()
+    split = config.model_copy(update={"train": split_batch(config.train, place.world)})
+    saved = find_last_together(out, place) if resume else None
+    if saved is not None:
+        check_same_run(saved, config, effective_batch(split.train, place.world))
+    with _disk_errors(out):
+        run = _prepare(config, split, place, manifests=manifests, val=val, saved=saved)
+        with StopRequest(out) as stop:
+            _steps(run, stop)
+        if val is None:
+            _save_best(run, {"step": config.train.steps})
+        run.log.end()
+    return out / CHECKPOINT
+
+
+def _prepare(
+    given: Config,
+    config: Config,
+    place: Place,
+    *,
+    manifests: Sequence[Manifest],
+    val: Manifest | None,
+    saved: Saved | None,
+) -> Run:
+    """Builds all that the loop needs, as it was when the state was saved."""
+    out, settings = Path(config.train.out), config.train
+    if place.rank == 0:
+        print(describe_batch(settings, place.world), flush=True)
+        recover_folder(out / CHECKPOINT)
     _seed(settings.seed)
     model = build_model(config, manifests).to(place.device)
     cache = _features(config, model, [*manifests, *([val] if val else [])], place)
-    launched = "LOCAL_RANK" in os.environ
-    optimization = (DeepSpeedOptimization if launched else TorchOptimization)(model, settings)
-    start = _restore(out / LAST, model, optimization) if resume else Progress(0, -1.0)
-    first_step, best = start.step, start.best
-    log = RunLog(out, config=config, model=model, first_step=first_step, active=place.rank == 0)
-    batches = training_batches(
-        config, manifests, model.processor, cache, first_step=first_step, rank=place.rank, world=place.world
-    )
     dtype = compute_dtype(settings.dtype, place.device)
-    model.train()
-    progress = tqdm(
-        range(first_step + 1, settings.steps + 1),
-        desc="training",
-        disable=place.rank > 0,
-        initial=first_step,
-        total=settings.steps,
+    to_training_precision(model, dtype)
+    if settings.recompute_layers:
+        recompute_layers(model.mllm)
+    if saved is not None:
+        restore_weights(saved, model)
+    optimization = make_optimization(model, config.loss, settings, dtype=dtype, place=place, launched=is_launched())
+    start = saved.progress if saved is not None else Progress()
+    if saved is not None:
+        optimization.load(saved.folder / OPTIMIZER, start.step)
+    log = RunLog(out, config=given, model=model, first_step=start.step, active=place.rank == 0)
+    batches = training_batches(
+        config, manifests, model.processor, cache, first_step=start.step, rank=place.rank, world=place.world
     )
+    states = LastStates(out, settings.keep_last, saved.folder if saved is not None else None)
+    return Run(
+        given, config, place, model, optimization, batches, val, cache, states, log, start=start, best=start.best
+    )
+
+
+def _steps(run: Run, stop: StopRequest) -> None:
+    """Takes the steps that are left."""
+    settings, place, first = run.config.train, run.place, run.start.step
+    run.model.train()
+    numbers = range(first + 1, settings.steps + 1)
+    progress = tqdm(numbers, desc="training", disable=place.rank > 0, initial=first, total=settings.steps)
     since_log: list[Terms] = []
     for step in progress:
+        _seed_step(settings.seed, step, place.rank)
         for _ in range(settings.accumulation):
-            batch = next(batches).to(place.device)
-            with torch.autocast(place.device.type, dtype, enabled=dtype != torch.float32):
-                output = model(batch, masks=step > settings.mask_from)
-                terms = end_to_end_loss(output, batch, config.loss, world=place.world)
-            _check_finite(terms, batch, step)
-            optimization.backward(terms.total)
+            batch = _next_batch(run).to(place.device)
+            terms = run.optimization.losses(batch, masks=_mask_detail(settings, step))
+            _check_finite(terms, batch, step, place)
+            run.optimization.backward(terms.total)
             since_log.append(terms.detach())
-        norm = optimization.step()
+        norm = run.optimization.step()
         last = step == settings.steps
         if last or step % settings.log_every == 0:
-            log.losses(step, mean_terms(since_log, world=place.world), norm, progress)
+            mean = mean_terms(since_log, world=place.world)
+            run.log.losses(step, mean, norm, progress, skipped=_skipped(run))
             since_log.clear()
-        if val is not None and (last or step % settings.val_every == 0):
-            best = _validate(config, model, val, cache, step=step, best=best, log=log, place=place)
-        if last or step % settings.save_every == 0:
-            _save_last(out / LAST, config, model, optimization, Progress(step, best))
-    if val is None and place.rank == 0:
-        save_checkpoint(model, out / CHECKPOINT, {"step": settings.steps})
-    log.end()
-    return out / CHECKPOINT
+        if run.val is not None and (last or step % settings.val_every == 0):
+            _validate(run, run.val, step)
+        request = 0 if last else stop.request(place)
+        if last or request or step % settings.save_every == 0:
+            _save(run, step)
+        if request:
+            run.log.close()
+            raise Stopped(step, run.out, request)
 
 
 def build_model(config: Config, manifests: Sequence[Manifest]) -> MediSee:
@@ -144,28 +225,6 @@ def _training_manifests(config: Config) -> list[Manifest]:
     return [Manifest(source.records, source.root) for source in config.data.train]
 
 
-def _check_run_folder(out: Path, config: Config, resume: bool) -> None:
-    state = out / LAST / PROGRESS
-    if not resume:
-        return
-    if not state.exists():
-        raise InputError(f"{state}: nothing to resume; start without --resume, or set train.out to the run's folder.")
-    old = json.loads(state.read_text(encoding="utf-8"))["config"]
-    if old != config.model_dump(mode="json"):
-        raise InputError(f"{state}: the run was started with another configuration; resume with the same one.")
-
-
-def _join_ranks() -> Place:
-    rank, local, world = world_from_environment()
-    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if cuda else "gloo")
-    return Place(rank, world, device)
-
-
 def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
@@ -178,98 +237,100 @@ def _features(config: Config, model: MediSee, manifests: Sequence[Manifest], pla
     images = [manifest.image_path(record) for manifest in manifests for record in manifest]
     dtype = compute_dtype(config.data.cache_dtype, place.device)
     if place.rank > 0:
-        _wait_for_ranks()
-    cache = fill_cache(images, model.seg_head, model.processor, Path(config.data.cache), dtype)
+        wait_for_ranks()
+    folder, skip = Path(config.data.cache), config.data.skip_corrupt
+    cache = fill_cache(images, model.seg_head, model.processor, folder, dtype, skip_corrupt=skip)
     if place.rank == 0:
-        _wait_for_ranks()
+        wait_for_ranks()
     return cache
 
 
-def _check_finite(terms: Terms, batch: Batch, step: int) -> None:
+def _seed_step(seed: int, step: int, rank: int) -> None:
+    """Makes dropout a function of seed, step and rank, so that no generator's state has to be saved."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
+
+
+def _next_batch(run: Run) -> Batch:
+    """Returns this rank's next micro-batch; a record that cannot be read ends every rank, or is named and replaced."""
+    batch, problems = None, ()
+    try:
+        batch = next(run.batches)
+    except InputError as error:
+        problems = error.problems
+    raise_together(problems, run.place)
+    for one in run.batches.skipped:
+        if one not in run.named:
+            run.named.add(one)
+            tqdm.write(f"skipped: {one}", file=sys.stderr)
+    if batch is None:
+        raise ValueError("the mixture has ended before the last step")
+    return batch
+
+
+def _skipped(run: Run) -> int:
+    """Counts the draws that all ranks have replaced since the run's first start."""
+    own = torch.tensor(len(run.batches.skipped), device=run.place.device)
+    if run.place.world > 1:
+        torch.distributed.all_reduce(own)
+    return run.start.skipped + int(own)
+
+
+def _mask_detail(settings: Train, step: int) -> MaskDetail:
+    if step <= settings.mask_from:
+        return "none"
+    return "coarse" if step <= settings.coarse_masks_until else "full"
+
+
+def _check_finite(terms: Terms, batch: Batch, step: int, place: Place) -> None:
+    problems = []
     if not bool(torch.isfinite(terms.total)):
         ids = sorted({query.record for query in batch.queries})
-        raise InputError(
+        problems = [
             f"step {step}: the loss is not finite on records {', '.join(ids)}; look at them, or lower train.lr."
-        )
+        ]
+    raise_together(problems, place)
 
 
-def _validate(
-    config: Config,
-    model: MediSee,
-    val: Manifest,
-    cache: FeatureCache | None,
-    *,
-    step: int,
-    best: float,
-    log: RunLog,
-    place: Place,
-) -> float:
-    """Scores teacher-forced answers on val; the mean of Dice and box IoU decides which checkpoint is kept."""
-    if place.rank > 0:
-        return best
-    model.eval()
-    asked = all_questions(val, config.train.val_limit)
-    predictions = predict(model, val, asked, "forced", settings=config.eval, cache=cache, quiet=True)
-    truths = [(val.mask(one.record, target), target) for one in asked for target, _ in one.questions]
-    scores = [
-        score(
-            decode_mask(prediction.mask) if prediction.mask else None,
-            mask,
-            prediction.box,
-            target.box or mask_box(mask),
-        )
-        for prediction, (mask, target) in zip(predictions, truths, strict=True)
-    ]
-    model.train()
-    summary = summarise(scores, resamples=1)
-    log.validation(step, summary)
-    figure = (summary.dice.value + summary.iou.value) / 2
-    if figure > best:
-        save_checkpoint(model, Path(config.train.out) / CHECKPOINT, {"step": step, "val": summary.to_json()})
-    return max(best, figure)
+def _validate(run: Run, val: Manifest, step: int) -> None:
+    """Scores val and keeps the checkpoint if it is the best so far."""
+    summary = validate(run.model, val, run.config, run.cache, run.place)
+    run.log.validation(step, summary)
+    if selection_figure(summary) > run.best:
+        run.best = selection_figure(summary)
+        _save_best(run, {"step": step, "val": summary.to_json()})
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a run has come: steps done and the best figure on val."""
-
-    step: int
-    best: float
-
-
-def _save_last(folder: Path, config: Config, model: MediSee, optimization: Optimization, progress: Progress) -> None:
-    """Writes all that an exact resume needs; the old folder is replaced only when the new one is complete."""
-    rank = world_from_environment()[0]
-    new = folder.with_name(f".{folder.name}.new")
-    if rank == 0:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-    _wait_for_ranks()
-    optimization.save(new)
-    torch.save(torch.get_rng_state(), new / f"rng_{rank}.pt")
-    if rank == 0:
-        state = {name: value.detach().cpu().contiguous() for name, value in trained_state(model).items()}
-        save_file(state, str(new / WEIGHTS))
-        facts = {"step": progress.step, "best": progress.best, "config": config.model_dump(mode="json")}
-        write_json(new / PROGRESS, facts)
-    _wait_for_ranks()
-    if rank == 0:
-        replace_folder(new, folder)
-    _wait_for_ranks()
+def _save_best(run: Run, facts: dict[str, object]) -> None:
+    with run.optimization.whole_parameters():
+        if run.place.rank == 0:
+            save_checkpoint(run.model, run.out / CHECKPOINT, facts)
+    wait_for_ranks()
 
 
-def _restore(folder: Path, model: MediSee, optimization: Optimization) -> Progress:
-    load_trained(model, load_file(folder / WEIGHTS), folder / WEIGHTS)
-    optimization.load(folder)
-    rank = world_from_environment()[0]
-    torch.set_rng_state(torch.load(folder / f"rng_{rank}.pt", weights_only=True))
-    facts = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-    return Progress(facts["step"], facts["best"])
+def _save(run: Run, step: int) -> None:
+    save_state(
+        run.states,
+        Progress(step, run.best, _skipped(run)),
+        config=run.given,
+        effective_batch=effective_batch(run.config.train, run.place.world),
+        model=run.model,
+        optimization=run.optimization,
+        place=run.place,
+    )
 
 
-def _wait_for_ranks() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    """Says in one sentence that the disk is full, whichever file it was that did not fit."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) in DISK_FULL or "No space left" in str(error):
+            raise InputError(
+                f"{out}: the disk is full ({str(error).strip()}), so the training ends; what was saved before is "
+                "untouched: make room and go on with --resume."
+            ) from error
+        raise
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -278,8 +339,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="YAML run, such as configs/demo.yaml")
-    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint of train.out")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest whole state in train.out")
     parser.add_argument("--print-config", action="store_true", help="print the resolved run and end")
+    parser.add_argument("--plan", action="store_true", help="print memory, arithmetic, days, missing files, and end")
+    parser.add_argument("--gpu", default=GPU, metavar="NAME", help=f"of --plan, such as rtx4090 (default: {GPU})")
+    parser.add_argument("--gpus", type=int, default=GPUS, metavar="N", help=f"of --plan (default: {GPUS})")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="dotted overrides, such as train.lr=1e-4")
     arguments = parser.parse_args(argv)
@@ -287,7 +351,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.print_config:
         print(dump_config(config), end="")
         return
-    folder = train(config, resume=arguments.resume)
+    if arguments.plan:
+        print(render_plan(plan_training(config, gpu=arguments.gpu, gpus=arguments.gpus)), end="")
+        return
+    try:
+        folder = train(config, resume=arguments.resume)
+    except Stopped as stopped:
+        if world_from_environment()[0] == 0:
+            print(stopped, flush=True)
+        raise SystemExit(stopped.code) from stopped
     if world_from_environment()[0] == 0:
         print(f"done: the best checkpoint is in {folder}")
 

@@ -59,7 +59,8 @@ def same(name, key):
 if "seconds" in same("run.json", "settings") and (run / "checkpoint").is_dir():
     print("finished")
 else:
-    print("unfinished" if same("last/progress.json", "config") else "absent")
+    saved = [path.relative_to(run) for path in run.glob("last-*/progress.json")]
+    print("unfinished" if any(same(path, "config") for path in saved) else "absent")
 END
 }
 

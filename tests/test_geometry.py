@@ -93,11 +93,39 @@ def test_a_box_lands_on_the_resized_object(placed: tuple[int, int, Box], resize:
     assert prompt.tolist() == pytest.approx(seen, abs=1.01)
 
 
-def test_the_releases_mistake_would_be_seen() -> None:
+@settings(deadline=None, max_examples=60)
+@given(placed_boxes(smallest=40), resizes)
+def test_the_releases_scale_misses_the_object_of_a_long_image(placed: tuple[int, int, Box], resize: Resize) -> None:
+    """Along the shorter side it is off by the share that is padding; without padding both scales are one."""
+    height, width, box = placed
+    frame = fit(height, width, 128, resize)
+    normalised = torch.tensor([normalise_box(box, height, width)])
+    ours, theirs = (boxes_to_frame(normalised, [frame], scale)[0] for scale in ("resized", "frame"))
+    stretched = torch.tensor([128 / frame.resized_width, 128 / frame.resized_height] * 2)
+    assert theirs.tolist() == pytest.approx((ours * stretched).tolist(), rel=1e-5)
+    if resize == "stretch":
+        assert torch.equal(ours, theirs)
+    elif max(height, width) > 1.5 * min(height, width):
+        shorter = 0 if width < height else 1
+        assert theirs[shorter + 2] > ours[shorter + 2] * 1.45
+
+
+def test_both_scales_by_hand() -> None:
     frame = fit(50, 100, 128, "longest")
     box = torch.tensor([[0.5, 0.5, 1.0, 1.0]])
     assert boxes_to_frame(box, [frame]).tolist() == [[64, 32, 128, 64]]
-    assert (box * 128).tolist() != [[64, 32, 128, 64]]
+    assert boxes_to_frame(box, [frame], "frame").tolist() == [[64, 64, 128, 128]]
+
+
+@given(placed_boxes(least=1))
+def test_inclusive_ends_are_those_of_the_last_pixels(placed: tuple[int, int, Box]) -> None:
+    height, width, box = placed
+    rows, columns = np.nonzero(rectangle(height, width, box))
+    expected = (columns.min() / width, rows.min() / height, columns.max() / width, rows.max() / height)
+    assert normalise_box(box, height, width, "inclusive") == pytest.approx(expected)
+    assert normalise_box(box, height, width) == pytest.approx(
+        (*expected[:2], expected[2] + 1 / width, expected[3] + 1 / height)
+    )
 
 
 def test_each_box_goes_by_its_own_frame() -> None:

@@ -15,6 +15,7 @@ from medisee.model_config import Model
 from medisee.models.seg_head import SegHeadSpec
 from medisee.models.tokenizer import IMAGE_TOKEN, add_candidate_tokens, train_tokenizer
 from medisee.processing import CLIP_MEAN, CLIP_STD, Batch, Example, MediSeeProcessor, Query
+from medisee.records import Turn
 
 SPEC = SegHeadSpec(size=64, resize="longest", pixels="minmax", channels=8, grid=4)
 QUESTIONS = ("Where is the left lung?", "Find the spleen.", "What may hurt on the right side of this scan?")
@@ -123,6 +124,44 @@ def test_candidate_positions_predict_the_candidate_tokens(candidates: tuple[str,
     own_segment = batch.segments_SL[batch.sequence_of_target_I[:, None], batch.candidates_IK]
     assert own_segment[:, 0].tolist() == ([1, 2, 3, 1] if packed else [1, 1, 1, 1])
     assert (own_segment == own_segment[:, :1]).all()
+
+
+HISTORY = (Turn("What is shown?", "A slice of the chest."), Turn(" Which side? ", "The left, as [SEG] and [BBOX]."))
+
+
+def test_a_conversation_reads_as_one_prompt() -> None:
+    own = processor()
+    ids = own([example(query(history=HISTORY))]).input_ids_SL[0].tolist()
+    earlier = (
+        "\nWhat is shown? [/INST] A slice of the chest.</s>[INST] Which side? [/INST] The left, as [SEG] and [BBOX]."
+    )
+    assert decode(own, ids) == (f"<s>[INST] {IMAGE_TOKEN * 4}{earlier}</s>[INST] {QUESTIONS[0]} [/INST] {FORCED}</s>")
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_only_the_last_answer_of_a_conversation_is_learnt(packed: bool) -> None:
+    own = processor()
+    alone = own([example(query(), query(QUESTIONS[1]))], packed=packed)
+    told = own([example(query(history=HISTORY), query(QUESTIONS[1]))], packed=packed)
+    assert torch.equal(told.labels_N, alone.labels_N)
+    rows, places = told.supervised_N2.unbind(1)
+    assert torch.equal(told.input_ids_SL[rows, places + 1], told.labels_N)
+    # The candidate tokens of the earlier answer are not read: all stand at or behind the last question's end.
+    assert (told.candidates_IK[0] >= told.supervised_N2[0, 1]).all()
+    longer = told.input_ids_SL.shape[1] - alone.input_ids_SL.shape[1]
+    assert longer > 0
+    assert torch.equal(told.candidates_IK[0], alone.candidates_IK[0] + longer)
+
+
+def test_a_conversation_without_answer_ends_where_it_begins() -> None:
+    own = processor()
+    ids = own([example(query(answer=None, history=HISTORY))]).input_ids_SL[0].tolist()
+    assert decode(own, ids).endswith(f"[BBOX].</s>[INST] {QUESTIONS[0]} [/INST]")
+
+
+def test_a_history_without_end_is_refused() -> None:
+    with pytest.raises(InputError, match="at most"):
+        processor()([example(query(history=HISTORY * 200))])
 
 
 def test_the_first_of_repeated_candidate_tokens_counts() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from medisee.records import (
     Prediction,
     Record,
     Target,
+    Turn,
     read_predictions,
     read_record,
     write_predictions,
@@ -50,7 +52,8 @@ coordinates = st.floats(0, 1000, allow_nan=False)
 boxes = st.none() | st.builds(
     lambda x, y, w, h: (x, y, x + w, y + h), coordinates, coordinates, st.floats(1, 9), st.floats(1, 9)
 )
-qas = st.builds(QA, words, st.text(), st.sampled_from(["attribute", "location", "class"]), st.just("long"))
+turns = st.lists(st.builds(Turn, words, st.text()), max_size=2).map(tuple)
+qas = st.builds(QA, words, st.text(), st.sampled_from(["attribute", "location", "class"]), st.just("long"), turns)
 targets = st.builds(Target, id=words, category=words, mask=words | st.just(RLE), box=boxes, qa=st.tuples(qas))
 records = st.builds(
     Record,
@@ -102,6 +105,31 @@ def test_predictions_round_trip(tmp_path_factory: pytest.TempPathFactory, writte
     path = tmp_path_factory.mktemp("predictions") / "p.jsonl"
     write_predictions(path, written)
     assert read_predictions(path) == written
+
+
+def test_a_query_without_history_is_written_as_before(tmp_path: Path) -> None:
+    plain = QA("Where?", "[SEG]", "location", "short")
+    told = replace(plain, history=(Turn("What is shown?", "A belly."),))
+    target = Target(id="t", category="liver", mask=RLE, qa=(plain, told))
+    record = Record(id="r", image="a.png", modality="ct", source="s", case="c", targets=(target,))
+    write_records(tmp_path / "r.jsonl", [record])
+    qa = json.loads((tmp_path / "r.jsonl").read_text())["targets"][0]["qa"]
+    assert list(qa[0]) == ["question", "answer", "perspective", "length"]
+    assert qa[1]["history"] == [{"question": "What is shown?", "answer": "A belly."}]
+
+
+@pytest.mark.parametrize(
+    ("history", "message"),
+    [
+        ("so", 'targets[0].qa[0].history is "so"; expected a list'),
+        ([{"question": "What?"}], "key 'targets[0].qa[0].history[0].answer' is missing"),
+        ([{"question": " ", "answer": ""}], "targets[0].qa[0].history[0].question"),
+        ([{"question": "What?", "answer": "", "who": "me"}], "unknown key 'targets[0].qa[0].history[0].who'"),
+    ],
+)
+def test_a_wrong_history_is_refused(history: Any, message: str) -> None:
+    qa = {**RECORD["targets"][0]["qa"][0], "history": history}
+    assert message in problems_of(target={"qa": [qa]})
 
 
 def test_a_users_predictions_may_be_short(tmp_path: Path) -> None:

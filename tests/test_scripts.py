@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-SHIMS = ("train", "eval", "inference", "prepare_data")
+SHIMS = ("train", "eval", "inference", "prepare_data", "download_weights")
 BASH = [*sorted(ROOT.glob("scripts/*.sh")), ROOT / ".ci" / "run"]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 # Installed with --no-deps by scripts/environment.sh, so in no list of pyproject.toml.
@@ -55,9 +55,9 @@ def _applies(requirement: Requirement, python: str) -> bool:
 def test_a_shim_only_calls_main(name: str) -> None:
     lines = [line for line in (ROOT / "scripts" / f"{name}.py").read_text(encoding="utf-8").splitlines() if line]
     code = [line for line in lines if not line.startswith("#")]
+    imports = ["from medisee.errors import exit_code", f"from medisee.{name} import main"]
     assert code == [
-        "from medisee.errors import exit_code",
-        f"from medisee.{name} import main",
+        *sorted(imports),
         'if __name__ == "__main__":',
         "    raise SystemExit(exit_code(main))",
     ]

@@ -70,7 +70,7 @@ def test_resumed_equals_uninterrupted(every_step: Run, tmp_path: Path) -> None:
     train(broken, resume=True)
     expected, found = losses(tmp_path / "whole"), losses(tmp_path / "broken")
     assert {step: found[step] for step in (7, 8)} == pytest.approx({step: expected[step] for step in (7, 8)}, rel=1e-6)
-    ours, theirs = (load_file(tmp_path / name / "last" / "model.safetensors") for name in ("broken", "whole"))
+    ours, theirs = (load_file(tmp_path / name / "last-00000008" / "model.safetensors") for name in ("broken", "whole"))
     assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) < 1e-6
 
 
@@ -79,10 +79,10 @@ def _interrupt_at(step: int) -> Any:
 
     original = RunLog.losses
 
-    def losses_until(self: RunLog, number: int, *rest: Any) -> None:
+    def losses_until(self: RunLog, number: int, *rest: Any, **named: Any) -> None:
         if number == step:
             raise KeyboardInterrupt
-        original(self, number, *rest)
+        original(self, number, *rest, **named)
 
     return losses_until
 

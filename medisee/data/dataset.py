@@ -17,10 +17,15 @@ from medisee.data.features import FeatureCache
 from medisee.data.images import read_image
 from medisee.data.mixture import Draw, Mixture
 from medisee.data.prompts import class_answer, class_question
+from medisee.errors import InputError
+from medisee.interruption import leave_to_parent
 from medisee.manifest import Manifest
 from medisee.masks import mask_box
 from medisee.processing import Batch, Example, MediSeeProcessor, Query
 from medisee.records import QA, Record, Target
+
+ATTEMPTS = 32
+"""Records that may be unreadable one after the other before a run with `data.skip_corrupt` ends."""
 
 
 def record_example(
@@ -52,7 +57,15 @@ def record_example(
             height, width = mask.shape
         box = target.box or (mask_box(mask) if mask is not None else None)
         queries.append(
-            Query(record=record.id, target=target.id, question=qa.question, answer=qa.answer, mask=mask, box=box)
+            Query(
+                record=record.id,
+                target=target.id,
+                question=qa.question,
+                answer=qa.answer,
+                history=qa.history,
+                mask=mask,
+                box=box,
+            )
         )
     if cached and height and not keep_image:
         return Example(None, height, width, tuple(queries), cache.read(path) if cache is not None else None)
@@ -69,14 +82,39 @@ def asked_questions(target: Target, category: str, rng: random.Random) -> tuple[
 
 
 class TrainingData(Dataset[Example]):
-    """The mixture as examples, indexed by `Draw` and the optimizer step it belongs to."""
+    """The mixture as examples, indexed by `Draw` and the optimizer step it belongs to.
+
+    Attributes:
+        skipped: what was wrong with records that were replaced, one entry a draw.
+    """
 
     def __init__(self, config: Config, manifests: Sequence[Manifest], cache: FeatureCache | None) -> None:
         self.config, self.manifests, self.cache = config, manifests, cache
+        self.skipped: list[str] = []
 
     def __getitem__(self, item: tuple[Draw, int]) -> Example:  # type: ignore[override]
-        """Builds one example; every choice comes from the draw's number."""
+        """Builds one example; every choice comes from the draw's number.
+
+        Raises:
+            InputError: a record cannot be read, and `data.skip_corrupt` is false; or many in a row cannot.
+        """
         draw, step = item
+        manifest = self.manifests[draw.source]
+        for attempt in range(ATTEMPTS):
+            try:
+                return self._example(draw, step)
+            except InputError as error:
+                if not self.config.data.skip_corrupt:
+                    raise
+                self.skipped.append("; ".join(error.problems))
+            instead = random.Random(f"{self.config.train.seed}/{draw.number}/instead/{attempt}")
+            draw = replace(draw, index=instead.randrange(len(manifest)))
+        raise InputError(
+            f"{manifest.path}: {ATTEMPTS} records in a row cannot be read, the last because of: {self.skipped[-1]} "
+            "Correct the root, or copy the data again."
+        )
+
+    def _example(self, draw: Draw, step: int) -> Example:
         data, train = self.config.data, self.config.train
         rng = random.Random(f"{train.seed}/{draw.number}")
         manifest = self.manifests[draw.source]
@@ -125,14 +163,60 @@ class MicroBatches(Sampler[list[tuple[Draw, int]]]):
 
 
 @dataclass(frozen=True, slots=True)
-class Collate:
-    """Examples -> Batch, picklable for loader processes."""
+class Loaded:
+    """A micro-batch as a loader process hands it over. An exception would come with the process's traceback.
 
-    processor: MediSeeProcessor
-    mask_resolution: str
+    Attributes:
+        batch: None where there are problems.
+        skipped: what was wrong with records that were replaced.
+        problems: of an InputError.
+    """
 
-    def __call__(self, examples: list[Example]) -> Batch:
-        return self.processor(examples, mask_resolution=self.mask_resolution)
+    batch: Batch | None
+    skipped: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+class MicroBatchReader(Dataset[Loaded]):
+    """Reads whole micro-batches; picklable for loader processes."""
+
+    def __init__(self, data: TrainingData, processor: MediSeeProcessor) -> None:
+        self.data, self.processor = data, processor
+
+    def __getitem__(self, items: list[tuple[Draw, int]]) -> Loaded:  # type: ignore[override]
+        """Reads one micro-batch."""
+        config = self.data.config
+        self.data.skipped.clear()
+        try:
+            examples = [self.data[item] for item in items]
+            batch = self.processor(examples, mask_resolution=config.loss.mask_resolution, boxes=config.data.boxes)
+        except InputError as error:
+            return Loaded(None, problems=error.problems)
+        return Loaded(batch, tuple(self.data.skipped))
+
+
+class TrainingBatches(Iterator[Batch]):
+    """One rank's micro-batches, in order.
+
+    Attributes:
+        skipped: what was wrong with records that were replaced so far, one entry a draw.
+    """
+
+    def __init__(self, loader: DataLoader[Loaded]) -> None:
+        self._loaded = iter(loader)
+        self.skipped: list[str] = []
+
+    def __next__(self) -> Batch:
+        """Returns the next micro-batch.
+
+        Raises:
+            InputError: a record of it cannot be read.
+        """
+        loaded = next(self._loaded)
+        self.skipped += loaded.skipped
+        if loaded.batch is None:
+            raise InputError(loaded.problems)
+        return loaded.batch
 
 
 def training_batches(
@@ -144,8 +228,8 @@ def training_batches(
     first_step: int,
     rank: int,
     world: int,
-) -> Iterator[Batch]:
-    """Yields one rank's micro-batches from `first_step` to the end of the run."""
+) -> TrainingBatches:
+    """Returns one rank's micro-batches from `first_step` to the end of the run."""
     sources, per_step = config.data.train, config.train.batch_size * config.train.accumulation * world
     mixture = Mixture(
         [len(manifest) for manifest in manifests],
@@ -154,10 +238,11 @@ def training_batches(
         first_draws=[source.from_step * per_step for source in sources],
     )
     loader = DataLoader(
-        TrainingData(config, manifests, cache),
-        batch_sampler=MicroBatches(mixture, config, first_step, rank, world),
-        collate_fn=Collate(processor, config.loss.mask_resolution),
+        MicroBatchReader(TrainingData(config, manifests, cache), processor),
+        sampler=MicroBatches(mixture, config, first_step, rank, world),
+        batch_size=None,
         num_workers=config.data.workers,
+        worker_init_fn=leave_to_parent,
         pin_memory=torch.cuda.is_available(),
     )
-    return iter(loader)
+    return TrainingBatches(loader)

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from medisee.data.images import read_image
+from medisee.errors import InputError
 from medisee.files import atomic_path, sha256, write_json
 from medisee.models.seg_head import SamHead
 from medisee.processing import MediSeeProcessor
@@ -61,7 +62,10 @@ class FeatureCache:
 
     def _key(self, image: Path) -> str:
         if image not in self._keys:
-            self._keys[image] = sha256(image)
+            try:
+                self._keys[image] = sha256(image)
+            except OSError as error:
+                raise InputError(f"{image}: cannot be read ({error.strerror}); copy it again.") from error
         return self._keys[image]
 
 
@@ -75,7 +79,13 @@ def encoder_key(head: SamHead) -> str:
 
 
 def fill_cache(
-    images: Iterable[Path], head: SamHead, processor: MediSeeProcessor, folder: Path, dtype: torch.dtype
+    images: Iterable[Path],
+    head: SamHead,
+    processor: MediSeeProcessor,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    skip_corrupt: bool = False,
 ) -> FeatureCache:
     """Computes what is missing and returns the cache; its size is said beforehand.
 
@@ -85,9 +95,17 @@ def fill_cache(
         processor: brings the head's input rule.
         folder: where all caches live; each encoder has its own below.
         dtype: compute precision.
+        skip_corrupt: leave out images that cannot be read; whoever asks for them will say so.
+
+    Raises:
+        InputError: the encoder learns, so its features change with every step; an image cannot be read.
     """
+    if head.encoder_learns:
+        raise InputError(
+            f"data.cache = {str(folder)!r}: needs a frozen encoder, but model.seg_head.lora lets it learn; remove one of them."
+        )
     cache = FeatureCache(folder / f"{encoder_key(head)}-{str(dtype).removeprefix('torch.')}")
-    missing = [image for image in dict.fromkeys(images) if image not in cache]
+    missing = [image for image in dict.fromkeys(images) if not _is_done(image, cache, skip_corrupt)]
     if not missing:
         return cache
     size = 2 * len(missing) * head.spec.channels * head.spec.grid**2
@@ -98,11 +116,35 @@ def fill_cache(
     started = time.perf_counter()
     for first in tqdm(range(0, len(missing), SHARD), desc="features", unit="shard"):
         part = missing[first : first + SHARD]
-        embedded = []
+        done, embedded = [], []
         for at in range(0, len(part), BATCH):
-            pixels = torch.stack([processor.seg_pixels(read_image(image)) for image in part[at : at + BATCH]])
+            pixels = _pixels(part[at : at + BATCH], processor, skip_corrupt)
+            if not pixels:
+                continue
             with torch.inference_mode():
-                embedded.append(encoder(pixels.to(device, dtype)).half().cpu())
-        cache.add(part, torch.cat(embedded))
+                embedded.append(encoder(torch.stack(list(pixels.values())).to(device, dtype)).half().cpu())
+            done += pixels
+        if done:
+            cache.add(done, torch.cat(embedded))
     print(f"features: done in {time.perf_counter() - started:.0f} s", flush=True)
     return cache
+
+
+def _is_done(image: Path, cache: FeatureCache, skip_corrupt: bool) -> bool:
+    try:
+        return image in cache
+    except InputError:
+        if not skip_corrupt:
+            raise
+        return True
+
+
+def _pixels(images: Sequence[Path], processor: MediSeeProcessor, skip_corrupt: bool) -> dict[Path, Tensor]:
+    found = {}
+    for image in images:
+        try:
+            found[image] = processor.seg_pixels(read_image(image))
+        except InputError:
+            if not skip_corrupt:
+                raise
+    return found

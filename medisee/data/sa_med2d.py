@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from medisee.data.image_name import parse_name
 from medisee.data.images import read_image
 from medisee.errors import InputError, nearest
 from medisee.jsonl import write_lines
@@ -35,10 +36,7 @@ CLASSES_FILE = "SAMed2D_v1_class_mapping_id.json"
 
 Split = Literal["train", "val", "test"]
 
-_PLANES = {"x": "sagittal", "y": "coronal", "z": "axial", "2d": None}
-_WITHOUT_SUBMODALITY = {"x_ray": "x-ray", "fundus_photography": "fundus photography"}
 _INVERTED = "ichallenge_adam_task2"
-_VIEW = re.compile(r"([xyz])_\d+|(2d)_none")
 _IMAGE = re.compile(r"images/[^/\\]+\.png")
 _MASK = re.compile(r"masks/[^/\\]+\.png")
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -248,16 +246,10 @@ def _share(count: int, share: float, taken: int) -> int:
 
 
 def _parse(image: str, masks: list[str], classes: dict[str, dict[int, list[str]]]) -> _Entry | None:
-    # From the right first: a case may end in "-", and its name may hold anything but "--".
-    head, _, view = PurePosixPath(image).stem.rpartition("--")
-    parts = head.split("--", 2)
-    match = _VIEW.fullmatch(view)
-    if len(parts) != 3 or not all(parts) or match is None:
+    name = parse_name(image)
+    if name is None:
         return None
-    name, dataset, case = parts
-    modality = _WITHOUT_SUBMODALITY.get(name) or name.partition("_")[0]
-    plane = _PLANES[match[1] or match[2]]
-    return _Entry(image, modality, dataset, f"{dataset}/{case}", plane, masks, classes.get(dataset, {}))
+    return _Entry(image, name.modality, name.dataset, name.case, name.plane, masks, classes.get(name.dataset, {}))
 
 
 def _read_entry(root: Path, min_area: int, entry: _Entry) -> tuple[Record | None, list[Reject]]:

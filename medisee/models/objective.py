@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from medisee.config import Loss
 from medisee.geometry import logits_to_original
@@ -57,7 +58,7 @@ def end_to_end_loss(output: Output, batch: Batch, weights: Loss, *, world: int =
     if truth_I4 is None or batch.coverage_IT is None:
         raise ValueError("a training batch needs masks and boxes")
     l1 = losses.l1_loss(boxes_I4, truth_I4).sum() / targets
-    giou = losses.giou_loss(boxes_I4, truth_I4).sum() / targets
+    giou = _giou_loss(boxes_I4, truth_I4, batch, weights).sum() / targets
     similarity = losses.similarity_loss(output.similarity_IT, batch.coverage_IT).sum() / targets
     bce, dice = (value / masked for value in _mask_losses(output, batch, weights))
     total = (
@@ -79,12 +80,19 @@ def mean_terms(terms: Sequence[Terms], *, world: int = 1) -> Terms:
     return Terms(*values.unbind())
 
 
+def _giou_loss(boxes_I4: Tensor, truth_I4: Tensor, batch: Batch, weights: Loss) -> Tensor:
+    if weights.degenerate_giou == "constant":
+        return losses.giou_loss_of_release(boxes_I4, truth_I4, batch.image_of_target_I)
+    return losses.giou_loss(boxes_I4, truth_I4)
+
+
 def _mask_losses(output: Output, batch: Batch, weights: Loss) -> tuple[Tensor, Tensor]:
     if output.masks_Jhh is None:
         zero = torch.zeros((), device=output.boxes_I4.device)
         return zero, zero
     if weights.mask_resolution == "decoder":
         truth_Jhh = torch.stack([batch.masks[index] for index in batch.masked_J.tolist()])
+        truth_Jhh = F.adaptive_avg_pool2d(truth_Jhh[None], output.masks_Jhh.shape[-1])[0]
         return (
             losses.bce_loss(output.masks_Jhh, truth_Jhh).sum(),
             losses.dice_loss(output.masks_Jhh, truth_Jhh).sum(),

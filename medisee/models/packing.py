@@ -65,11 +65,19 @@ def pack(prefixes: Sequence[Sequence[int]], queries: Sequence[Sequence[Sequence[
     return Packed(input_ids, positions, segments, tuple(starts))
 
 
-def block_mask(segments_SL: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the additive attention mask (S, 1, L, L): causal, prefix or own query only; padding sees itself."""
+def block_mask(segments_SL: Tensor, dtype: torch.dtype, *, full_prefix: bool = False) -> Tensor:
+    """Returns the additive attention mask (S, 1, L, L): causal, prefix or own query only; padding sees itself.
+
+    Args:
+        segments_SL: from `pack`.
+        dtype: of the states.
+        full_prefix: let the prefix's tokens see those behind them too, up to its end.
+    """
     length = segments_SL.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments_SL.device).tril()
     queries, keys = segments_SL[:, :, None], segments_SL[:, None, :]
+    if full_prefix:
+        causal = causal | ((queries == PREFIX) & (keys == PREFIX))
     visible = causal & ((keys == PREFIX) | (keys == queries))
     mask = torch.zeros(visible.shape, dtype=dtype, device=segments_SL.device)
     return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]

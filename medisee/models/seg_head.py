@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
+from peft import LoraConfig, inject_adapter_in_model
+from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from torch import Tensor, nn
 
 from medisee.errors import InputError
-from medisee.model_config import SamSizes, SegHeadConfig
+from medisee.model_config import Lora, SamSizes, SegHeadConfig
+from medisee.models.image_encoder import PATCH, image_encoder
+from medisee.models.sam_format import is_transformers, read_weights, transformers_name, weights_file, without_tied
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class Prompts:
 
 
 class SegHead(Protocol):
-    """A frozen image encoder and a promptable mask decoder."""
+    """An image encoder, frozen but for LoRA, and a promptable mask decoder."""
 
     spec: SegHeadSpec
 
@@ -70,9 +73,10 @@ class SegHead(Protocol):
 
 
 class SamHead(nn.Module):
-    """SAM, MedSAM and LiteMedSAM: they differ by image encoder and by `spec`.
+    """SAM, MedSAM, SAM-Med2D and LiteMedSAM: they differ by image encoder and by `spec`.
 
-    The encoder and the prompt encoder are frozen, the mask decoder learns (paper, section 4.3).
+    The encoder and the prompt encoder are frozen, the mask decoder learns (paper, section 4.3). `add_lora` lets the
+    encoder learn as well.
     """
 
     def __init__(
@@ -84,18 +88,23 @@ class SamHead(nn.Module):
         self.mask_decoder = mask_decoder
         self.spec = spec
 
+    @property
+    def encoder_learns(self) -> bool:
+        """Whether the image encoder has LoRA."""
+        return any(parameter.requires_grad for parameter in self.image_encoder.parameters())
+
     def train(self, mode: bool = True) -> SamHead:
         """Keeps the frozen parts in evaluation mode: batch norms must not move."""
         super().train(mode)
-        self.image_encoder.eval()
+        self.image_encoder.train(mode and self.encoder_learns)
         self.prompt_encoder.eval()
         return self
 
-    @torch.no_grad()
     def encode(self, pixels_B3SS: Tensor) -> Tensor:
-        """See SegHead."""
+        """See SegHead. Without a graph where the encoder is frozen."""
         dtype = next(self.image_encoder.parameters()).dtype
-        return self.image_encoder(pixels_B3SS.to(dtype))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_learns):
+            return self.image_encoder(pixels_B3SS.to(dtype))
 
     def decode(self, embedding_BCGG: Tensor, prompts: Prompts, image_of_target_I: Tensor) -> Tensor:
         """See SegHead. Batched over the targets of several images, which the package's own forward is not."""
@@ -107,9 +116,10 @@ class SamHead(nn.Module):
         tokens = torch.cat([output_tokens.expand(targets, -1, -1), sparse_IPC], dim=1)
         no_mask = self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
         source = (embedding_BCGG + no_mask).to(dtype)[image_of_target_I]
-        position = self.prompt_encoder.get_dense_pe().to(dtype).expand(targets, -1, -1, -1)
-        states, source = decoder.transformer(source, position, tokens)
         grid = embedding_BCGG.shape[-1]
+        # Of the embedding's own grid, which may be coarser than the encoder's.
+        position = self.prompt_encoder.pe_layer((grid, grid)).to(dtype).expand(targets, -1, -1, -1)
+        states, source = decoder.transformer(source, position, tokens)
         upscaled = decoder.output_upscaling(source.transpose(1, 2).unflatten(2, (grid, grid)))
         # Token 0 predicts the mask's quality, token 1 the single mask; the other three serve multi-mask output only.
         kernel = decoder.output_hypernetworks_mlps[0](states[:, 1])
@@ -146,7 +156,10 @@ def sam_parts(sizes: SamSizes, grid: int, size: int) -> tuple[PromptEncoder, Mas
     """Builds SAM's prompt encoder and mask decoder for a frame of side `size` and an embedding of side `grid`."""
     channels = sizes.channels
     prompt_encoder = PromptEncoder(
-        embed_dim=channels, image_embedding_size=(grid, grid), input_image_size=(size, size), mask_in_chans=16
+        embed_dim=channels,
+        image_embedding_size=(grid, grid),
+        input_image_size=(size, size),
+        mask_in_chans=sizes.mask_hidden,
     )
     mask_decoder = MaskDecoder(
         num_multimask_outputs=3,
@@ -160,76 +173,82 @@ def sam_parts(sizes: SamSizes, grid: int, size: int) -> tuple[PromptEncoder, Mas
     return prompt_encoder, mask_decoder
 
 
+def vit_sizes(config: SegHeadConfig) -> SamSizes:
+    """Returns the configured SAM's sizes."""
+    return config.sizes or _VIT[config.vit]
+
+
 def sam_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
     """Builds SAM or MedSAM; `weights=False` leaves a random encoder for a checkpoint that is loaded next.
 
     Raises:
         InputError: a size that the ViT's patches of 16 do not divide; a bad weights file.
     """
-    if config.size % 16:
+    if config.size % PATCH:
         raise InputError(f"model.seg_head.size = {config.size}: SAM's patches are 16 pixels; use a multiple of 16.")
-    sizes = config.sizes or _VIT[config.vit]
-    grid = config.size // 16
-    encoder = ImageEncoderViT(
-        img_size=config.size,
-        embed_dim=sizes.width,
-        depth=sizes.depth,
-        num_heads=sizes.heads,
-        global_attn_indexes=sizes.global_attention,
-        out_chans=sizes.channels,
-        qkv_bias=True,
-        use_rel_pos=True,
-        window_size=sizes.window,
-        norm_layer=_LayerNorm,
-    )
-    head = SamHead(encoder, *sam_parts(sizes, grid, config.size), _spec(config, sizes.channels, grid))
+    return assemble(image_encoder(vit_sizes(config), config.size), config, weights=weights)
+
+
+def assemble(
+    encoder: nn.Module, config: SegHeadConfig, *, weights: bool, prepare: Callable[[Any], Any] | None = None
+) -> SamHead:
+    """Joins a ViT with SAM's decoder, and loads and adapts both as configured.
+
+    Args:
+        encoder: with patches of 16 pixels.
+        config: the seg head's.
+        weights: load `config.checkpoint` where it is set.
+        prepare: see `load_weights`.
+
+    Raises:
+        InputError: a bad weights file.
+    """
+    sizes, grid = vit_sizes(config), config.size // PATCH
+    spec = SegHeadSpec(config.size, config.resize, config.pixels, sizes.channels, grid)
+    head = SamHead(encoder, *sam_parts(sizes, grid, config.size), spec)
     if weights and config.checkpoint is not None:
-        load_weights(head, Path(config.checkpoint))
+        load_weights(head, config.checkpoint, prepare)
+    if config.lora is not None:
+        add_lora(head, config.lora)
     return head
 
 
-def load_weights(
-    head: SamHead, path: Path, prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
-) -> None:
-    """Loads a .pth state strictly, reading data only, never code.
+def add_lora(head: SamHead, lora: Lora) -> None:
+    """Puts LoRA on the qkv of the image encoder's attention (Table 6, MedSAM with LoRA); nothing else in it learns."""
+    adapters = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=["qkv"])
+    inject_adapter_in_model(adapters, head.image_encoder)
+
+
+def load_weights(head: SamHead, source: str | Path, prepare: Callable[[Any], Any] | None = None) -> None:
+    """Loads published weights strictly, reading data only, never code.
 
     Args:
         head: the head to fill.
-        path: a torch file holding a state dict of image_encoder.*, prompt_encoder.*, mask_decoder.*.
-        prepare: changes the state before it is loaded.
+        source: what `weights_file` takes. Holds image_encoder.*, prompt_encoder.*, mask_decoder.* under the names of
+            segment_anything, or a whole transformers SamModel.
+        prepare: changes what the file holds before it is loaded.
 
     Raises:
         InputError: a missing or foreign file; missing, left-over or misshapen keys.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such weights file; set model.seg_head.checkpoint to an existing .pth.") from error
-    except Exception as error:  # torch raises many types for truncated, foreign and code-carrying files
-        raise InputError(
-            f"{path}: cannot be read as plain tensors ({type(error).__name__}); expected a state dict."
-        ) from error
+    path = weights_file(source)
+    content = read_weights(path)
+    state = prepare(content) if prepare is not None else content
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: expected a flat state dict of tensors, found {type(state).__name__}.")
-    state = prepare(state) if prepare is not None else state
     own = head.state_dict()
-    problems = [f"{path}: missing tensor {key}" for key in own if key not in state]
-    problems += [f"{path}: left-over tensor {key}" for key in state if key not in own]
+    names = {name: name for name in own}
+    if is_transformers(state):
+        state, names = without_tied(state, path), {name: transformers_name(name) for name in own}
+    known = dict.fromkeys(names.values())
+    problems = [f"{path}: missing tensor {there}" for there in known if there not in state]
+    problems += [f"{path}: left-over tensor {there}" for there in state if there not in known]
     problems += [
-        f"{path}: {key} has shape {tuple(state[key].shape)}, expected {tuple(own[key].shape)}; check model.seg_head.vit and size"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
+        f"{path}: {there} has shape {tuple(state[there].shape)}, expected {tuple(own[name].shape)}; check model.seg_head.vit and size"
+        for name, there in names.items()
+        if there in state and state[there].shape != own[name].shape
     ]
     if problems:
-        raise InputError(problems[:10])
-    head.load_state_dict(state)
-
-
-class _LayerNorm(nn.LayerNorm):
-    # SAM's published encoders were trained with this epsilon.
-    def __init__(self, width: int) -> None:
-        super().__init__(width, eps=1e-6)
-
-
-def _spec(config: SegHeadConfig, channels: int, grid: int) -> SegHeadSpec:
-    return SegHeadSpec(config.size, config.resize, config.pixels, channels, grid)
+        more = [f"{path}: and {len(problems) - 8} more"] if len(problems) > 8 else []
+        raise InputError(problems[:8] + more)
+    head.load_state_dict({name: state[there] for name, there in names.items()})

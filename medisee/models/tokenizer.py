@@ -1,14 +1,31 @@
-"""A small byte-level BPE tokenizer, trained on a run's own texts when there is no pretrained language model."""
+"""Tokenizers: a small byte-level one trained on a run's own texts, and LLaVA's out of its tokenizer.model.
+
+LLaVA(-Med) was trained with transformers' slow Llama tokenizer, which cuts a text at its added tokens and encodes each
+piece by sentencepiece. In its `legacy` mode every piece gets sentencepiece's own leading space, so that a token for a
+space stands behind many added tokens; otherwise the first piece only.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from medisee.errors import InputError
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 IMAGE_TOKEN = "<image>"
+SPACE = "\u2581"
+
+_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
+_BPE = 2
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -35,8 +52,135 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     )
 
 
+def sentencepiece_tokenizer(path: Path, *, legacy: bool) -> PreTrainedTokenizerFast:
+    """Builds LLaVA's tokenizer out of a sentencepiece model, with the ids of transformers' slow Llama tokenizer.
+
+    Args:
+        path: tokenizer.model.
+        legacy: whether every piece between added tokens gets a leading space, or the first only.
+
+    Raises:
+        InputError: the file cannot be read or is not a model of Llama's kind (byte-pair encoding of unchanged text).
+    """
+    proto = _sentencepiece_model(path)
+    pieces = proto.pieces
+    vocabulary = {piece.piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=_merges(pieces),
+            unk_token=pieces[proto.trainer_spec.unk_id].piece,
+            fuse_unk=True,
+            byte_fallback=proto.trainer_spec.byte_fallback,
+        )
+    )
+    if legacy:
+        tokenizer.normalizer = _legacy_spaces()
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1),
+        ]
+    )
+    control = [AddedToken(piece.piece, normalized=False, special=True) for piece in pieces if piece.type == _CONTROL]
+    tokenizer.add_special_tokens(control)
+    spec = proto.trainer_spec
+    unknown, begin, end = (pieces[number].piece for number in (spec.unk_id, spec.bos_id, spec.eos_id))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=unknown, bos_token=begin, eos_token=end, pad_token=unknown
+    )
+
+
+def as_legacy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Returns a tokenizer with the slow one's leading spaces, where transformers only approximates them.
+
+    Its own Llama tokenizer of the `legacy` kind leaves out the leading space of pieces that start with one, and forgets
+    its kind when it is saved; every other tokenizer is returned as it is.
+    """
+    rule = _backend(tokenizer).pre_tokenizer
+    if not isinstance(rule, pre_tokenizers.Metaspace) or rule.prepend_scheme != "always" or rule.split:
+        return tokenizer
+    content = json.loads(_backend(tokenizer).to_str())
+    backend = Tokenizer.from_str(json.dumps({**content, "pre_tokenizer": None}))
+    backend.normalizer = _legacy_spaces()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **tokenizer.special_tokens_map)
+
+
+def _legacy_spaces() -> normalizers.Normalizer:
+    # Metaspace would not put its space before a piece that starts with one, as " and " between two tokens does.
+    return normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+
+
+def _sentencepiece_model(path: Path) -> Any:
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); copy the tokenizer again.") from error
+    except DecodeError as error:
+        raise InputError(f"{path}: no sentencepiece model ({error}); copy the tokenizer again.") from error
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    kinds = {piece.type for piece in proto.pieces}
+    if not proto.pieces or min(trainer.unk_id, trainer.bos_id, trainer.eos_id) < 0:
+        raise InputError(f"{path}: has no <unk>, <s> and </s>; expected Llama's kind of tokenizer, copy it again.")
+    changed = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces or not normalizer.add_dummy_prefix
+    if trainer.model_type != _BPE or changed or not kinds <= {_NORMAL, _UNKNOWN, _CONTROL, _BYTE}:
+        raise InputError(
+            f"{path}: not Llama's kind of sentencepiece model (byte-pair encoding, text taken as it is, leading space); "
+            "give the checkpoint's own tokenizer.json."
+        )
+    return proto
+
+
+def _merges(pieces: Sequence[Any]) -> list[tuple[str, str]]:
+    # Sentencepiece joins whichever neighbours make the piece of the best score; control and byte pieces are never made.
+    scores = {piece.piece: piece.score for piece in pieces if piece.type == _NORMAL}
+    found = [
+        (-score, cut, whole)
+        for whole, score in scores.items()
+        for cut in range(1, len(whole))
+        if whole[:cut] in scores and whole[cut:] in scores
+    ]
+    return [(whole[:cut], whole[cut:]) for _, cut, whole in sorted(found)]
+
+
+def answer_end(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the text that ends an answer: ` </s>` as LLaVA has it, without the space for byte-level tokenizers.
+
+    Sentencepiece makes a token of its own of that space, which LLaVA's models have learnt to write.
+    """
+    spaces = _is_legacy(tokenizer) or isinstance(_backend(tokenizer).pre_tokenizer, pre_tokenizers.Metaspace)
+    return f" {tokenizer.eos_token}" if spaces else str(tokenizer.eos_token)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Turns ids into text, special tokens included, without the spaces that were only put before pieces of text."""
+    if not _is_legacy(tokenizer):
+        return str(tokenizer.decode(list(ids), skip_special_tokens=False))
+    added = set(tokenizer.added_tokens_decoder)  # type: ignore[attr-defined]
+    pieces = [list(piece) for _, piece in groupby(ids, key=lambda token: token if token in added else -1)]
+    return "".join(str(tokenizer.decode(piece, skip_special_tokens=False)) for piece in pieces)
+
+
+def _is_legacy(tokenizer: PreTrainedTokenizerBase) -> bool:
+    rule = _backend(tokenizer).normalizer
+    return isinstance(rule, normalizers.Sequence) and isinstance(rule[0], normalizers.Prepend)
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    return tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+
+
 def add_candidate_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
-    """Adds the candidate tokens and then `<image>`, so that Mistral's get 32000, 32001 and 32002."""
+    """Adds the candidate tokens and then `<image>`, so that Mistral's get 32000, 32001 and 32002.
+
+    What the vocabulary holds already keeps its id: in a transformers LLaVA-v1.5 `<image>` is 32000 and a padding token
+    32001, so the candidate tokens get 32002 and 32003.
+    """
     missing = [token for token in (*tokens, IMAGE_TOKEN) if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens(missing, special_tokens=True)
 

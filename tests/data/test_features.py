@@ -14,7 +14,8 @@ from torch import nn
 from medisee.data import features
 from medisee.data.features import INDEX, FeatureCache, encoder_key, fill_cache
 from medisee.data.images import read_image
-from medisee.model_config import Model, SegHeadConfig
+from medisee.errors import InputError
+from medisee.model_config import Lora, Model, SegHeadConfig
 from medisee.models.seg_head import SamHead, sam_head
 from medisee.models.tokenizer import add_candidate_tokens, train_tokenizer
 from medisee.processing import MediSeeProcessor
@@ -155,6 +156,12 @@ def test_the_key_goes_by_every_weight_and_the_input_rule(head: SamHead) -> None:
         next(iter(head.image_encoder.parameters())).flatten()[0].add_(1e-3)
     keys.add(encoder_key(head))
     assert len(keys) == 3
+
+
+def test_an_encoder_that_learns_is_refused(images: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.cache = .*needs a frozen encoder, but model\.seg_head\.lora"):
+        fill(images, head_of(lora=Lora(rank=2)), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_an_interruption_keeps_complete_shards(

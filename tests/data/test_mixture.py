@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from torch import Tensor
 from medisee.config import Config, config_from
 from medisee.data.dataset import MicroBatches, TrainingData, training_batches
 from medisee.data.mixture import Draw, Mixture
+from medisee.errors import InputError
 from medisee.manifest import Manifest
 from medisee.models.seg_head import SegHeadSpec
 from medisee.models.tokenizer import add_candidate_tokens, train_tokenizer
+from medisee.optimization import split_batch
 from medisee.processing import Batch, MediSeeProcessor
 from medisee.records import QA, Record, Target, write_records
 
@@ -134,6 +136,26 @@ def test_two_ranks_of_half_the_batch_are_one_rank() -> None:
 def test_accumulation_changes_no_order() -> None:
     parts = numbers(run(accumulation=4, batch_size=2))
     assert [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)] == numbers(run())
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    splits=st.lists(st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 3, 4, 6, 12])), min_size=1, max_size=6),
+    seed=st.integers(0, 3),
+)
+def test_any_ranks_and_batches_draw_the_same_in_each_step(splits: list[tuple[int, int]], seed: int) -> None:
+    """A run of 12 images a step, each step on another number of ranks with another batch size."""
+    found = []
+    for step, (world, size) in enumerate(splits):
+        world = world if 12 % (world * size) == 0 else 1
+        train = split_batch(run(steps=6, global_batch=12, batch_size=size, seed=seed).train, world)
+        config = Config().model_copy(update={"train": train})
+        ranks = [
+            list(MicroBatches(mixture([(9, 2), (5, 1)], seed), config, step, rank, world))[: train.accumulation]
+            for rank in range(world)
+        ]
+        found += [draw for micro in zip(*ranks, strict=True) for part in micro for draw, _ in part]
+    assert found == draws(mixture([(9, 2), (5, 1)], seed), 12 * len(splits))
 
 
 @pytest.mark.parametrize("first_step", [1, 3, 5, 6])
@@ -275,3 +297,71 @@ def test_the_true_box_fades(manifests: list[Manifest]) -> None:
     assert share(0) == 1
     assert 0.3 < share(5) < 0.7
     assert share(10) == share(50) == 0
+
+
+def test_up_to_three_targets_an_image(tmp_path: Path) -> None:
+    one = record_of(tmp_path, "many", (24, 32), 9)
+    targets = tuple(replace(one.targets[0], id=str(number)) for number in range(7))
+    write_records(tmp_path / "many.jsonl", [replace(one, targets=targets)])
+    own = [Manifest(tmp_path / "many.jsonl")]
+    data = TrainingData(config_from({"data": {"train": [{"records": str(own[0].path)}]}}, "t"), own, None)
+    chosen = [tuple(q.target for q in data[Draw(number, 0, 0), 0].queries) for number in range(80)]
+    assert {len(set(targets)) for targets in chosen} == {3}
+    assert set().union(*chosen) == set("0123456")
+    assert len(set(chosen)) > 40
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> list[Manifest]:
+    """Two sources; of the first's five images one is cut off, one's mask is missing, and one is gone."""
+    made = [manifest(tmp_path, "x", 5, (24, 32)), manifest(tmp_path, "y", 3, (40, 20))]
+    (tmp_path / "x1.png").write_bytes((tmp_path / "x1.png").read_bytes()[:40])
+    (tmp_path / "x2_a.png").unlink()
+    (tmp_path / "x3.png").unlink()
+    return made
+
+
+def skipping(manifests: list[Manifest], skip: bool, **more: Any) -> Config:
+    config = data_run(manifests, **more)
+    return config.model_copy(update={"data": config.data.model_copy(update={"skip_corrupt": skip})})
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_record_that_cannot_be_read_is_named(
+    damaged: list[Manifest], processor: MediSeeProcessor, workers: int
+) -> None:
+    """From loader processes too, and without their traceback."""
+    config = skipping(damaged, False, workers=workers)
+    with pytest.raises(InputError) as caught:
+        batches(config, damaged, processor)
+    assert any(name in str(caught.value) for name in ("x1", "x2_a", "x3"))
+    assert "Traceback" not in str(caught.value)
+
+
+def test_records_that_cannot_be_read_are_counted_and_replaced(
+    damaged: list[Manifest], processor: MediSeeProcessor
+) -> None:
+    place = {"first_step": 0, "rank": 0, "world": 1}
+    loaded = training_batches(skipping(damaged, True, steps=6), damaged, processor, None, **place)
+    read = list(loaded)
+    asked = [query.record for batch in read for query in batch.queries]
+    assert {"x1", "x2", "x3"}.isdisjoint(asked) and {"x0", "x4", "y0", "y1", "y2"} == set(asked)
+    assert all(len(batch.frames) == 4 for batch in read)
+    wanted = mixture([(5, 2), (3, 1)])
+    first_bad = sum(d.source == 0 and d.index in (1, 2, 3) for d in draws(wanted, 48))
+    # What replaces a record may be unreadable too.
+    assert len(loaded.skipped) >= first_bad > 0
+    assert {"x1.png" in one or "x2_a.png" in one or "x3.png" in one for one in loaded.skipped} == {True}
+
+
+def test_workers_replace_the_same(damaged: list[Manifest], processor: MediSeeProcessor) -> None:
+    alone = batches(skipping(damaged, True), damaged, processor)
+    assert_same(batches(skipping(damaged, True, workers=2), damaged, processor), alone)
+
+
+def test_data_of_which_nothing_can_be_read_ends_the_run(tmp_path: Path, processor: MediSeeProcessor) -> None:
+    own = [manifest(tmp_path, "x", 3, (24, 32)), manifest(tmp_path, "y", 3, (40, 20))]
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    with pytest.raises(InputError, match="32 records in a row cannot be read"):
+        batches(skipping(own, True), own, processor)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from original_checkpoint import OriginalCheckpoint, original_settings, original_shapes, random_tensors
+from sentencepiece import SentencePieceTrainer
 
 from medisee.config import config_from
 from medisee.model_config import Model
@@ -99,5 +103,65 @@ def make_example() -> Callable[..., Example]:
             mask[number + 3 : height // 2 + number, 5 : width - 2 * number - 2] = True
             queries.append(Query(record=f"r{seed}", target=f"t{number}", question=question, answer=answer, mask=mask))
         return Example(image, height, width, tuple(queries))
+
+    return make
+
+
+SENTENCES = (
+    "It is [SEG] and [BBOX].",
+    "Where is the left lung in this scan?",
+    "Find the spleen. It lies behind the stomach, on the left side.",
+    "[INST] What could cause the pain on the right side? [/INST]",
+    "Please give a mask and a box, and explain why.",
+)
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer.model of Llama's kind: 400 pieces, <unk> 0, <s> 1, </s> 2, unknown letters as bytes."""
+    prefix = tmp_path_factory.mktemp("sentencepiece") / "tokenizer"
+    SentencePieceTrainer.train(  # type: ignore[attr-defined]
+        sentence_iterator=iter(SENTENCES * 3),
+        model_prefix=str(prefix),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=1.0,
+        minloglevel=2,
+    )
+    return prefix.with_suffix(".model")
+
+
+@pytest.fixture
+def make_original(tmp_path: Path, sentencepiece_file: Path) -> Callable[..., OriginalCheckpoint]:
+    """Writes an original checkpoint of four shards; `kind` is safetensors or bin."""
+
+    def make(
+        language: str = "mistral",
+        *,
+        kind: str = "safetensors",
+        vision: bool = True,
+        dtype: torch.dtype = torch.float32,
+        shards: int = 4,
+    ) -> OriginalCheckpoint:
+        folder = tmp_path / "llava-tiny"
+        folder.mkdir(exist_ok=True)
+        tensors = random_tensors(original_shapes(rows=400, vision=vision), dtype)
+        # What older versions of the libraries saved beside the weights.
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        if vision:
+            name = "model.vision_tower.vision_tower.vision_model.embeddings.position_ids"
+            tensors[name] = torch.arange(5)[None]
+        checkpoint = OriginalCheckpoint(folder, tensors, original_settings(language))
+        checkpoint.write(kind=kind, shards=shards)
+        checkpoint.configure()
+        shutil.copy(sentencepiece_file, folder / "tokenizer.model")
+        return checkpoint
 
     return make

@@ -81,7 +81,7 @@ def test_forward_shapes(tiny_model: MediSee, make_example: MakeExample) -> None:
     assert output.masks_Jhh.shape == (3, 4 * grid, 4 * grid)
     assert output.text_logits_NV.shape == (len(batch.labels_N), len(tiny_model.tokenizer))
     assert output.similarity_IT.shape == (3, 4)
-    assert tiny_model(batch, masks=False).masks_Jhh is None
+    assert tiny_model(batch, masks="none").masks_Jhh is None
 
 
 @pytest.mark.parametrize("image_tokens", ["seg_head", "vision_tower"])
@@ -137,6 +137,53 @@ def test_generated_states_equal_teacher_forcing(
     assert written.emitted == (True,)
     same(written.boxes_I4, truth.boxes_I4)
     same(written.masks_Jhh, truth.masks_Jhh)
+
+
+@pytest.mark.parametrize("prefix_attention", ["causal", "full"])
+def test_several_queries_of_an_image_share_its_prefix(
+    build_tiny: BuildModel, make_example: MakeExample, prefix_attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prefix of each image goes through the language model once, and the answers' states are those of forcing."""
+    model = build_tiny(mllm={"prefix_attention": prefix_attention})
+    examples = [make_example(QUESTIONS, answer=FORCED), make_example(QUESTIONS[:1], size=(30, 70), answer=FORCED)]
+    truth = forced(model, examples)
+    read: list[tuple[int, ...]] = []
+    layer = model.mllm.model.language_model.layers[0]
+    layer.register_forward_pre_hook(lambda module, inputs: read.append(tuple(inputs[0].shape[:2])))
+    written = generate(model, examples, [FORCED] * 4)
+    same(written.boxes_I4, truth.boxes_I4)
+    same(written.masks_Jhh, truth.masks_Jhh)
+    prefix = len(model.processor.prefix)
+    assert read[0] == (2, prefix)
+    assert all(rows == 4 and length < prefix + 40 for rows, length in read[1:])
+    assert read[1][1] == max(len(model.processor.prompt_ids(question)) for question in QUESTIONS)
+
+
+@torch.no_grad()
+def test_a_full_prefix_lets_image_tokens_see_those_behind_them(
+    build_tiny: BuildModel, make_example: MakeExample
+) -> None:
+    states = {}
+    for kind in ("causal", "full"):
+        model = build_tiny(mllm={"prefix_attention": kind})
+        batch = model.processor([make_example(QUESTIONS[:1], answer=FORCED)])
+        embedding = model.embed_images(batch)
+        changed = embedding.clone()
+        changed[..., -1, -1] += 5.0 * torch.randn(embedding.shape[1], generator=torch.Generator().manual_seed(0))
+        first = model.processor.image_start
+        before, after = (model.hidden_states(batch, one)[0, first] for one in (embedding, changed))
+        states[kind] = float((before - after).abs().max())
+    # The features are standardised over the image, so that a change anywhere moves every token a little.
+    assert states["full"] > 1.5 * states["causal"]
+
+
+def test_coarse_masks_have_half_the_side(tiny_model: MediSee, make_example: MakeExample) -> None:
+    batch = tiny_model.processor([make_example(QUESTIONS, answer=FORCED)], mask_resolution="decoder")
+    with torch.no_grad():
+        full, coarse = (tiny_model(batch, masks=detail).masks_Jhh for detail in ("full", "coarse"))
+    assert full is not None and coarse is not None
+    assert coarse.shape[-1] * 2 == full.shape[-1]
+    assert torch.isfinite(coarse).all()
 
 
 def test_generation_reads_the_first_of_repeated_tokens(tiny_model: MediSee, make_example: MakeExample) -> None:
@@ -205,7 +252,7 @@ def trained_to_say(model: MediSee, batch: Batch, steps: int) -> None:
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-2)
     for _ in range(steps):
-        loss = nn.functional.cross_entropy(model(batch, masks=False).text_logits_NV, batch.labels_N)
+        loss = nn.functional.cross_entropy(model(batch, masks="none").text_logits_NV, batch.labels_N)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

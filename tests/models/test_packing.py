@@ -179,3 +179,13 @@ def test_block_mask_takes_the_dtype_of_the_states(dtype: torch.dtype) -> None:
 def test_pack_wants_queries_for_every_prefix() -> None:
     with pytest.raises(ValueError, match="zip"):
         pack(PREFIXES, QUERIES[:1], PAD)
+
+
+def test_a_full_prefix_sees_itself_and_no_query() -> None:
+    segments = pack(PREFIXES, QUERIES, PAD).segments_SL
+    causal, full = (block_mask(segments, torch.float32, full_prefix=flag)[:, 0] == 0 for flag in (False, True))
+    for row, prefix in enumerate(PREFIXES):
+        end = len(prefix)
+        assert full[row, :end, :end].all()
+        assert not full[row, :end, end:].any()
+        assert torch.equal(full[row, end:], causal[row, end:])

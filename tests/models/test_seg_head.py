@@ -10,11 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from safetensors import safe_open
+from segment_anything import build_sam_vit_b, build_sam_vit_h, build_sam_vit_l
+from torch import Tensor, nn
 
+from medisee import MediSee
+from medisee.config import config_from, load_config
 from medisee.errors import InputError
-from medisee.model_config import SegHeadConfig
-from medisee.models.seg_head import Prompts, SamHead, load_weights, sam_head
+from medisee.model_config import Lora, SegHeadConfig
+from medisee.models.image_encoder import package_encoder
+from medisee.models.seg_head import Prompts, SamHead, load_weights, sam_head, vit_sizes
+from medisee.processing import Example
 
 SIZE = 64
 BOXES = torch.tensor([[3.0, 5.0, 40.0, 60.0], [0.0, 0.0, 64.0, 64.0], [20.5, 10.25, 21.5, 33.0]])
@@ -129,7 +135,9 @@ def test_encode_equals_the_packages_encoder(head: SamHead) -> None:
     pixels = torch.randn(2, 3, SIZE, SIZE)
     embedded = head.encode(pixels)
     assert embedded.shape == (2, head.spec.channels, head.spec.grid, head.spec.grid)
-    same(embedded[:1], head.image_encoder(pixels[:1]))
+    theirs = package_encoder(vit_sizes(SegHeadConfig(vit="micro")), SIZE)
+    theirs.load_state_dict(head.image_encoder.state_dict())
+    same(embedded, theirs(pixels))
 
 
 def test_only_the_mask_decoder_learns() -> None:
@@ -138,6 +146,115 @@ def test_only_the_mask_decoder_learns() -> None:
     assert learning == {"mask_decoder"}
     assert all(parameter.requires_grad for parameter in head.mask_decoder.parameters())
     assert not head.encode(torch.randn(1, 3, SIZE, SIZE, requires_grad=True)).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("vit", "builder", "count"),
+    [
+        ("b", build_sam_vit_b, 93_735_472),
+        ("l", build_sam_vit_l, 312_342_832),
+        ("h", build_sam_vit_h, 641_090_608),
+    ],
+)
+def test_full_sizes_are_those_of_the_package(vit: Any, builder: Callable[[], nn.Module], count: int) -> None:
+    with torch.device("meta"):
+        own, published = sam_head(SegHeadConfig(vit=vit)).state_dict(), builder()
+    assert sum(parameter.numel() for parameter in published.parameters()) == count
+    assert {name: value.shape for name, value in own.items()} == {
+        name: value.shape for name, value in published.state_dict().items()
+    }
+
+
+def lora_head(seed: int = 0, **changes: Any) -> SamHead:
+    """A head whose adapters are far from their start, where they change nothing."""
+    head = build(seed, lora=Lora(rank=2, dropout=0.5), **changes)
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    return head
+
+
+def test_lora_is_all_that_learns_in_the_encoder() -> None:
+    head = lora_head()
+    learning = [name for name, parameter in head.image_encoder.named_parameters() if parameter.requires_grad]
+    assert learning == [f"blocks.{block}.attn.qkv.lora_{part}.default.weight" for block in (0, 1) for part in "AB"]
+    assert head.encoder_learns
+    assert not build().encoder_learns
+    assert head.mask_decoder.iou_token.weight.requires_grad
+    assert not any(parameter.requires_grad for parameter in head.prompt_encoder.parameters())
+    head.encode(torch.randn(2, 3, SIZE, SIZE)).square().mean().backward()
+    for name, parameter in head.image_encoder.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.abs().max() > 0) == (name in learning), name
+    with torch.no_grad():
+        assert not head.encode(torch.randn(1, 3, SIZE, SIZE)).requires_grad
+
+
+@torch.no_grad()
+def test_lora_is_dropped_out_in_training_only() -> None:
+    head, pixels = lora_head(), torch.randn(1, 3, SIZE, SIZE)
+    assert torch.equal(head.encode(pixels), head.encode(pixels))
+    assert not torch.equal(head.train().encode(pixels), head.encode(pixels))
+    assert not any(module.training for module in head.prompt_encoder.modules())
+    assert torch.equal(head.eval().encode(pixels), head.encode(pixels))
+
+
+@torch.no_grad()
+def test_lora_starts_at_the_published_encoder(tmp_path: Path) -> None:
+    plain, pixels = build(seed=1), torch.randn(1, 3, SIZE, SIZE)
+    torch.save(plain.state_dict(), tmp_path / "sam.pth")
+    config = SegHeadConfig(vit="micro", size=SIZE, checkpoint=str(tmp_path / "sam.pth"), lora=Lora(rank=2))
+    assert torch.equal(sam_head(config).eval().encode(pixels), plain.encode(pixels))
+
+
+def test_a_checkpoint_holds_the_lora_and_no_published_weights(
+    tmp_path: Path, build_tiny: Callable[..., MediSee], make_example: Callable[..., Example]
+) -> None:
+    torch.save(build(seed=1).state_dict(), tmp_path / "sam.pth")
+    model = build_tiny(seg_head={"checkpoint": str(tmp_path / "sam.pth"), "lora": {"rank": 2}})
+    model.save_pretrained(tmp_path / "checkpoint")
+    with safe_open(str(tmp_path / "checkpoint" / "model.safetensors"), "pt") as file:
+        saved = {name for name in file.keys() if name.startswith("seg_head.image_encoder.")}  # noqa: SIM118
+    assert saved == {
+        f"seg_head.image_encoder.blocks.{block}.attn.qkv.lora_{part}.default.weight"
+        for block in (0, 1)
+        for part in "AB"
+    }
+    loaded = MediSee.from_pretrained(tmp_path / "checkpoint")
+    batch = model.processor([make_example(["Where?"], answer="It is [SEG] and [BBOX].")])
+    with torch.inference_mode():
+        ours, theirs = model(batch), loaded(batch)
+        assert torch.equal(ours.masks_Jhh, theirs.masks_Jhh)
+        assert torch.equal(ours.text_logits_NV, theirs.text_logits_NV)
+        for name, value in loaded.seg_head.named_parameters():
+            if "lora_B" in name:
+                value.zero_()
+        assert not torch.equal(loaded(batch).masks_Jhh, theirs.masks_Jhh)
+
+
+def test_lora_learns_from_the_mask(build_tiny: Callable[..., MediSee], make_example: Callable[..., Example]) -> None:
+    model = build_tiny(seg_head={"lora": {"rank": 2}})
+    batch = model.processor([make_example(["Where?", "What?"], answer="It is [SEG] and [BBOX].")])
+    masks = model(batch).masks_Jhh
+    assert masks is not None
+    masks.square().mean().backward()
+    named = dict(model.seg_head.image_encoder.named_parameters())
+    assert all(named[f"blocks.{block}.attn.qkv.lora_B.default.weight"].grad is not None for block in (0, 1))
+
+
+def test_lora_is_not_for_every_head() -> None:
+    with pytest.raises(InputError, match="lora needs kind sam or sam_med2d"):
+        config_from({"model": {"seg_head": {"kind": "lite_medsam", "lora": {}}}}, where="test")
+
+
+def test_the_lora_row_of_table_6() -> None:
+    config = load_config(Path(__file__).parents[2] / "configs" / "ablations" / "medsam_lora.yaml").model.seg_head
+    assert config.lora is not None
+    assert (config.kind, config.vit, config.size, config.lora.rank) == ("sam", "b", 1024, 8)
+    with torch.device("meta"):
+        head = sam_head(config, weights=False)
+    counted = sum(parameter.numel() for parameter in head.image_encoder.parameters() if parameter.requires_grad)
+    assert counted == 12 * 8 * (768 + 3 * 768)
 
 
 def test_frozen_parts_stay_in_evaluation_mode() -> None:

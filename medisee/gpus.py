@@ -1,0 +1,74 @@
+"""The GPUs that a run can be planned for: memory and dense arithmetic, from their makers' data sheets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from medisee.errors import InputError, nearest
+
+USABLE = 0.95
+"""Share of a GPU's memory that a plan may fill: the rest holds CUDA's own context and gaps between tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU.
+
+    Attributes:
+        name: as its maker calls it.
+        memory: GiB.
+        bfloat16: dense tensor-core TFLOP/s with float32 accumulation. Data sheets often print the double, "with
+            sparsity".
+        float32: TFLOP/s outside the tensor cores, which is what torch uses for float32 unless told otherwise.
+    """
+
+    name: str
+    memory: float
+    bfloat16: float
+    float32: float
+
+    def tflops(self, dtype: torch.dtype) -> float:
+        """Returns the peak for a type to compute in."""
+        return self.float32 if dtype == torch.float32 else self.bfloat16
+
+    @property
+    def usable(self) -> float:
+        """Bytes that a plan may fill."""
+        return USABLE * self.memory * 2**30
+
+
+GPUS = {
+    "a6000": Gpu("RTX A6000", 48, 154.8, 38.7),  # data sheet "NVIDIA RTX A6000": 309.7 with sparsity
+    "a40": Gpu("A40", 48, 149.7, 37.4),  # data sheet "NVIDIA A40": 149.7 | 299.4
+    "a10": Gpu("A10", 24, 125.0, 31.2),  # data sheet "NVIDIA A10": 125 | 250
+    "a100-40": Gpu("A100 40 GB", 40, 312.0, 19.5),  # data sheet "NVIDIA A100": 312 | 624
+    "a100-80": Gpu("A100 80 GB", 80, 312.0, 19.5),
+    "h100": Gpu("H100 SXM", 80, 989.4, 67.0),  # data sheet "NVIDIA H100": 1979 with sparsity
+    "h200": Gpu("H200 SXM", 141, 989.4, 67.0),  # data sheet "NVIDIA H200": as H100
+    "l4": Gpu("L4", 24, 121.0, 30.3),  # data sheet "NVIDIA L4": 242 with sparsity
+    "l40s": Gpu("L40S", 48, 362.0, 91.6),  # data sheet "NVIDIA L40S": 362 | 733
+    "rtx3090": Gpu("GeForce RTX 3090", 24, 71.0, 35.6),  # white paper "NVIDIA Ampere GA102", float32 accumulation
+    "rtx4090": Gpu("GeForce RTX 4090", 24, 165.2, 82.6),  # white paper "NVIDIA Ada", float32 accumulation
+    "rtx6000ada": Gpu("RTX 6000 Ada", 48, 364.2, 91.1),  # data sheet: 1457 in 8 bits with sparsity, a quarter of it
+}
+"""By the names that --gpu takes."""
+
+
+def find_gpu(name: str) -> Gpu:
+    """Returns a GPU by name; case, spaces and dashes do not matter.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    wanted = _plain(name)
+    for key, gpu in GPUS.items():
+        if wanted in (_plain(key), _plain(gpu.name)):
+            return gpu
+    hint = nearest(name.lower(), GPUS)
+    raise InputError(f"--gpu {name!r}: no such GPU is known; expected one of {', '.join(GPUS)}.{hint}")
+
+
+def _plain(name: str) -> str:
+    return "".join(character for character in name.lower() if character.isalnum())

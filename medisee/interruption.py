@@ -1,0 +1,67 @@
+"""Ending a run early and in order: SIGTERM, Ctrl-C or a file named `stop` in its folder, heeded between two steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+
+from medisee.ranks import Place, largest
+
+STOP = "stop"
+BY_FILE = 1
+
+
+class Stopped(Exception):
+    """A run was asked to end before its last step, and its state is saved.
+
+    Attributes:
+        code: the process's exit code: 0 by the file, 143 by SIGTERM, 130 by Ctrl-C.
+    """
+
+    def __init__(self, step: int, folder: Path, request: int) -> None:
+        self.code = 0 if request == BY_FILE else request
+        super().__init__(f"stopped after step {step}, which is saved in {folder}; go on with --resume.")
+
+
+class StopRequest:
+    """While it is entered, SIGTERM and the first Ctrl-C are noted instead of obeyed; a second Ctrl-C ends at once.
+
+    The file serves launchers, which kill their ranks half a minute after a signal: too soon for a step and a save.
+    """
+
+    def __init__(self, out: Path) -> None:
+        """Args: the run's folder, in which somebody may put the file `stop`."""
+        self.file = out / STOP
+        self.noted = 0
+
+    def __enter__(self) -> StopRequest:
+        self.file.unlink(missing_ok=True)
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def request(self, place: Place) -> int:
+        """Returns what every rank is asked for now: 0 to go on, BY_FILE or 128 + a signal to end; all ranks call it."""
+        by_file = BY_FILE if place.rank == 0 and self.file.exists() else 0
+        request = largest(self.noted or by_file, place)
+        if request and place.rank == 0:
+            self.file.unlink(missing_ok=True)
+        return request
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self.noted == 128 + signal.SIGINT:
+            raise KeyboardInterrupt
+        self.noted = 128 + number
+        # os.write: a signal may come in the middle of print.
+        os.write(2, b"\nending after this step; its state will be saved (Ctrl-C again: end at once)\n")
+
+
+def leave_to_parent(_: int = 0) -> None:
+    """Makes a loader process ignore both signals, which reach whole groups: its parent still needs batches."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

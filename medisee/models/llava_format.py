@@ -1,0 +1,217 @@
+"""What an original LLaVA(-Med) checkpoint means in transformers' Llava: names, sizes, tokenizer.
+
+An original checkpoint is what LLaVA's own code wrote: `LlavaMistralForCausalLM` or `LlavaLlamaForCausalLM` in config.json,
+tensors under LLaVA's names, often tokenizer.model as the only tokenizer. It is recognised by its config.json; none of its
+code is run. Here is what its files mean; conversion.py writes them anew.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AddedToken, CLIPVisionConfig, LlamaConfig, LlavaConfig, MistralConfig, PreTrainedTokenizerFast
+
+from medisee.errors import InputError
+from medisee.models.shards import TensorFacts, read_json, some
+from medisee.models.tokenizer import sentencepiece_tokenizer
+
+CONFIG = "config.json"
+
+LLAVA_NAMES = (
+    ("model.embed_tokens.", "model.language_model.embed_tokens."),
+    ("model.layers.", "model.language_model.layers."),
+    ("model.norm.", "model.language_model.norm."),
+    ("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
+    ("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),
+    ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower."),
+    ("lm_head.", "lm_head."),
+)
+"""Beginnings of names in an original checkpoint, and in transformers' Llava."""
+LLAVA_DROPPED = re.compile(r".*\.rotary_emb\.inv_freq|.*vision_model\.embeddings\.position_ids")
+"""Buffers that older versions saved; both are computed from the sizes."""
+CLIP_NAMES = (
+    ("vision_model.", "model.vision_tower."),
+    *((f"{part}.", f"model.vision_tower.{part}.") for part in ("embeddings", "pre_layrnorm", "encoder")),
+    ("post_layernorm.", "model.vision_tower.post_layernorm."),
+)
+CLIP_DROPPED = re.compile(
+    r"text_model\..*|(text|visual)_projection\.weight|logit_scale|(vision_model\.)?embeddings\.position_ids"
+)
+"""CLIP's text side, which no Llava has."""
+
+_LANGUAGE = {"llava_mistral": "mistral", "llava_llama": "llama", "llava": "llama"}
+_ARCHITECTURES = {"LlavaMistralForCausalLM": "mistral", "LlavaLlamaForCausalLM": "llama"}
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A folder of weights and what its tensors are called in transformers' Llava."""
+
+    folder: Path
+    names: tuple[tuple[str, str], ...]
+    dropped: re.Pattern[str]
+
+    def renamed(self, name: str) -> str | None:
+        """Returns transformers' name of a tensor; None for one that is not known here."""
+        return next((new + name[len(old) :] for old, new in self.names if name.startswith(old)), None)
+
+    def original(self, name: str) -> str:
+        """Returns this format's name of a transformers tensor."""
+        return next((old + name[len(new) :] for old, new in self.names if name.startswith(new)), name)
+
+
+def is_original(settings: Mapping[str, Any]) -> bool:
+    """Tells whether a config.json is that of an original LLaVA checkpoint."""
+    return _language(settings) is not None
+
+
+def _language(settings: Mapping[str, Any]) -> str | None:
+    architectures = settings.get("architectures") or ()
+    for name in architectures:
+        if name in _ARCHITECTURES:
+            return _ARCHITECTURES[name]
+    # transformers calls its own Llava "llava" too, and nests the language model's sizes.
+    if "text_config" in settings or "mm_vision_tower" not in settings:
+        return None
+    return _LANGUAGE.get(str(settings.get("model_type")))
+
+
+def llava_config(path: Path, settings: Mapping[str, Any], vision: CLIPVisionConfig) -> LlavaConfig:
+    """Translates an original config.json.
+
+    The sliding window is None, as LLaVA-Med was trained, whatever the file says; the base of the rotary code is the
+    file's, or 1e6 for Mistral and 1e4 for Llama. Where newer transformers have other defaults, these are stated.
+
+    Args:
+        path: of config.json, for messages.
+        settings: its content.
+        vision: the vision tower's.
+
+    Raises:
+        InputError: missing sizes; a projector, image tokens or a vocabulary of another kind.
+    """
+    language = _language(settings)
+    problems = [
+        f"{path}: {key} is missing; fetch it again." for key in _SIZES if not isinstance(settings.get(key), int)
+    ]
+    refused = {
+        "mm_projector_type": settings.get("mm_projector_type") not in ("mlp2x_gelu",),
+        "mm_use_im_start_end": bool(settings.get("mm_use_im_start_end")),
+        "tie_word_embeddings": bool(settings.get("tie_word_embeddings")),
+        "mm_vision_select_feature": settings.get("mm_vision_select_feature", "patch") not in ("patch", "cls_patch"),
+    }
+    problems += [
+        f"{path}: {key} = {settings.get(key)!r} is not supported; give LLaVA-Med v1.5 or LLaVA v1.5."
+        for key, wrong in refused.items()
+        if wrong
+    ]
+    if problems:
+        raise InputError(problems)
+    theta = settings.get("rope_theta") or (1e6 if language == "mistral" else 1e4)
+    common: dict[str, Any] = {key: settings[key] for key in _SIZES}
+    common |= {
+        "num_key_value_heads": settings.get("num_key_value_heads") or settings["num_attention_heads"],
+        "head_dim": settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"],
+        "hidden_act": settings.get("hidden_act", "silu"),
+        "max_position_embeddings": settings.get("max_position_embeddings", 32768 if language == "mistral" else 4096),
+        "rms_norm_eps": settings.get("rms_norm_eps", 1e-5),
+        "rope_parameters": {"rope_type": "default", **_rope_scaling(settings), "rope_theta": float(theta)},
+        "attention_dropout": 0.0,
+        "bos_token_id": settings.get("bos_token_id", 1),
+        "eos_token_id": settings.get("eos_token_id", 2),
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    }
+    text = MistralConfig(**common, sliding_window=None) if language == "mistral" else LlamaConfig(**common)
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=settings["vocab_size"],
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,  # type: ignore[operator]
+        vision_feature_layer=settings.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy="full" if settings.get("mm_vision_select_feature") == "cls_patch" else "default",
+        tie_word_embeddings=False,
+        architectures=["LlavaForConditionalGeneration"],
+    )
+
+
+def _rope_scaling(settings: Mapping[str, Any]) -> dict[str, Any]:
+    scaling = settings.get("rope_scaling") or {}
+    kind = scaling.get("rope_type") or scaling.get("type")
+    return {**{key: value for key, value in scaling.items() if key != "type"}, "rope_type": kind} if kind else {}
+
+
+def vision_config(
+    folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, TensorFacts], described: Path | None
+) -> CLIPVisionConfig:
+    """Reads the vision tower's sizes from its tensors; its heads from CLIP's own config.json, or 64 wide (OpenAI's).
+
+    Args:
+        folder: the checkpoint, for messages.
+        settings: its config.json.
+        tensors: all tensors under transformers' names.
+        described: folder with CLIP's config.json, if there is one.
+
+    Raises:
+        InputError: tensors are missing; heads are nowhere stated.
+    """
+    tower = "model.vision_tower."
+    needed = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight")
+    first = "encoder.layers.0.mlp.fc1.weight"
+    if lacking := {name for name in (*needed, first) if tower + name not in tensors}:
+        raise InputError(f"{folder}: the vision tower lacks {some(lacking)}; fetch the checkpoint again.")
+    patches, positions = (tensors[tower + name].shape for name in needed)
+    layers = {name.split(".")[4] for name in tensors if name.startswith(f"{tower}encoder.layers.")}
+    width, patch = patches[0], patches[-1]
+    side = round((positions[0] - 1) ** 0.5)
+    name = str(settings.get("mm_vision_tower", ""))
+    if described is None and "openai" not in name.lower():
+        raise InputError(
+            f"{folder / CONFIG}: mm_vision_tower is {name!r}, whose heads are not known here; "
+            "set model.mllm.vision_source to its hub id or folder."
+        )
+    own = read_json(described / CONFIG) if described is not None else {}
+    own = own.get("vision_config", own)
+    return CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=tensors[tower + first].shape[0],
+        num_hidden_layers=len(layers),
+        num_attention_heads=own.get("num_attention_heads", max(1, width // 64)),
+        image_size=side * patch,
+        patch_size=patch,
+        hidden_act=own.get("hidden_act", "quick_gelu"),
+        layer_norm_eps=own.get("layer_norm_eps", 1e-5),
+    )
+
+
+def original_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Builds the tokenizer of an original checkpoint: tokenizer.model, or tokenizer.json where that is all there is.
+
+    Raises:
+        InputError: neither is there, or they cannot be read; added tokens with ids that leave gaps.
+    """
+    model = folder / "tokenizer.model"
+    described = folder / "tokenizer_config.json"
+    settings = read_json(described) if described.exists() else {}
+    if not model.exists():
+        file = folder / "tokenizer.json"
+        if not file.exists():
+            raise InputError(f"{folder}: holds neither tokenizer.model nor tokenizer.json; fetch the checkpoint again.")
+        return PreTrainedTokenizerFast(tokenizer_file=str(file), unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer = sentencepiece_tokenizer(model, legacy=settings.get("legacy") is not False)
+    extra = folder / "added_tokens.json"
+    added = {int(number): token for token, number in (read_json(extra) if extra.exists() else {}).items()}
+    for number, token in settings.get("added_tokens_decoder", {}).items():
+        added.setdefault(int(number), token["content"])
+    for number in sorted(number for number in added if number >= len(tokenizer)):
+        if number != len(tokenizer):
+            raise InputError(
+                f"{folder}: added token {added[number]!r} has id {number}, which leaves a gap; fetch it again."
+            )
+        tokenizer.add_tokens([AddedToken(added[number], normalized=False, special=True)])
+    return tokenizer

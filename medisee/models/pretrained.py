@@ -1,0 +1,238 @@
+"""Published language models: found, checked, converted where need be, and loaded completely or not at all.
+
+transformers fills what a checkpoint lacks with random weights and only logs it; here that is an error.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import infer_auto_device_map
+from accelerate.utils import get_max_memory
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerBase,
+)
+
+from medisee.errors import InputError
+from medisee.hub import fetch
+from medisee.model_config import Mllm
+from medisee.models.checkpoints import is_hub_id
+from medisee.models.conversion import converted, vocabulary_problems
+from medisee.models.llava_format import CONFIG, is_original, original_tokenizer
+from medisee.models.shards import check_shards, read_json, some
+from medisee.models.tokenizer import as_legacy
+
+SKIPPED = ("lm_head", "model.multi_modal_projector", "model.vision_tower")
+"""What stays in 16 or 32 bits beside a language model of 4 or 8; transformers compares the beginnings of whole names."""
+
+_DTYPES: dict[str, Any] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Pretrained:
+    """A loaded Llava. `vocabulary` is the number of tokens that it was trained with; rows behind them are padding."""
+
+    llava: LlavaForConditionalGeneration
+    vocabulary: int
+
+
+def pretrained_tokenizer(config: Mllm) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of `config.source`, original or transformers'.
+
+    Raises:
+        InputError: the hub id or folder cannot be read.
+    """
+    folder = _source_folder(config, weights=False)
+    if is_original(read_json(folder / CONFIG)):
+        return original_tokenizer(folder)
+    return _load_tokenizer(folder, config)
+
+
+def _load_tokenizer(folder: Path, config: Mllm) -> PreTrainedTokenizerBase:
+    try:
+        return as_legacy(AutoTokenizer.from_pretrained(folder))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(_unreadable(config, error)) from error
+
+
+def load_pretrained(config: Mllm) -> Pretrained:
+    """Loads the Llava of `config.source`; an original checkpoint is converted first.
+
+    Raises:
+        InputError: the source cannot be found; files or tensors are missing, left over, misshapen or foreign; the
+            tokenizer is another model's; 4 or 8 bits without a GPU or bitsandbytes; layers without memory.
+    """
+    quantization = _quantization(config)
+    folder = _source_folder(config, weights=True)
+    settings = read_json(folder / CONFIG)
+    if is_original(settings):
+        folder = converted(folder, config)
+    elif settings.get("model_type") != "llava":
+        raise InputError(
+            f"{folder / CONFIG}: describes {settings.get('model_type')!r}, which is no Llava; give a transformers Llava "
+            "or an original LLaVA(-Med) checkpoint."
+        )
+    check_shards(folder)
+    llava = _load(folder, config, quantization)
+    embedding: Any = llava.get_input_embeddings()
+    tokens = len(_load_tokenizer(folder, config))
+    stated = llava.config.get_text_config().vocab_size
+    if problems := vocabulary_problems(folder, rows=embedding.num_embeddings, stated=stated, tokens=tokens):
+        raise InputError(problems)
+    return Pretrained(llava, tokens)
+
+
+def _load(folder: Path, config: Mllm, quantization: BitsAndBytesConfig | None) -> LlavaForConditionalGeneration:
+    placing: dict[str, Any] = {}
+    if quantization is not None:
+        placing = {"quantization_config": quantization, "device_map": {"": torch.cuda.current_device()}}
+    if config.device_map is not None:
+        placing = {"device_map": layer_devices(folder, config), "offload_folder": config.offload_folder}
+    try:
+        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+            folder,
+            dtype=_DTYPES[config.dtype],
+            attn_implementation=config.attention,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **placing,
+        )
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
+        raise InputError(_unreadable(config, error)) from error
+    llava, report = loaded
+    if problems := _loading_problems(folder, report):
+        raise InputError(problems)
+    if placing:
+        _pin(llava)
+    return llava
+
+
+def _loading_problems(folder: Path, report: dict[str, Any]) -> list[str]:
+    problems = []
+    if lacking := report["missing_keys"]:
+        problems.append(f"{folder}: lacks {some(set(lacking))}; fetch the checkpoint again.")
+    if extra := report["unexpected_keys"]:
+        problems.append(f"{folder}: holds {some(set(extra))}, for which config.json has no place; fetch it again.")
+    if wrong := [f"{name} of {tuple(own)} instead of {tuple(asked)}" for name, own, asked in report["mismatched_keys"]]:
+        problems.append(f"{folder}: holds {some(wrong)}, which config.json asks for; fetch both again.")
+    return problems + [f"{folder}: {message}; fetch it again." for message in report["error_msgs"]]
+
+
+def _source_folder(config: Mllm, *, weights: bool) -> Path:
+    source = config.source or ""
+    folder = Path(source)
+    if (folder / CONFIG).is_file():
+        return folder
+    if folder.is_dir():
+        raise InputError(f"model.mllm.source = {source!r}: holds no {CONFIG}; give the folder of a Llava, or a hub id.")
+    if not is_hub_id(source):
+        raise InputError(f"model.mllm.source = {source!r}: no such folder, and no hub id; give one of them.")
+    try:
+        return fetch(source, config.revision, weights=weights)
+    except InputError as error:
+        raise InputError(f"model.mllm.source = {error.problems[0]}") from error
+
+
+def _unreadable(config: Mllm, error: Exception) -> str:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return f"model.mllm.source = {config.source!r}: cannot be loaded ({reason}); fetch it again."
+
+
+def _quantization(config: Mllm) -> BitsAndBytesConfig | None:
+    if config.bits is None:
+        return None
+    where, problems = f"model.mllm.bits = {config.bits}", []
+    if not torch.cuda.is_available():
+        problems.append(f"{where}: needs an NVIDIA GPU, and torch sees none; set it to null.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        problems.append(f"{where}: needs bitsandbytes; run pip install bitsandbytes, or set it to null.")
+    if problems:
+        raise InputError(problems)
+    return quantization_config(config)
+
+
+def quantization_config(config: Mllm) -> BitsAndBytesConfig:
+    """Returns how the language model's linear layers are held in 4 bits (NF4, as QLoRA) or 8 (LLM.int8())."""
+    return BitsAndBytesConfig(
+        load_in_4bit=config.bits == 4,
+        load_in_8bit=config.bits == 8,
+        llm_int8_skip_modules=list(SKIPPED),
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32 if config.dtype == "float32" else torch.bfloat16,
+    )
+
+
+def layer_devices(folder: Path, config: Mllm) -> dict[str, int | str]:
+    """Spreads the language model's layers over the devices; all else goes to the first one.
+
+    What learns, and what the seg head and the routers read, so stays where they are.
+
+    Raises:
+        InputError: no memory for the parts outside the layers, or for some layers and no folder to offload them to.
+    """
+    settings: Any = AutoConfig.from_pretrained(folder)
+    assumed = {"auto": settings.dtype or torch.float32}.get(config.dtype, _DTYPES[config.dtype])
+    with torch.device("meta"):
+        llava = LlavaForConditionalGeneration(settings)
+    memory = _memory(config)
+    first = next(iter(memory))
+    layers: Any = llava.model.language_model.layers
+    inside = {id(parameter) for parameter in layers.parameters()}
+    # The embedding and the output layer learn in float32.
+    memory[first] -= sum(4 * value.numel() for value in llava.parameters() if id(value) not in inside)
+    if memory[first] < 0:
+        raise InputError(
+            f"model.mllm.max_memory: device {first} is too small for the parts outside the language model's layers; "
+            "raise it, or set model.mllm.bits to 4."
+        )
+    found = infer_auto_device_map(
+        layers, max_memory=memory, no_split_module_classes=[type(layers[0]).__name__], dtype=assumed
+    )
+    if "disk" in found.values() and config.offload_folder is None:
+        raise InputError(
+            "model.mllm.device_map = 'auto': the layers do not fit into memory; set model.mllm.offload_folder to a "
+            "folder with room for them, or model.mllm.bits to 4."
+        )
+    places: dict[str, Any] = {
+        f"model.language_model.layers.{n}": found.get(str(n), found.get("")) for n in range(len(layers))
+    }
+    rest = ("vision_tower", "multi_modal_projector", *(f"language_model.{part}" for part in _outside(llava)))
+    return {**{f"model.{part}": first for part in rest}, "lm_head": first, **places}
+
+
+def _memory(config: Mllm) -> dict[Any, Any]:
+    most: dict[Any, Any] = {
+        int(key) if key.isdigit() else key: value for key, value in (config.max_memory or {}).items()
+    }
+    known = [*range(torch.cuda.device_count()), "cpu"]
+    if unknown := [str(key) for key in most if key not in known]:
+        raise InputError(
+            f"model.mllm.max_memory: no device {some(unknown)} here; there is {', '.join(map(str, known))}."
+        )
+    try:
+        return get_max_memory(most or None)
+    except ValueError as error:
+        raise InputError(f"model.mllm.max_memory = {config.max_memory}: {error}; write 20GiB or bytes.") from error
+
+
+def _outside(llava: LlavaForConditionalGeneration) -> list[str]:
+    language: Any = llava.model.language_model
+    return [name for name, _ in language.named_children() if name != "layers"]
+
+
+def _pin(llava: LlavaForConditionalGeneration) -> None:
+    # accelerate has put every part where it belongs; moving the whole model must leave it there.
+    def stay(fn: Any, recurse: bool = True) -> LlavaForConditionalGeneration:
+        return llava
+
+    llava._apply = stay

@@ -1,0 +1,159 @@
+"""SAM's weights as others publish them: where they lie, how they are read, how transformers names them.
+
+Two formats: segment_anything's names, in a .pth (SAM, MedSAM, SAM-Med2D, LiteMedSAM) or .safetensors file, and those of
+transformers' SamModel, in a folder or hub repository of config.json and model.safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from medisee.errors import InputError
+from medisee.hub import fetch
+
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+FILE_TYPES = (".safetensors", ".pth", ".pt", ".bin")
+
+POSITIONS = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+SHARED_POSITIONS = "shared_image_embedding.positional_embedding"
+TIED_POSITIONS = "prompt_encoder.shared_embedding.positional_embedding"
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+# In order; each turns a part of segment_anything's name into transformers'.
+_RENAMED: tuple[tuple[str, str], ...] = (
+    (rf"^{re.escape(POSITIONS)}$", SHARED_POSITIONS),
+    (r"^image_encoder\.neck\.0\.", "vision_encoder.neck.conv1."),
+    (r"^image_encoder\.neck\.1\.", "vision_encoder.neck.layer_norm1."),
+    (r"^image_encoder\.neck\.2\.", "vision_encoder.neck.conv2."),
+    (r"^image_encoder\.neck\.3\.", "vision_encoder.neck.layer_norm2."),
+    (r"^image_encoder\.patch_embed\.proj\.", "vision_encoder.patch_embed.projection."),
+    (r"^image_encoder\.blocks\.", "vision_encoder.layers."),
+    (r"^image_encoder\.", "vision_encoder."),
+    (r"^prompt_encoder\.point_embeddings\.", "prompt_encoder.point_embed."),
+    (r"^prompt_encoder\.mask_downscaling\.0\.", "prompt_encoder.mask_embed.conv1."),
+    (r"^prompt_encoder\.mask_downscaling\.1\.", "prompt_encoder.mask_embed.layer_norm1."),
+    (r"^prompt_encoder\.mask_downscaling\.3\.", "prompt_encoder.mask_embed.conv2."),
+    (r"^prompt_encoder\.mask_downscaling\.4\.", "prompt_encoder.mask_embed.layer_norm2."),
+    (r"^prompt_encoder\.mask_downscaling\.6\.", "prompt_encoder.mask_embed.conv3."),
+    (r"^mask_decoder\.output_upscaling\.0\.", "mask_decoder.upscale_conv1."),
+    (r"^mask_decoder\.output_upscaling\.1\.", "mask_decoder.upscale_layer_norm."),
+    (r"^mask_decoder\.output_upscaling\.3\.", "mask_decoder.upscale_conv2."),
+    # Both kinds of small MLP have three layers.
+    (r"^(mask_decoder\.(?:iou_prediction_head|output_hypernetworks_mlps\.\d+))\.layers\.0\.", r"\1.proj_in."),
+    (r"^(mask_decoder\.(?:iou_prediction_head|output_hypernetworks_mlps\.\d+))\.layers\.1\.", r"\1.layers.0."),
+    (r"^(mask_decoder\.(?:iou_prediction_head|output_hypernetworks_mlps\.\d+))\.layers\.2\.", r"\1.proj_out."),
+    (r"\.norm([1-4])\.", r".layer_norm\1."),
+    (r"\.norm_final_attn\.", ".layer_norm_final_attn."),
+)
+
+
+def transformers_name(name: str) -> str:
+    """Returns what transformers' SamModel calls a tensor of segment_anything's Sam."""
+    for pattern, replacement in _RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames a whole SAM for transformers' `SamModel.load_state_dict`, which keeps the position code twice."""
+    renamed = {transformers_name(name): value for name, value in state.items()}
+    renamed[TIED_POSITIONS] = renamed[SHARED_POSITIONS]
+    return renamed
+
+
+def is_transformers(state: Mapping[str, Any]) -> bool:
+    """Tells whether names are those of transformers' SamModel."""
+    return any(name.startswith("vision_encoder.") for name in state)
+
+
+def without_tied(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Drops transformers' second copy of the position code, which files hold or not.
+
+    Raises:
+        InputError: the copies differ.
+    """
+    kept = {name: value for name, value in state.items() if name != TIED_POSITIONS}
+    tied = state.get(TIED_POSITIONS)
+    if tied is not None and not torch.equal(kept.setdefault(SHARED_POSITIONS, tied), tied):
+        raise InputError(
+            f"{path}: {SHARED_POSITIONS} and {TIED_POSITIONS} differ, but SAM has one; get the file again."
+        )
+    return kept
+
+
+def weights_file(source: str | Path) -> Path:
+    """Returns the file of a seg head's weights.
+
+    Args:
+        source: a file; a folder of a transformers SAM; or its hub id "owner/name", which is fetched.
+
+    Raises:
+        InputError: a folder or repository of another model or without weights; a hub out of reach.
+    """
+    path = Path(source)
+    if not path.exists() and path.suffix not in FILE_TYPES and _HUB_ID.fullmatch(str(source)):
+        path = _fetched(str(source))
+    return _file_of_folder(path) if path.is_dir() else path
+
+
+@cache
+def _fetched(hub_id: str) -> Path:
+    try:
+        return fetch(hub_id)
+    except InputError as error:
+        raise InputError(
+            f"model.seg_head.checkpoint = {hub_id!r}: no such file or folder here, and not on the hub: {error}"
+        ) from error
+
+
+def _file_of_folder(folder: Path) -> Path:
+    config = folder / "config.json"
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{config}: missing; a folder of weights must be a transformers SAM, or name a file."
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{config}: no valid JSON ({error}); get the folder again.") from error
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if kind != "sam":
+        raise InputError(f"{config}: model_type = {kind!r}, expected 'sam'; give the folder of a transformers SAM.")
+    found = [folder / name for name in FOLDER_FILES if (folder / name).exists()]
+    if not found:
+        raise InputError(f"{folder}: neither {' nor '.join(FOLDER_FILES)} is there; get the folder again.")
+    return found[0]
+
+
+def read_weights(path: Path) -> Any:
+    """Reads a .safetensors or torch file: data only, never code.
+
+    Raises:
+        InputError: a missing, truncated or foreign file, or one that carries code.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path}: no such weights file; set model.seg_head.checkpoint to an existing .pth or .safetensors file, "
+            "or to a folder or hub id of a transformers SAM."
+        ) from error
+    except SafetensorError as error:
+        raise InputError(f"{path}: no complete safetensors file ({error}); get it again.") from error
+    except Exception as error:  # torch raises many types for truncated, foreign and code-carrying files
+        raise InputError(
+            f"{path}: cannot be read as plain tensors ({type(error).__name__}); expected a state dict."
+        ) from error

@@ -1,0 +1,115 @@
+"""SAM-Med2D: SAM's ViT with an adapter in every block, trained on medical images at 256 pixels (arXiv 2308.16184).
+
+Its input rule: both sides stretched to 256, SAM's mean and standard deviation. It was trained with nearest-neighbour
+resizing; images are resized bilinearly here, as for every seg head. Tensor names are those of the published weights.
+
+Shapes: B images, H W height and width in patches, C width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from segment_anything.modeling.image_encoder import Block, window_partition, window_unpartition
+from torch import Tensor, nn
+
+from medisee.errors import InputError
+from medisee.model_config import SegHeadConfig
+from medisee.models.image_encoder import image_encoder
+from medisee.models.seg_head import SamHead, assemble, vit_sizes
+
+REDUCTION = 4
+
+
+class Adapter(nn.Module):
+    """Reweights the channels by their mean over the image, mixes neighbours at half resolution, adds and normalises."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.channel = nn.Sequential(
+            nn.Linear(width, width // REDUCTION, bias=False),
+            nn.ReLU(),
+            nn.Linear(width // REDUCTION, width, bias=False),
+            nn.Sigmoid(),
+        )
+        self.spatial = nn.Sequential(
+            nn.Conv2d(width, width, kernel_size=3, stride=2, padding=1, bias=False),
+            nn.ReLU(),
+            nn.ConvTranspose2d(width, width, kernel_size=4, stride=2, padding=1, bias=False),
+            nn.ReLU(),
+        )
+
+    def forward(self, values_BHWC: Tensor) -> Tensor:
+        """Maps (B, H, W, C) to (B, H, W, C); H and W even."""
+        weights_BC = self.channel(values_BHWC.mean(dim=(1, 2)))
+        weighted_BHWC = values_BHWC * weights_BC[:, None, None]
+        mixed_BHWC = self.spatial(weighted_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.norm(values_BHWC + mixed_BHWC)
+
+
+class AdaptedBlock(nn.Module):
+    """A block of SAM's ViT with the adapter beside its MLP; takes over the parameters of the package's block."""
+
+    def __init__(self, block: Block, width: int) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
+        self.window_size = block.window_size
+        self.Adapter = Adapter(width)  # published under this name
+
+    def forward(self, values_BHWC: Tensor) -> Tensor:
+        """Maps (B, H, W, C) to (B, H, W, C)."""
+        height, width = values_BHWC.shape[1:3]
+        attended = self.norm1(values_BHWC)
+        if self.window_size > 0:
+            windows, padded = window_partition(attended, self.window_size)
+            attended = window_unpartition(self.attn(windows), self.window_size, padded, (height, width))
+        else:
+            attended = self.attn(attended)
+        values_BHWC = values_BHWC + attended
+        normal_BHWC = self.norm2(values_BHWC)
+        return values_BHWC + self.mlp(normal_BHWC) + self.Adapter(normal_BHWC)
+
+
+def sam_med2d_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
+    """Builds SAM-Med2D; `weights=False` leaves a random encoder for a checkpoint that is loaded next.
+
+    Raises:
+        InputError: a size that patches and adapters do not divide; a bad weights file.
+    """
+    if config.size % 32:
+        raise InputError(
+            f"model.seg_head.size = {config.size}: SAM-Med2D needs a multiple of 32; it was trained at 256."
+        )
+    sizes = vit_sizes(config)
+    encoder = image_encoder(sizes, config.size)
+    for index, block in enumerate(encoder.blocks):
+        encoder.blocks[index] = AdaptedBlock(block, sizes.width)  # type: ignore[arg-type]
+    # The published file holds the optimizer too, as an object.
+    with torch.serialization.safe_globals(_SET_ASIDE):
+        return assemble(encoder, config, weights=weights, prepare=_model_part)
+
+
+def _model_part(content: Any) -> Any:
+    return content["model"] if isinstance(content, dict) and "model" in content else content
+
+
+class _SetAside:
+    """Stands in for an optimizer while its file is read: holds nothing and does nothing."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _plain_dict(*_: Any) -> dict[Any, Any]:
+    return {}
+
+
+_SET_ASIDE: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_SetAside, "torch.optim.adam.Adam"),
+    (_SetAside, "torch.optim.adamw.AdamW"),
+    (_plain_dict, "collections.defaultdict"),
+    dict,
+]

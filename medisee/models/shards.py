@@ -1,0 +1,236 @@
+"""Tensors of a checkpoint on disk: read shard by shard without executing anything, written one tensor at a time.
+
+A 7B model is as large as a laptop's memory, so nothing here holds more than one shard.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from medisee.errors import InputError
+
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+WEIGHTS = (SAFETENSORS_INDEX, "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+"""Where weights may be, safetensors first."""
+SHOWN = 4
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFacts:
+    """What a header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk."""
+        return self.dtype.itemsize * int(torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """An open file of tensors: facts of all of them, and a reader for each."""
+
+    path: Path
+    tensors: Mapping[str, TensorFacts]
+    read: Callable[[str], Tensor]
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """Lists the weight files of a checkpoint: those its index names, or the only one.
+
+    Raises:
+        InputError: no weights; a broken index; shards that it names and that are missing, all of them.
+    """
+    first = _first(folder)
+    if first is None:
+        raise InputError(
+            f"{folder}: holds no weights; expected one of {', '.join(WEIGHTS)}; fetch the checkpoint again."
+        )
+    if first.suffix != ".json":
+        return [first]
+    files = sorted(set(weight_map(folder).values()))
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise InputError(f"{first}: names {some(missing)}, which is not there; fetch the checkpoint again.")
+    return [folder / file for file in files]
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """Returns which file holds each tensor, by the index; empty for a single file.
+
+    Raises:
+        InputError: the index is broken.
+    """
+    path = _first(folder)
+    if path is None or path.suffix != ".json":
+        return {}
+    content = read_json(path).get("weight_map")
+    if not isinstance(content, dict) or not all(_is_plain(file) for file in content.values()):
+        raise InputError(f"{path}: has no weight_map from tensors to files beside it; fetch it again.")
+    return content
+
+
+def _first(folder: Path) -> Path | None:
+    return next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
+
+
+def _is_plain(file: Any) -> bool:
+    # A path to elsewhere has no business in an index.
+    return isinstance(file, str) and Path(file).name == file
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        InputError: it cannot be read or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); fetch it again.") from error
+    except ValueError as error:
+        raise InputError(f"{path}: no valid JSON ({error}); fetch it again.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}; fetch it again.")
+    return content
+
+
+@contextmanager
+def open_shard(path: Path) -> Iterator[Shard]:
+    """Opens a .safetensors or .bin file; tensors are read when they are asked for and stay mapped until the end.
+
+    Raises:
+        InputError: the file is truncated, of another kind, or holds anything but tensors. Pickled code is not run.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            handle = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: truncated or no safetensors file ({_line(error)}); fetch it again.") from error
+        with handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (it is no mapping)
+            codes = {name: piece.get_dtype() for name, piece in slices.items()}
+            _check_dtypes(path, {name: code for name, code in codes.items() if code not in _DTYPES})
+            facts = {n: TensorFacts(tuple(piece.get_shape()), _DTYPES[codes[n]]) for n, piece in slices.items()}
+            yield Shard(path, facts, handle.get_tensor)
+        return
+    tensors = _unpickled(path)
+    _check_dtypes(path, {name: str(t.dtype) for name, t in tensors.items() if t.dtype not in _CODES})
+    facts = {name: TensorFacts(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    yield Shard(path, facts, tensors.__getitem__)
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    try:
+        # Files older than torch 1.6 are no zip archives, which cannot be mapped.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path}: holds something else than tensors, or is damaged; nothing of it was executed; "
+            "fetch it again from a source that you trust."
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: truncated or no file of tensors ({_line(error)}); fetch it again.") from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InputError(f"{path}: expected names and tensors, found {type(content).__name__}; fetch it again.")
+    return content
+
+
+def _check_dtypes(path: Path, odd: Mapping[str, str]) -> None:
+    if odd:
+        names = some([f"{name} ({kind})" for name, kind in odd.items()])
+        raise InputError(f"{path}: {names} of a type that no full checkpoint has; give the one without quantization.")
+
+
+def check_shards(folder: Path) -> None:
+    """Opens every shard of a checkpoint and compares it with the index.
+
+    Raises:
+        InputError: every file that is missing, truncated or foreign, and every tensor that is not where the index says.
+    """
+    places, problems = weight_map(folder), []
+    for path in shard_paths(folder):
+        try:
+            with open_shard(path) as shard:
+                problems += index_problems(shard, places)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+
+
+def index_problems(shard: Shard, places: Mapping[str, str]) -> list[str]:
+    """Says which tensors of a shard the index does not place in it, and which it places in it but which are not."""
+    if not places:
+        return []
+    named = {name for name, file in places.items() if file == shard.path.name}
+    problems = []
+    if absent := named - set(shard.tensors):
+        problems.append(f"{shard.path}: lacks {some(absent)}, which the index places in it; fetch it again.")
+    if extra := set(shard.tensors) - named:
+        problems.append(f"{shard.path}: holds {some(extra)}, which the index does not place in it; fetch it again.")
+    return problems
+
+
+def write_shard(path: Path, tensors: Mapping[str, TensorFacts], read: Callable[[str], Tensor]) -> None:
+    """Writes a .safetensors file, holding one tensor at a time.
+
+    The safetensors package builds the whole file in memory first, beside the tensors themselves.
+
+    Args:
+        path: a new file.
+        tensors: names and facts of what is written.
+        read: returns a tensor by its name here.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    # The widest types first, so that every tensor is aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    for name in order:
+        facts, start = tensors[name], end
+        end += facts.bytes
+        header[name] = {"dtype": _CODES[facts.dtype], "shape": list(facts.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as handle:
+        handle.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            handle.write(read(name).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def some(names: Sequence[str] | set[str]) -> str:
+    """Lists the first few names and counts the others."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
+    return ", ".join(ordered[:SHOWN]) + more
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,314 @@
+"""What a run will need, before it is started: parameters, memory of each GPU, arithmetic, days, and what is missing.
+
+  python scripts/train.py --config configs/medisee_7b.yaml --plan --gpu a6000 --gpus 4
+  python scripts/inference.py --config configs/medisee_7b.yaml --plan --gpu rtx4090
+
+Needs no weights, no data and no GPU. Memory and arithmetic are measured on tensors without memory (cost.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from medisee.config import Config, Train, config_from
+from medisee.cost import StepCost, query_cost, training_cost
+from medisee.errors import InputError
+from medisee.gpus import Gpu, find_gpu
+from medisee.missing import Missing, missing_files, missing_weights
+from medisee.models.checkpoints import CONFIG
+from medisee.models.medisee import MediSee
+from medisee.models.shards import read_json
+from medisee.optimization import split_batch
+from medisee.parameters import BYTES_OF_BITS, PartCount, count_parts, meta_model, quantised_weights
+from medisee.workload import CACHED, OURS, REASONING_QUERY, RELEASE, TEMPLATE_TOKENS, Way, Workload, training_workload
+
+GPU = "a6000"
+GPUS = 4
+UTILISATION = 0.35
+"""Share of a GPU's dense peak that training reaches. Published runs of large models report 0.21 (GPT-3), 0.30 (MT-NLG),
+0.33 (Gopher) and 0.46 (PaLM; all in table 3 of its paper): 0.35 is between them. Code that is less tuned than theirs
+loses what a small model without parallel layers gains."""
+SECONDS_PER_DAY = 86400
+STAGES = (0, 1, 2, 3)
+ADAMW = 8
+"""Bytes a learning parameter of AdamW's two float32 moments."""
+MASTER = 4
+"""Bytes of the copy that DeepSpeed's ZeRO updates, in float32, as what learns already is."""
+BUCKET = 5 * 10**8
+"""Elements of DeepSpeed's reduce_bucket_size, which ZeRO allocates as a whole."""
+LIVE = 10**9
+"""Most parameters that ZeRO 3 gathers at a time: DeepSpeed's stage3_max_live_parameters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes on each GPU under one ZeRO stage, without activations.
+
+    Attributes:
+        stage: of ZeRO; 0 is also plain torch.
+        weights: as stored: what learns in float32, frozen weights as they come.
+        gradients: float32.
+        optimizer: AdamW's moments, and ZeRO's copy of what learns.
+        buffers: ZeRO's bucket for gradients, and the weights that ZeRO 3 gathers.
+        host: what is offloaded to the CPU's memory, a process.
+    """
+
+    stage: int
+    weights: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    host: float
+
+    @property
+    def total(self) -> float:
+        """On the GPU."""
+        return self.weights + self.gradients + self.optimizer + self.buffers
+
+
+@dataclass(frozen=True, slots=True)
+class WayCost:
+    """One way of computing: a micro-batch's cost, and how long the whole run takes."""
+
+    way: Way
+    cost: StepCost
+    days: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingPlan:
+    """A planned training run.
+
+    Attributes:
+        config: of the run, with the accumulation that this number of GPUs needs.
+        gpu, gpus: what it runs on.
+        dtype: what it computes in.
+        workload: its micro-batch.
+        parts: parameters.
+        memory: for each ZeRO stage.
+        stored: bytes of all weights with the language model's layers as they are (16), and in 8 and 4 bits.
+        kept_all, recomputed: activations' peak in bytes with every layer's kept, and with layers that compute again.
+        recompute: whether the ways below do so: it is set, or the GPU is too small otherwise.
+        ways: the release's way of computing and ours.
+        missing: what is not on this machine.
+    """
+
+    config: Config
+    gpu: Gpu
+    gpus: int
+    dtype: torch.dtype
+    workload: Workload
+    parts: tuple[PartCount, ...]
+    memory: tuple[Memory, ...]
+    stored: dict[int, float]
+    kept_all: float
+    recomputed: float
+    recompute: bool
+    ways: tuple[WayCost, ...]
+    missing: tuple[Missing, ...]
+
+    @property
+    def peak(self) -> float:
+        """Bytes on each GPU at the configured stage."""
+        activations = self.recomputed if self.recompute else self.kept_all
+        return self.memory[self.config.train.zero_stage].total + activations
+
+    @property
+    def fits(self) -> bool:
+        """Whether a GPU holds the run."""
+        return self.peak <= self.gpu.usable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferencePlan:
+    """Planned inference, one query at a time.
+
+    Attributes:
+        gpu: what it runs on.
+        parts: parameters.
+        stored: see TrainingPlan.
+        cache: bytes of the language model's keys and values for the longest answer.
+        read: cost of the image, the question and the decoders.
+        token_flops: of each further token of the answer.
+        max_new_tokens: of the longest answer.
+        missing: what is not on this machine.
+    """
+
+    gpu: Gpu
+    parts: tuple[PartCount, ...]
+    stored: dict[int, float]
+    cache: float
+    read: StepCost
+    token_flops: float
+    max_new_tokens: int
+    missing: tuple[Missing, ...]
+
+
+def plan_training(config: Config, *, gpu: str = GPU, gpus: int = GPUS) -> TrainingPlan:
+    """Plans a training run under DeepSpeed.
+
+    Args:
+        config: of the run; its files may be missing.
+        gpu: name of a GPU, see medisee/gpus.py.
+        gpus: how many there are.
+
+    Raises:
+        InputError: an unknown GPU or none; sizes that do not go together; a manifest that cannot be read.
+    """
+    device = _checked(gpu, gpus)
+    config = config.model_copy(update={"train": split_batch(config.train, gpus)})
+    train = config.train
+    dtype = torch.float32 if train.dtype == "float32" else torch.bfloat16
+    model = meta_model(config.model, dtype=dtype)
+    parts, stored = tuple(count_parts(model)), _stored(model, config)
+    weights = stored[config.model.mllm.bits or 16]
+    memory = tuple(stage_memory(parts, train, stage=stage, gpus=gpus, weights=weights) for stage in STAGES)
+    workload = training_workload(config)
+    costs = _measured(config, workload, device.usable - memory[train.zero_stage].total, dtype)
+    speed = UTILISATION * device.tflops(dtype) * 1e12
+    micro_batches = train.steps * train.accumulation
+    return TrainingPlan(
+        config=config,
+        gpu=device,
+        gpus=gpus,
+        dtype=dtype,
+        workload=workload,
+        parts=parts,
+        memory=memory,
+        stored=stored,
+        kept_all=costs.kept_all.peak,
+        recomputed=costs.recomputed.peak,
+        recompute=costs.recompute,
+        ways=tuple(
+            WayCost(way, cost, micro_batches * cost.flops.total / speed / SECONDS_PER_DAY) for way, cost in costs.ways
+        ),
+        missing=tuple(missing_files(config)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Costs:
+    kept_all: StepCost
+    recomputed: StepCost
+    recompute: bool
+    ways: tuple[tuple[Way, StepCost], ...]
+
+
+def _measured(config: Config, workload: Workload, room: float, dtype: torch.dtype) -> _Costs:
+    """Measures a micro-batch in each way; layers compute again where it is set, or where `room` bytes are too few."""
+    ours = replace(OURS, cached=config.data.cache is not None)
+    with tqdm(total=3, desc="planning", disable=None, leave=False) as progress:  # on a terminal only
+        kept_all = training_cost(config, workload, ours, dtype=dtype)
+        progress.update()
+        recomputed = training_cost(config, workload, ours, dtype=dtype, recompute=True)
+        progress.update()
+        recompute = config.train.recompute_layers or kept_all.peak > room
+        release = training_cost(config, workload, RELEASE, dtype=dtype, recompute=recompute)
+    own = recomputed if recompute else kept_all
+    ways = [(RELEASE, release), (ours, own)]
+    if not ours.cached and config.model.seg_head.lora is None:
+        # Reading features costs no arithmetic; the rest of the step stays.
+        ways.append((CACHED, replace(own, flops=replace(own.flops, image_encoder=0.0))))
+    return _Costs(kept_all, recomputed, recompute, tuple(ways))
+
+
+def stage_memory(parts: Sequence[PartCount], train: Train, *, stage: int, gpus: int, weights: float) -> Memory:
+    """Returns what each GPU holds under a ZeRO stage (Rajbhandari et al. 2020): 1 cuts optimizer state, 2 gradients, 3 weights.
+
+    Args:
+        parts: the model's.
+        train: for offloading and DeepSpeed's own settings.
+        stage: of ZeRO.
+        gpus: how many share.
+        weights: bytes of all weights.
+    """
+    learning, everything = sum(part.trainable for part in parts), sum(part.total for part in parts)
+    share = [gpus if stage >= first else 1 for first in (1, 2, 3)]
+    optimizer = (ADAMW + MASTER * (stage > 0)) * learning / share[0]
+    own_weights = weights / share[2]
+    zero = train.deepspeed.get("zero_optimization", {})
+    buffers = 4 * zero.get("reduce_bucket_size", BUCKET) * (stage > 0)
+    if stage == 3:
+        buffers += weights / everything * min(zero.get("stage3_max_live_parameters", LIVE), everything)
+    moved_state = optimizer * (train.offload != "none" and stage > 0)
+    moved_weights = own_weights * (train.offload == "parameters" and stage == 3)
+    return Memory(
+        stage=stage,
+        weights=own_weights - moved_weights,
+        gradients=4 * learning / share[1],
+        optimizer=optimizer - moved_state,
+        buffers=buffers,
+        host=moved_state + moved_weights,
+    )
+
+
+def plan_inference(config: Config, *, gpu: str = GPU) -> InferencePlan:
+    """Plans inference with one query at a time.
+
+    Raises:
+        InputError: see `plan_training`.
+    """
+    device = _checked(gpu, 1)
+    dtype = torch.float32 if config.model.mllm.dtype == "float32" else torch.bfloat16
+    model = meta_model(config.model, dtype=dtype)
+    parts = tuple(count_parts(model))
+    few = config.model_copy(update={"train": config.train.model_copy(update={"masks_per_image": None})})
+    read = query_cost(few, Workload(((REASONING_QUERY,),), measured=False), dtype=dtype)
+    settings = model.mllm.config.get_text_config()
+    tokens = model.processor.image_tokens + REASONING_QUERY.question + TEMPLATE_TOKENS + config.eval.max_new_tokens
+    numbers = 2 * settings.num_hidden_layers * settings.num_key_value_heads * settings.head_dim
+    used = sum(part.total for part in parts if part.part in ("language model", "LoRA", "output layer"))
+    return InferencePlan(
+        gpu=device,
+        parts=parts,
+        stored=_stored(model, config),
+        cache=float(numbers * tokens * dtype.itemsize),
+        read=read,
+        token_flops=2.0 * used,
+        max_new_tokens=config.eval.max_new_tokens,
+        missing=tuple(missing_weights(config.model)),
+    )
+
+
+def checkpoint_config(folder: Path) -> Config:
+    """Returns the configuration of a checkpoint's model.
+
+    Raises:
+        InputError: the folder holds no checkpoint.
+    """
+    path = folder / CONFIG
+    content = read_json(path) if path.is_file() else {}
+    if "model" not in content:
+        raise InputError(
+            f"--checkpoint {folder}: holds no checkpoint; give the folder that training wrote, or --config."
+        )
+    return config_from({"model": content["model"]}, where=str(path))
+
+
+def _checked(gpu: str, gpus: int) -> Gpu:
+    problems: list[str] = []
+    found = None
+    try:
+        found = find_gpu(gpu)
+    except InputError as error:
+        problems += error.problems
+    if gpus < 1:
+        problems.append(f"--gpus {gpus}: expected 1 or more; a plan needs a GPU.")
+    if problems or found is None:
+        raise InputError(problems)
+    return found
+
+
+def _stored(model: MediSee, config: Config) -> dict[int, float]:
+    """Returns the bytes of all weights, the language model's layers as they are (16); published ones in 8 and 4 bits too."""
+    whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if config.model.mllm.source is None:
+        return {16: float(whole)}
+    count = quantised_weights(model)
+    width = next(iter(model.mllm.model.language_model.layers.parameters())).element_size()
+    return {16: float(whole)} | {bits: whole + (one - width) * count for bits, one in BYTES_OF_BITS.items()}

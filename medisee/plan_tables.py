@@ -1,0 +1,185 @@
+"""A plan as text for a terminal or a file, and the parameter table as markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from medisee.cost import Flops, StepCost
+from medisee.gpus import GPUS, USABLE
+from medisee.missing import Missing
+from medisee.optimization import describe_batch
+from medisee.parameters import PartCount
+from medisee.plan import SECONDS_PER_DAY, STAGES, UTILISATION, InferencePlan, Memory, TrainingPlan
+
+WIDTH = 110
+
+_FLOPS = {
+    "language_model": "language model's layers",
+    "lm_head": "output layer",
+    "vision_tower": "vision tower, projector",
+    "image_encoder": "image encoder",
+    "decoders": "routers, box and mask decoder",
+}
+
+
+def render_plan(plan: TrainingPlan) -> str:
+    """Returns a training plan as text of at most 110 columns."""
+    train = plan.config.train
+    name = "float32" if plan.dtype == torch.float32 else "bfloat16"
+    source = "of the manifests" if plan.workload.measured else "assumed: the manifests are not here"
+    lines = [
+        f"Plan: {train.steps} steps on {plan.gpus} x {plan.gpu.name} ({plan.gpu.memory:g} GiB), {name}; "
+        + describe_batch(train, plan.gpus),
+        f"      {plan.workload.queries:.2g} questions an image ({source})",
+        _counts(plan.parts),
+        _memory(plan),
+        _verdict(plan),
+        _ways(plan),
+        f"Time: the arithmetic at {UTILISATION:.0%} of the GPU's dense peak, without validation and waiting for files.",
+        _missing(plan.missing),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def render_inference_plan(plan: InferencePlan) -> str:
+    """Returns an inference plan as text of at most 110 columns."""
+    total = {bits: weights + plan.read.peak + plan.cache for bits, weights in plan.stored.items()}
+    table = _table("Memory, GiB, by the bits of the language model's layers", *(str(bits) for bits in total))
+    table.add_row("weights", *(_gib(value) for value in plan.stored.values()))
+    table.add_row("one image and its question, at the peak", *[_gib(plan.read.peak)] * len(total))
+    table.add_row("keys and values of the answer", *[_gib(plan.cache)] * len(total))
+    table.add_row("together", *(_gib(value) for value in total.values()))
+    room = [", ".join(gpu for gpu in GPUS if GPUS[gpu].usable >= value) or "none" for value in total.values()]
+    on_this = {bits: value <= plan.gpu.usable for bits, value in total.items()}
+    verdict = "; ".join(f"{bits} bits: {'yes' if fits else 'no'}" for bits, fits in on_this.items())
+    words = plan.max_new_tokens * plan.token_flops
+    lines = [
+        "Plan: inference, one question about one image at a time",
+        _counts(plan.parts),
+        _text(table),
+        f"Fits on {plan.gpu.name} ({plan.gpu.memory:g} GiB): {verdict}.",
+        *(f"  {bits} bits fit on: {gpus}" for bits, gpus in zip(total, room, strict=True)),
+        f"Arithmetic: {_tera(plan.read.flops.total)} TFLOP to read image and question (of it "
+        f"{_tera(plan.read.flops.image_encoder)} for the image encoder), then {plan.token_flops / 1e12:.3f} a token "
+        f"of the answer, {_tera(words)} for {plan.max_new_tokens}.",
+        _missing(plan.missing),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def counts_markdown(parts: Sequence[PartCount]) -> str:
+    """Returns the parameters as a GitHub table, in millions."""
+    rows = ["| part | parameters, million | of them learning |", "|---|--:|--:|"]
+    rows += [f"| {part.part} | {_million(part.total)} | {_million(part.trainable)} |" for part in parts]
+    whole, learning = (sum(values) for values in zip(*((p.total, p.trainable) for p in parts), strict=True))
+    return "\n".join([*rows, f"| **all** | **{_million(whole)}** | **{_million(learning)}** |"]) + "\n"
+
+
+def _counts(parts: Sequence[PartCount]) -> str:
+    table = _table("Parameters, million", "all", "learning")
+    for part in parts:
+        table.add_row(part.part, _million(part.total), _million(part.trainable))
+    table.add_row("together", _million(sum(p.total for p in parts)), _million(sum(p.trainable for p in parts)))
+    return _text(table)
+
+
+def _memory(plan: TrainingPlan) -> str:
+    chosen = plan.config.train.zero_stage
+    titles = [f"ZeRO {stage}{' (set)' if stage == chosen else ''}" for stage in STAGES]
+    table = _table("Memory of each GPU, GiB", *titles)
+    rows: dict[str, Callable[[Memory], float]] = {
+        "weights": lambda memory: memory.weights,
+        "gradients": lambda memory: memory.gradients,
+        "AdamW's state": lambda memory: memory.optimizer,
+        "DeepSpeed's buffers": lambda memory: memory.buffers,
+        "activations, all layers kept": lambda memory: plan.kept_all,
+        "activations, layers recomputed": lambda memory: plan.recomputed,
+        "together, all layers kept": lambda memory: memory.total + plan.kept_all,
+        "together, layers recomputed": lambda memory: memory.total + plan.recomputed,
+    }
+    if any(memory.host for memory in plan.memory):
+        rows["offloaded to the CPU's memory"] = lambda memory: memory.host
+    for name, value in rows.items():
+        table.add_row(name, *(_gib(value(memory)) for memory in plan.memory))
+    stored = ", ".join(f"{_gib(value)} in {bits} bits" for bits, value in plan.stored.items() if len(plan.stored) > 1)
+    return _text(table) + (f"\nAll weights with the language model's layers: {stored}." if stored else "")
+
+
+def _verdict(plan: TrainingPlan) -> str:
+    train, room = plan.config.train, plan.gpu.usable
+    usable = f"{room / 2**30:.1f} GiB ({USABLE:.0%} of {plan.gpu.name}'s)"
+    if plan.fits:
+        advice = "" if plan.recompute == train.recompute_layers else ", but only with train.recompute_layers=true"
+        return f"It fits: {_gib(plan.peak)} of {usable}{advice}."
+    rest = plan.memory[train.zero_stage].total
+    images = int(train.batch_size * max(0.0, room - rest) / (plan.peak - rest))
+    advice = (
+        f"train.batch_size={images} train.recompute_layers=true would fit"
+        if images
+        else "even one image does not fit: raise train.zero_stage, set model.mllm.bits, or take larger GPUs"
+    )
+    return f"It does not fit: {_gib(plan.peak)} of {usable} with layers recomputed; {advice}."
+
+
+def _ways(plan: TrainingPlan) -> str:
+    layers = "recomputed" if plan.recompute else "kept"
+    title = f"TFLOP of one step on each GPU (layers {layers})"
+    table = _table(title, *(one.way.name for one in plan.ways))
+    per_step = plan.config.train.accumulation
+
+    def row(name: str, value: Callable[[StepCost], float]) -> None:
+        table.add_row(name, *(_tera(per_step * value(one.cost)) for one in plan.ways))
+
+    for field in fields(Flops):
+        row(_FLOPS[field.name], lambda cost, name=field.name: getattr(cost.flops, name))
+    row("together", lambda cost: cost.flops.total)
+    table.add_row("activations at their peak, GiB", *(_gib(one.cost.peak) for one in plan.ways))
+    machine = f"{plan.gpus} x {plan.gpu.name}"
+    table.add_row(f"{plan.config.train.steps} steps on {machine}", *(_time(one.days) for one in plan.ways))
+    return _text(table)
+
+
+def _missing(missing: Sequence[Missing]) -> str:
+    if not missing:
+        return "Missing: nothing."
+    return "\n".join(["Missing:", *(f"  {one.setting}: {one.path} <- {one.source}" for one in missing)])
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(Text(title))
+    for column in columns:
+        table.add_column(Text(column), justify="right")
+    return table
+
+
+def _text(table: Table) -> str:
+    console = Console(width=WIDTH, no_color=True)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+
+
+def _gib(value: float) -> str:
+    return f"{value / 2**30:.1f}" if value >= 2**30 or value == 0 else f"{value / 2**30:.2f}"
+
+
+def _tera(value: float) -> str:
+    return f"{value / 1e12:,.1f}" if value >= 1e12 or value == 0 else f"{value / 1e12:.3f}"
+
+
+def _million(value: float) -> str:
+    return f"{value / 1e6:,.2f}"
+
+
+def _time(days: float) -> str:
+    for size, name in ((1, "days"), (1 / 24, "hours"), (1 / 1440, "minutes")):
+        if days >= size:
+            return f"{days / size:.1f} {name}"
+    return f"{days * SECONDS_PER_DAY:.1f} seconds"

@@ -1,0 +1,84 @@
+"""The ranks of one run: where this process stands among them, and what they decide together.
+
+Every rank calls the functions that talk to the others, or all of them wait.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from medisee.errors import InputError
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where this process stands among the ranks, and the device that it computes on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+def world_from_environment() -> tuple[int, int, int]:
+    """Returns (rank, local rank, number of ranks) as a launcher sets them; (0, 0, 1) without one."""
+    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    return rank, local, int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_launched() -> bool:
+    """Tells whether a launcher of several ranks started this process, be it as the only one."""
+    return "LOCAL_RANK" in os.environ
+
+
+def join_ranks() -> Place:
+    """Meets the other ranks that the launcher started: NCCL between GPUs, gloo between CPUs."""
+    rank, local, world = world_from_environment()
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    return Place(rank, world, device)
+
+
+def wait_for_ranks() -> None:
+    """Returns when every rank has come here."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def largest(value: int, place: Place) -> int:
+    """Returns the largest of the ranks' values."""
+    if place.world == 1:
+        return value
+    found = torch.tensor(value, device=place.device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return int(found)
+
+
+def gather(value: Value, place: Place) -> list[Value]:
+    """Returns every rank's value, in the order of the ranks."""
+    if place.world == 1:
+        return [value]
+    found: list[Value | None] = [None] * place.world
+    torch.distributed.all_gather_object(found, value)
+    return found  # type: ignore[return-value]
+
+
+def raise_together(problems: Sequence[str], place: Place) -> None:
+    """Ends every rank when one has a problem; the first rank tells all of them, the others end without a word.
+
+    Raises:
+        InputError: some rank has a problem.
+    """
+    if largest(bool(problems), place):
+        everyones = dict.fromkeys(problem for part in gather(list(problems), place) for problem in part)
+        raise InputError(everyones if place.rank == 0 else ())

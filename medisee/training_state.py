@@ -1,0 +1,287 @@
+"""What an exact resume needs, saved as <train.out>/last-<step>/, and finding the newest that is whole.
+
+A folder holds the tensors that learn, AdamW's moments under the parameters' names (so that any number of ranks and
+any ZeRO stage can read them), how far the run is, and files.json with the size and SHA-256 of each. It gets its name
+when all of it is on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from medisee.config import Config, config_from
+from medisee.errors import InputError
+from medisee.files import replace_folder, sha256, write_json
+from medisee.models.checkpoints import WEIGHTS, load_trained, trained_state
+from medisee.models.medisee import MediSee
+from medisee.optimization import Optimization
+from medisee.ranks import Place, gather, raise_together
+
+PREFIX = "last-"
+OPTIMIZER = "optimizer.safetensors"
+PROGRESS = "progress.json"
+FILES = "files.json"
+
+MAY_CHANGE = frozenset(
+    {
+        *(f"train.{name}" for name in ("out", "batch_size", "accumulation", "global_batch", "keep_last", "save_every")),
+        *(f"train.{name}" for name in ("log_every", "zero_stage", "offload", "deepspeed")),
+        "data.workers",
+    }
+)
+"""Settings that say how a run is computed, not what: a resumed run may have others. The effective batch stays."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: optimizer steps done.
+        best: the best figure on val so far.
+        skipped: draws that were replaced because their image or mask cannot be read.
+    """
+
+    step: int = 0
+    best: float = -1.0
+    skipped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """One saved state, as progress.json describes it."""
+
+    folder: Path
+    progress: Progress
+    effective_batch: int
+    config: Config
+
+
+class LastStates:
+    """The states that a run saves: the last `keep` of them stay."""
+
+    def __init__(self, out: Path, keep: int, found: Path | None = None) -> None:
+        """Args: the run's folder; how many states stay; the state that the run goes on from."""
+        self.out, self.keep = out, keep
+        # Others are damaged, or an earlier run's: they go when this run has saved its first state.
+        self._own = [] if found is None else [one for one in map(_step, saved_folders(out)) if one <= _step(found)]
+
+    @property
+    def newest(self) -> Path | None:
+        """The newest state of this run."""
+        return self.out / _name(self._own[-1]) if self._own else None
+
+    def write(
+        self, step: int, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], facts: dict[str, Any]
+    ) -> None:
+        """Writes one state; only when it is complete does it get its name, and only then do older ones go.
+
+        Raises:
+            OSError, SafetensorError: it cannot be written; nothing of it stays, and the older states are untouched.
+        """
+        folder = self.out / _name(step)
+        new = self.out / f".{folder.name}.new"
+        shutil.rmtree(new, ignore_errors=True)
+        try:
+            new.mkdir(parents=True)
+            save_file(dict(weights), str(new / WEIGHTS), metadata={"format": "pt"})
+            save_file(dict(moments), str(new / OPTIMIZER), metadata={"format": "pt"})
+            write_json(new / PROGRESS, facts)
+            files = [new / name for name in (WEIGHTS, OPTIMIZER, PROGRESS)]
+            write_json(new / FILES, {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files})
+            replace_folder(new, folder)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        self._own = [*(one for one in self._own if one < step), step][-self.keep :]
+        self._remove_others()
+
+    def _remove_others(self) -> None:
+        for folder in saved_folders(self.out):
+            if _step(folder) not in self._own:
+                # Renamed first, so that a half-removed state is never taken for one.
+                os.rename(folder, folder.with_name(f".{folder.name}.old"))
+        for left in self.out.glob(f".{PREFIX}*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def save_state(
+    states: LastStates,
+    progress: Progress,
+    *,
+    config: Config,
+    effective_batch: int,
+    model: MediSee,
+    optimization: Optimization,
+    place: Place,
+) -> None:
+    """Saves all that an exact resume needs; every rank calls it, the first one writes.
+
+    Args:
+        states: where it goes.
+        progress: how far the run is.
+        config: the run as the user gave it.
+        effective_batch: images an optimizer step.
+        model, optimization: what is saved of.
+        place: among the ranks.
+
+    Raises:
+        InputError: it cannot be written, on every rank; the older states are untouched.
+    """
+    moments = optimization.moments()
+    with optimization.whole_parameters():
+        weights = whole_tensors(trained_state(model)) if place.rank == 0 else {}
+    problems = []
+    if place.rank == 0:
+        facts = {**asdict(progress), "effective_batch": effective_batch, "config": config.model_dump(mode="json")}
+        try:
+            states.write(progress.step, weights, moments, facts)
+        except (OSError, SafetensorError) as error:
+            problems = [_not_saved(states, progress.step, error)]
+    raise_together(problems, place)
+
+
+def whole_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns copies that can be saved: on the CPU, contiguous, each with its own memory."""
+    return {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+
+
+def find_last(out: Path) -> Saved:
+    """Returns the newest saved state that is whole; damaged ones before it are named on stderr.
+
+    Raises:
+        InputError: there is none, or none that is whole.
+    """
+    damaged = []
+    for folder in reversed(saved_folders(out)):
+        if (problem := damage(folder)) is None:
+            for one in damaged:
+                print(f"warning: {one}; going on from {folder}.", file=sys.stderr, flush=True)
+            return _read(folder)
+        damaged.append(f"{folder}: {problem}")
+    if damaged:
+        raise InputError(f"{one}; no saved state here is whole, so start again without --resume." for one in damaged)
+    raise InputError(
+        f"{out}: nothing to resume; start without --resume, or set train.out to the folder of a run that has saved."
+    )
+
+
+def find_last_together(out: Path, place: Place) -> Saved:
+    """Lets the first rank find the state, and returns the same one on every rank; see `find_last`."""
+    found, problems = None, ()
+    if place.rank == 0:
+        try:
+            found = find_last(out)
+        except InputError as error:
+            problems = error.problems
+    raise_together(problems, place)
+    first = gather(found, place)[0]
+    if first is None:
+        raise ValueError("the first rank found neither a state nor a problem")
+    return first
+
+
+def check_same_run(saved: Saved, config: Config, effective_batch: int) -> None:
+    """Refuses to go on with what would be another run.
+
+    Raises:
+        InputError: a setting outside MAY_CHANGE differs, or the effective batch.
+    """
+    where = saved.folder / PROGRESS
+    old, new = _settings(saved.config), _settings(config)
+    problems = [
+        f"{where}: the run was started with another configuration, {name} = {old.get(name)!r}, not {new.get(name)!r}; "
+        "resume with the same one."
+        for name in sorted({*old, *new} - MAY_CHANGE)
+        if old.get(name) != new.get(name)
+    ]
+    if saved.effective_batch != effective_batch:
+        problems.append(
+            f"{where}: the run was started with an effective batch of {saved.effective_batch} images, now it is "
+            f"{effective_batch}; set train.global_batch={saved.effective_batch}."
+        )
+    if problems:
+        raise InputError(problems)
+
+
+def restore_weights(saved: Saved, model: MediSee) -> None:
+    """Loads the tensors that learn; before the optimization is made, which may cut them into parts.
+
+    Raises:
+        InputError: they are another model's.
+    """
+    load_trained(model, load_file(saved.folder / WEIGHTS), saved.folder / WEIGHTS)
+
+
+def saved_folders(out: Path) -> list[Path]:
+    """Lists the saved states of a run's folder, oldest first, whole or not."""
+    folders = [folder for folder in out.glob(f"{PREFIX}*") if folder.name.removeprefix(PREFIX).isdigit()]
+    return sorted(folders, key=_step)
+
+
+def damage(folder: Path) -> str | None:
+    """Says what is wrong with a saved state; None when every file is as it was written."""
+    try:
+        files = json.loads((folder / FILES).read_text(encoding="utf-8"))
+        expected = {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
+    except OSError:
+        return f"{FILES} is missing"
+    except (ValueError, AttributeError, KeyError, TypeError):
+        return f"{FILES} is damaged"
+    for name in (WEIGHTS, OPTIMIZER, PROGRESS):
+        path = folder / name
+        if name not in expected or not path.is_file():
+            return f"{name} is missing"
+        size, digest = expected[name]
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if sha256(path) != digest:
+            return f"{name} is damaged (its SHA-256 is not that of {FILES})"
+    return None
+
+
+def _read(folder: Path) -> Saved:
+    path = folder / PROGRESS
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    progress = Progress(facts["step"], facts["best"], facts["skipped"])
+    return Saved(folder, progress, facts["effective_batch"], config_from(facts["config"], where=str(path)))
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    def flat(values: dict[str, Any], above: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in values.items():
+            name = f"{above}{key}"
+            closed = isinstance(value, dict) and name not in MAY_CHANGE
+            found |= flat(value, f"{name}.") if closed else {name: value}
+        return found
+
+    return flat(config.model_dump(mode="json"), "")
+
+
+def _not_saved(states: LastStates, step: int, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    left = f"{states.newest} is untouched" if states.newest is not None else "nothing was saved before it"
+    return (
+        f"{states.out / _name(step)}: cannot be saved ({reason}), so the training ends; {left}: "
+        "make room and go on with --resume."
+    )
+
+
+def _name(step: int) -> str:
+    return f"{PREFIX}{step:08d}"
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix(PREFIX))

@@ -1,0 +1,66 @@
+"""The figure on val that chooses the best checkpoint: teacher-forced answers, scored by all ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from medisee.config import Config
+from medisee.data.features import FeatureCache
+from medisee.manifest import Manifest
+from medisee.masks import decode_mask, mask_box
+from medisee.metrics import Score, Summary, score, summarise
+from medisee.models.medisee import MediSee
+from medisee.precision import compute_dtype, is_mixed
+from medisee.prediction import Asked, all_questions, predict
+from medisee.ranks import Place, gather
+
+
+def validate(model: MediSee, val: Manifest, config: Config, cache: FeatureCache | None, place: Place) -> Summary:
+    """Scores val; every rank calls it and gets the same summary, which is also that of a single rank.
+
+    Args:
+        model: left in training mode.
+        val: never the test file.
+        config: `train.val_limit`, `train.dtype` and `eval`.
+        cache: frozen features.
+        place: which parts of val this rank reads.
+    """
+    asked, size = all_questions(val, config.train.val_limit), config.eval.batch_size
+    # The batches of a single rank, dealt out: what shares a batch, and so is padded together, stays the same.
+    parts = [asked[first : first + size] for first in range(0, len(asked), size)]
+    own: dict[int, list[Score]] = {}
+    dtype = compute_dtype(config.train.dtype, place.device)
+    model.eval()
+    with torch.autocast(place.device.type, dtype, enabled=dtype != torch.float32 and is_mixed(model)):
+        for first in range(0, len(parts), place.world):
+            # With nothing left of its own a rank repeats the last part, since cut parameters need every rank.
+            number = min(first + place.rank, len(parts) - 1)
+            scores = _scores(model, val, parts[number], config, cache)
+            if number == first + place.rank:
+                own[number] = scores
+    model.train()
+    everyones = {number: scores for part in gather(own, place) for number, scores in part.items()}
+    return summarise([one for number in sorted(everyones) for one in everyones[number]], resamples=1)
+
+
+def selection_figure(summary: Summary) -> float:
+    """Returns the mean of Dice and box IoU: the higher, the better the checkpoint."""
+    return (summary.dice.value + summary.iou.value) / 2
+
+
+def _scores(
+    model: MediSee, val: Manifest, asked: Sequence[Asked], config: Config, cache: FeatureCache | None
+) -> list[Score]:
+    predictions = predict(model, val, asked, "forced", settings=config.eval, cache=cache, quiet=True)
+    truths = [(val.mask(one.record, target), target) for one in asked for target, _ in one.questions]
+    return [
+        score(
+            decode_mask(prediction.mask) if prediction.mask else None,
+            mask,
+            prediction.box,
+            target.box or mask_box(mask),
+        )
+        for prediction, (mask, target) in zip(predictions, truths, strict=True)
+    ]

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=medisee
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# Trains under SLURM, on as many nodes as are asked for, a task for each GPU:
+#
+#   sbatch --nodes=2 scripts/train_slurm.sh configs/medisee_7b.yaml [--resume] [train.lr=1e-4 ...]
+#
+# Submit it from the repository's root, with its Python environment active and all paths on a shared disk. Ten minutes
+# before the time is up SLURM sends SIGTERM to the ranks: they end after the step that is running with their state
+# saved, and the job goes back into the queue and on from there, as it does after a node failure or a preemption.
+# `touch <train.out>/stop` ends it in the same way, but without the requeueing.
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
+# shellcheck source=scripts/launch.sh
+source scripts/launch.sh
+
+config=${1:-}
+if [[ ! -f $config ]]; then
+  echo "error: '$config' is no configuration; name one, such as configs/medisee_7b.yaml." >&2
+  exit 2
+fi
+shift
+overrides=()
+for argument in "$@"; do
+  [[ $argument == -* ]] || overrides+=("$argument")
+done
+out=$(run_folder "$config" ${overrides[@]+"${overrides[@]}"})
+
+# After a restart there is a state to go on from, unless the job ended before its first one.
+resume=()
+if ((${SLURM_RESTART_COUNT:-0})) && [[ " $* " != *" --resume "* ]] && compgen -G "$out/last-*" >/dev/null; then
+  resume=(--resume)
+fi
+
+read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500}
+export WORLD_SIZE=$SLURM_NTASKS
+
+code=0
+# exec: the signal goes to Python itself. The ranks' numbers exist only within a task.
+# shellcheck disable=SC2016
+srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"' rank \
+  "${PYTHON:-python}" scripts/train.py --config "$config" ${resume[@]+"${resume[@]}"} "$@" || code=$?
+
+if ((code == 143)); then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

@@ -1,0 +1,57 @@
+"""One rank of a launch that trains several runs after each other: starting processes takes longer than all of them.
+
+  RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29613 python ranks_program.py jobs.json
+
+jobs.json: [{"config": run.yaml, "resume": false, "fault": null | "nan" | "term"}]. The second rank has the fault. How a
+job ended is written to <train.out>/ended_<rank>.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import medisee.train
+from medisee.config import load_config
+from medisee.errors import InputError
+from medisee.interruption import Stopped
+from medisee.models import losses
+
+RANK = int(os.environ["RANK"])
+FAULT_STEP = 3
+
+
+def run(job: dict[str, Any]) -> None:
+    config = load_config(job["config"])
+    originals = medisee.train._seed_step, losses.l1_loss
+    if RANK == 1 and job["fault"] == "nan":
+        losses.l1_loss = lambda boxes, truth: boxes.sum(1) * torch.nan
+    if RANK == 1 and job["fault"] == "term":
+        medisee.train._seed_step = _term
+    ended = {"how": "finished"}
+    try:
+        medisee.train.train(config, resume=job["resume"])
+    except InputError as error:
+        ended = {"how": "error", "problems": list(error.problems)}
+    except Stopped as stopped:
+        ended = {"how": "stopped", "code": stopped.code}
+    finally:
+        medisee.train._seed_step, losses.l1_loss = originals
+    (Path(config.train.out) / f"ended_{RANK}.json").write_text(json.dumps(ended), encoding="utf-8")
+
+
+def _term(seed: int, step: int, rank: int) -> None:
+    torch.manual_seed(seed)
+    if step == FAULT_STEP:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    for one in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        run(one)
