@@ -36,7 +36,7 @@ routers and box prompt."""
 
 
 class Loss(Section):
-    """Weights of L_end (equation 4) and of our named additions, which are 0 in the paper's run."""
+    """Weights of L_end (equation 4), of L_sim in fine-tuning, and of our named additions, which are 0 in the paper's run."""
 
     text: float = 1.0
     """L_txt: cross-entropy on the answer."""
@@ -56,6 +56,12 @@ class Loss(Section):
     similarity: float = 0.0
     """Cross-entropy between sim(h_img, h_seg) and the true mask on the image-token grid. Not in the paper: it gives a
     model that starts from random weights a direct signal of where things are."""
+    js: float = Field(default=0.0, ge=0)
+    """L_sim's Jensen-Shannon divergence between the map sim(h_img, h_seg) of an implicit query and that of a question
+    that names the class; 2.0 in the paper's fine-tuning, 0 before it."""
+    mse: float = Field(default=0.0, ge=0)
+    """L_sim's mean squared difference of the same two maps; 1.0 in the paper's fine-tuning, 0 before it. The paper
+    leaves the maps' scale open: ours are dot products over sqrt(D), as in attention."""
     mask_resolution: Literal["original", "decoder"] = "original"
     """`original`: the mask loss at the image's own size (release). `decoder`: at the mask decoder's output size, which
     is cheaper."""
@@ -113,6 +119,9 @@ class Train(Section):
 
     out: str = "runs/medisee"
     """Folder of this run."""
+    init: str | None = None
+    """Checkpoint folder, or hub id, whose weights and tokenizer the run starts from, as fine-tuning does from the first
+    stage's; the model's configuration must be the same. null: the published weights, or random ones."""
     seed: int = 0
     """Seed of weights, data order and noise."""
     steps: int = Field(default=1500, ge=1)

@@ -29,6 +29,7 @@ from medisee.processing import Batch
 from medisee.workload import Way, Workload, add_pixels, make_batch
 
 _FEW = (1, 2)
+_COUNTED = ("language_model", "lm_head", "vision_tower", "image_encoder")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,8 +139,8 @@ class _Rehearsal:
     """
 
     def __init__(self, model: MediSee) -> None:
-        self.model, self.mode, self.tally = model, FakeTensorMode(allow_non_fake_inputs=True), _Tally()
-        self.forward = dict.fromkeys(("language_model", "lm_head", "vision_tower", "image_encoder"), 0.0)
+        self.model, self.mode, self.tally = model, FakeTensorMode(allow_non_fake_inputs=True), Tally()
+        self.forward: dict[str, float] = dict.fromkeys(_COUNTED, 0.0)
         self.backward: dict[str, float] = {}
         self.early = 0
         _pretend(model, self.mode)
@@ -152,11 +153,7 @@ class _Rehearsal:
                 parameter.grad = torch.zeros_like(parameter)
         self._start(batch)
         with self.tally, self._watching():
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                output = self.model(batch)
-                # The box loss picks out boxes by value, which fake ones lack: it sees the true ones.
-                known = output if batch.boxes_I4 is None else replace(output, boxes_I4=batch.boxes_I4)
-                loss = end_to_end_loss(known, batch, config.loss).total + output.boxes_I4.sum()
+            loss = self._loss(batch, config, dtype)
             kept = self.tally.now
             loss.backward()
         total = self.tally.flops
@@ -174,6 +171,13 @@ class _Rehearsal:
             early=self.early,
             late=self.tally.peak,
         )
+
+    def _loss(self, batch: Batch, config: Config, dtype: torch.dtype) -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            output = self.model(batch)
+            # The box loss picks out boxes by value, which fake ones lack: it sees the true ones.
+            known = output if batch.boxes_I4 is None else replace(output, boxes_I4=batch.boxes_I4)
+            return end_to_end_loss(known, batch, config.loss).total + output.boxes_I4.sum()
 
     def reading(self, batch: Batch, dtype: torch.dtype) -> _Measured:
         """Runs forward alone."""
@@ -252,7 +256,7 @@ def _pretend(model: nn.Module, mode: FakeTensorMode) -> None:
                 setattr(module, name, torch.empty_like(buffer, device="cpu"))
 
 
-class _Tally(TorchDispatchMode):
+class Tally(TorchDispatchMode):
     """Counts, operator by operator.
 
     Attributes:

@@ -56,7 +56,7 @@ def recover_folder(folder: Path) -> None:
     old = folder.with_name(f".{folder.name}.old")
     if old.is_dir() and not folder.exists():
         os.rename(old, folder)
-    for left in folder.parent.glob(f".{folder.name}.*.tmp"):
+    for left in (old, *folder.parent.glob(f".{folder.name}.*.tmp")):
         shutil.rmtree(left, ignore_errors=True)
 
 

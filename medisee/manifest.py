@@ -132,9 +132,12 @@ class Manifest(Sequence[Record]):
                 raise InputError(_missing(where, self.root))
             return None
         with _open_image(path, where, self.root) as image:
-            if image.getexif().get(ExifTags.Base.Orientation) in _TURNED:
-                return image.width, image.height
-            return image.height, image.width
+            try:
+                turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+            # Pillow looks behind a PNG's pixels too, which may be cut off.
+            except (OSError, SyntaxError, ValueError) as error:
+                raise InputError(_unreadable(where, error)) from error
+            return (image.width, image.height) if turned else (image.height, image.width)
 
     def mask(self, record: Record, target: Target) -> NDArray[np.bool_]:
         """Returns a target's mask (height, width) in the pixels of the original image.

@@ -57,6 +57,8 @@ def _missing_data(config: Config) -> Iterator[Missing]:
     prepare = "python scripts/prepare_data.py (sa-med2d, mlmr-sd, coco, demo)"
     if not data.train:
         yield Missing("data.train", "no manifest", prepare)
+    if config.train.init is not None and not _is_here(config.train.init, CONFIG):
+        yield Missing("train.init", config.train.init, "train the stage before first, or name its checkpoint folder")
     manifests = {f"data.train[{n}].records": source.records for n, source in enumerate(data.train)}
     manifests |= {key: path for key, path in (("data.val", data.val), ("data.categories", data.categories)) if path}
     for key, path in manifests.items():

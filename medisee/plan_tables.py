@@ -29,14 +29,13 @@ _FLOPS = {
 
 
 def render_plan(plan: TrainingPlan) -> str:
-    """Returns a training plan as text of at most 110 columns."""
+    """Returns a training plan as text; its tables have at most 110 columns."""
     train = plan.config.train
     name = "float32" if plan.dtype == torch.float32 else "bfloat16"
-    source = "of the manifests" if plan.workload.measured else "assumed: the manifests are not here"
+    source = "read" if plan.workload.measured else "assumed"
     lines = [
-        f"Plan: {train.steps} steps on {plan.gpus} x {plan.gpu.name} ({plan.gpu.memory:g} GiB), {name}; "
-        + describe_batch(train, plan.gpus),
-        f"      {plan.workload.queries:.2g} questions an image ({source})",
+        f"Plan: {train.steps} steps on {plan.gpus} x {plan.gpu.name} ({plan.gpu.memory:g} GiB), {name}",
+        f"{describe_batch(train, plan.gpus)}, {plan.workload.queries:.2g} questions an image ({source})",
         _counts(plan.parts),
         _memory(plan),
         _verdict(plan),
@@ -48,7 +47,7 @@ def render_plan(plan: TrainingPlan) -> str:
 
 
 def render_inference_plan(plan: InferencePlan) -> str:
-    """Returns an inference plan as text of at most 110 columns."""
+    """Returns an inference plan as text; its table has at most 110 columns."""
     total = {bits: weights + plan.read.peak + plan.cache for bits, weights in plan.stored.items()}
     table = _table("Memory, GiB, by the bits of the language model's layers", *(str(bits) for bits in total))
     table.add_row("weights", *(_gib(value) for value in plan.stored.values()))

@@ -1,6 +1,6 @@
 """MediSeeProcessor: images and queries -> Batch, and the model's output -> original pixels.
 
-Shapes: B images, S sequences, I targets, J targets whose masks are decoded, K candidate tokens, L sequence length, N supervised tokens, T image tokens,
+Shapes: B images, S sequences, I targets, J targets whose masks are decoded, K candidate tokens, Q plain queries, L sequence length, N supervised tokens, T image tokens,
 F frame side, h decoder output side, H W original image.
 """
 
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from medisee.data.prompts import CANDIDATE_TOKENS, candidate_text
+from medisee.data.prompts import CANDIDATE_TOKENS, FORCED_ANSWER, candidate_text
 from medisee.errors import InputError
 from medisee.geometry import Frame, fit, mask_to_frame, normalise_box, to_frame
 from medisee.masks import mask_box
@@ -43,6 +43,7 @@ class Query:
         mask: bool (H, W); box: original pixels, half-open.
         true_box: prompt the mask decoder with the true box instead of the predicted one.
         masked: decode this query's mask.
+        plain: a question that names the class, whose similarity map is this query's target in L_sim; None: no target.
     """
 
     record: str
@@ -54,6 +55,7 @@ class Query:
     box: tuple[float, float, float, float] | None = None
     true_box: bool = False
     masked: bool = True
+    plain: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,10 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What one forward pass reads. A position is that of the state which predicts a token, one before the token."""
+    """What one forward pass reads. A position is that of the state which predicts a token, one before the token.
+
+    Plain queries stand behind the queries of their sequence; they are no targets and nothing of them is supervised.
+    """
 
     queries: tuple[Query, ...]
     frames: tuple[Frame, ...]
@@ -90,6 +95,9 @@ class Batch:
     coverage_IT: Tensor | None
     true_box_I: Tensor
     masked_J: Tensor
+    plain_candidates_QK: Tensor
+    plain_sequence_Q: Tensor
+    target_of_plain_Q: Tensor
 
     def to(self, device: torch.device) -> Batch:
         """Returns the batch on another device."""
@@ -117,6 +125,13 @@ class _Truth:
     boxes_I4: Tensor | None
     masks: tuple[Tensor, ...]
     coverage_IT: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Plain:
+    candidates_QK: Tensor
+    sequence_Q: Tensor
+    target_Q: Tensor
 
 
 class MediSeeProcessor:
@@ -187,13 +202,18 @@ class MediSeeProcessor:
             else [(index, (query,)) for index, example in images for query in example.queries]
         )
         tokens = [[self._tokens(query) for query in queries] for _, queries in rows]
-        sequences = pack([self.prefix] * len(rows), [[t.ids for t in row] for row in tokens], self.pad_id)
+        plain = [
+            [self._tokens(_plain_query(query)) for query in queries if query.plain is not None] for _, queries in rows
+        ]
+        segments = [[t.ids for t in (*row, *behind)] for row, behind in zip(tokens, plain, strict=True)]
+        sequences = pack([self.prefix] * len(rows), segments, self.pad_id)
         targets = [(row, n) for row, (_, queries) in enumerate(rows) for n in range(len(queries))]
         supervised, labels, candidates = self._supervision(tokens, sequences.starts, targets)
         queries = tuple(rows[row][1][n] for row, n in targets)
         image_of_target = [rows[row][0] for row, _ in targets]
         frames = tuple(self.frame(example.height, example.width) for example in examples)
         target_frames = [frames[index] for index in image_of_target]
+        behind = self._plain_places(plain, sequences.starts, queries)
         images, truth = self._images(examples), self._truth(queries, target_frames, mask_resolution, boxes)
         return Batch(
             queries=queries,
@@ -215,6 +235,9 @@ class MediSeeProcessor:
             coverage_IT=truth.coverage_IT,
             true_box_I=torch.tensor([query.true_box for query in queries]),
             masked_J=torch.tensor([index for index, query in enumerate(queries) if query.masked], dtype=torch.long),
+            plain_candidates_QK=behind.candidates_QK,
+            plain_sequence_Q=behind.sequence_Q,
+            target_of_plain_Q=behind.target_Q,
         )
 
     def prompt_ids(self, question: str) -> list[int]:
@@ -260,13 +283,30 @@ class MediSeeProcessor:
             for place in range(own.answer_start, len(own.ids)):
                 supervised.append([row, start + place - 1])
                 labels.append(own.ids[place])
-            answer = own.ids[own.answer_start :]
-            places = [
-                start + own.answer_start + answer.index(token) - 1 if token in answer else -1
-                for token in self.candidate_ids
-            ]
-            candidates.append(places)
+            candidates.append(self._candidates(own, start))
         return supervised, labels, candidates
+
+    def _candidates(self, own: _Tokens, start: int) -> list[int]:
+        answer = own.ids[own.answer_start :]
+        return [
+            start + own.answer_start + answer.index(token) - 1 if token in answer else -1
+            for token in self.candidate_ids
+        ]
+
+    def _plain_places(
+        self, plain: list[list[_Tokens]], starts: tuple[tuple[int, ...], ...], queries: Sequence[Query]
+    ) -> _Plain:
+        candidates, sequences = [], []
+        for row, behind in enumerate(plain):
+            for own, start in zip(behind, starts[row][len(starts[row]) - len(behind) :], strict=True):
+                candidates.append(self._candidates(own, start))
+                sequences.append(row)
+        targets = [index for index, query in enumerate(queries) if query.plain is not None]
+        return _Plain(
+            torch.tensor(candidates, dtype=torch.long).reshape(-1, len(self.candidate_ids)),
+            torch.tensor(sequences, dtype=torch.long),
+            torch.tensor(targets, dtype=torch.long),
+        )
 
     def _images(self, examples: Sequence[Example]) -> _Images:
         cached = all(example.embedding is not None for example in examples)
@@ -321,6 +361,10 @@ class MediSeeProcessor:
                 mask = mask[top : top + side, left : left + side]
             inside = torch.from_numpy(mask).float()
         return torch.nn.functional.adaptive_avg_pool2d(inside[None], grid).flatten()
+
+
+def _plain_query(query: Query) -> Query:
+    return replace(query, question=query.plain or "", answer=FORCED_ANSWER, history=())
 
 
 def _padded(image: np.ndarray, size: int) -> Image.Image:

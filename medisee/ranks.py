@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,8 @@ import torch
 from medisee.errors import InputError
 
 Value = TypeVar("Value")
+PATIENCE = timedelta(days=1)
+"""How long ranks wait for each other: the first one may encode the features of a whole data set before a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ def join_ranks() -> Place:
     if cuda:
         torch.cuda.set_device(device)
     if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
     return Place(rank, world, device)
 
 

@@ -32,7 +32,7 @@ from medisee.errors import InputError, exit_code
 from medisee.files import recover_folder
 from medisee.interruption import Stopped, StopRequest
 from medisee.manifest import Manifest
-from medisee.models.checkpoints import save_checkpoint
+from medisee.models.checkpoints import check_same_model, load_checkpoint, local_checkpoint, save_checkpoint
 from medisee.models.medisee import MaskDetail, MediSee
 from medisee.models.mllm import load_tokenizer
 from medisee.models.objective import Terms, mean_terms
@@ -199,7 +199,17 @@ def _steps(run: Run, stop: StopRequest) -> None:
 
 
 def build_model(config: Config, manifests: Sequence[Manifest]) -> MediSee:
-    """Builds the model, with a tokenizer trained on the manifests' texts where no language model is named."""
+    """Builds the model, or loads the one that the run starts from.
+
+    Where no language model is named and there is nothing to start from, its tokenizer is trained on the manifests' texts.
+
+    Raises:
+        InputError: `train.init` is no checkpoint, or that of another model.
+    """
+    if config.train.init is not None:
+        folder = local_checkpoint(config.train.init)
+        check_same_model(folder, config.model)
+        return load_checkpoint(folder, MediSee)
     if config.model.mllm.source is not None:
         tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.model.mllm, config.model.candidate_tokens)
     else:

@@ -36,7 +36,7 @@ FILES = "files.json"
 MAY_CHANGE = frozenset(
     {
         *(f"train.{name}" for name in ("out", "batch_size", "accumulation", "global_batch", "keep_last", "save_every")),
-        *(f"train.{name}" for name in ("log_every", "zero_stage", "offload", "deepspeed")),
+        *(f"train.{name}" for name in ("log_every", "zero_stage", "offload", "deepspeed", "recompute_layers")),
         "data.workers",
     }
 )

@@ -187,3 +187,11 @@ def test_check_files_tells_all_problems_at_once(make: Callable[..., Manifest], t
         assert f"{tmp_path / 'r.jsonl'}: record '{name}'" in problem and text in problem
     target = manifest[1].targets[0]
     assert problems_of(lambda: manifest.mask(manifest[1], target)) == (problems[0],)
+
+
+def test_an_image_that_is_cut_off_is_named(make: Callable[..., Manifest]) -> None:
+    manifest = make(record("r0"))
+    path = manifest.image_path(manifest[0])
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(InputError, match=f"image '{path.name}' cannot be read"):
+        manifest.mask(manifest[0], manifest[0].targets[0])

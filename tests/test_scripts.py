@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +16,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from medisee.config import load_config
+
 ROOT = Path(__file__).parents[1]
+LAUNCHERS = tuple(f"scripts/train_{name}.sh" for name in ("4gpu", "hostfile", "slurm"))
 SHIMS = ("train", "eval", "inference", "prepare_data", "download_weights")
 BASH = [*sorted(ROOT.glob("scripts/*.sh")), ROOT / ".ci" / "run"]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
@@ -87,7 +92,28 @@ def test_demo_refuses_an_unknown_option() -> None:
     assert "'--fast'" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["scripts/demo.sh", "scripts/test.sh", ".ci/run"])
+def _training_state(run: Path, config: Path) -> str:
+    function = 'eval "$(sed -n "/^training_state()/,/^}/p" scripts/demo.sh)"; training_state'
+    environment = {**os.environ, "python": sys.executable, "config": str(config), "run": str(run)}
+    command = ["bash", "-c", function]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60).stdout.strip()
+
+
+def test_demo_knows_how_far_a_training_has_come(tmp_path: Path) -> None:
+    config, run = ROOT / "configs" / "demo.yaml", tmp_path / "run"
+    settings = load_config(config).model_dump(mode="json")
+    assert _training_state(run, config) == "absent"
+    for folder, content in (("last-00000250", {}), ("last-00000500", {"config": settings})):
+        (run / folder).mkdir(parents=True)
+        (run / folder / "progress.json").write_text(json.dumps(content), encoding="utf-8")
+    assert _training_state(run, config) == "unfinished"
+    assert _training_state(run, ROOT / "configs" / "demo_quick.yaml") == "absent"
+    (run / "checkpoint").mkdir()
+    (run / "run.json").write_text(json.dumps({"settings": settings, "seconds": 9.0}), encoding="utf-8")
+    assert _training_state(run, config) == "finished"
+
+
+@pytest.mark.parametrize("name", ["scripts/demo.sh", "scripts/test.sh", ".ci/run", *LAUNCHERS])
 def test_it_can_be_executed(name: str) -> None:
     assert (ROOT / name).stat().st_mode & 0o111 == 0o111
 

@@ -1,9 +1,11 @@
-"""Training: an exact resume, a kill at any step, ranks that agree with one, selection on val, and bad input."""
+"""Training: an exact resume, ending in order, damaged states, a full disk, selection on val, and bad input."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +20,9 @@ from safetensors.torch import load_file
 
 from medisee.config import Config, config_from
 from medisee.errors import InputError, exit_code
-from medisee.optimization import warmup_decay
+from medisee.interruption import Stopped
 from medisee.train import main, train
+from medisee.training_state import damage, saved_folders
 
 Run = dict[str, Any]
 
@@ -87,31 +90,196 @@ def _interrupt_at(step: int) -> Any:
     return losses_until
 
 
-@pytest.mark.kill
-def test_killed_at_any_step_and_resumed(every_step: Run, tmp_path: Path) -> None:
-    run = configured(every_step, train={"out": str(tmp_path / "whole"), "steps": 60, "save_every": 5})
-    train(run)
-    killed = configured(every_step, train={"out": str(tmp_path / "killed"), "steps": 60, "save_every": 5})
-    path = tmp_path / "killed.yaml"
-    path.write_text(yaml.safe_dump(killed.model_dump(mode="json")))
-    for kill_after in (12, 23, 41):
-        resume = ["--resume"] if (tmp_path / "killed" / "last").exists() else []
-        process = subprocess.Popen([sys.executable, "-m", "medisee.train", "--config", str(path), *resume])
-        while process.poll() is None and max([0, *_logged(tmp_path / "killed")]) < kill_after:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    train(killed, resume=True)
-    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "killed")
-    assert sorted(found) == sorted(expected)
-    assert found == pytest.approx(expected, rel=1e-6)
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
+    """Does something at the start of a step."""
+    import medisee.train
+
+    original = medisee.train._seed_step
+
+    def seed(number: int, current: int, rank: int) -> None:
+        original(number, current, rank)
+        if current == step:
+            act()
+
+    monkeypatch.setattr("medisee.train._seed_step", seed)
 
 
-def _logged(out: Path) -> list[int]:
+@pytest.mark.parametrize(
+    ("how", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("file", 0)], ids=["sigterm", "ctrl-c", "file"]
+)
+def test_a_run_that_is_asked_to_end_saves_and_goes_on(
+    every_step: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, code: int
+) -> None:
+    out = tmp_path / "run"
+    config = configured(every_step, train={"out": str(out), "save_every": 100})
+
+    def ask() -> None:
+        (out / "stop").touch() if how == "file" else os.kill(os.getpid(), getattr(signal, how))
+
+    at_step(monkeypatch, 3, ask)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match=r"stopped after step 3, which is saved in .*; go on with --resume") as caught:
+        train(config)
+    assert caught.value.code == code
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert [folder.name for folder in saved_folders(out)] == ["last-00000003"]
+    assert "seconds" not in json.loads((out / "run.json").read_text())
+    monkeypatch.undo()
+    train(config, resume=True)
+    assert sorted(losses(out)) == list(range(1, 9))
+    assert not (out / "stop").exists()
+
+
+def test_ctrl_c_twice_ends_at_once(every_step: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(monkeypatch, 3, twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(configured(every_step, train={"out": str(tmp_path), "save_every": 100}))
+    assert not saved_folders(tmp_path)
+
+
+def test_a_request_that_is_older_than_the_run_is_not_heeded(every_step: Run, tmp_path: Path) -> None:
+    (tmp_path / "stop").touch()
+    train(configured(every_step, train={"out": str(tmp_path), "steps": 2}))
+    assert sorted(losses(tmp_path)) == [1, 2]
+
+
+def test_sigterm_to_a_group_with_loader_processes(every_step: Run, tmp_path: Path) -> None:
+    """What SLURM and terminals do. The loader processes must outlive the signal, or the step could not end."""
+    data = {**every_step["data"], "workers": 1}
+    long = {**every_step["train"], "out": str(tmp_path / "run"), "steps": 100_000, "save_every": 100_000}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**every_step, "data": {**data, "val": None}, "train": long}))
+    command = [sys.executable, "-m", "medisee.train", "--config", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     try:
-        return list(losses(out))
+        while process.poll() is None and not logged(tmp_path / "run"):
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGTERM)
+        output, errors = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 143, errors[-2000:]
+    assert b"which is saved in" in output and b"Traceback" not in errors
+    assert damage(saved_folders(tmp_path / "run")[-1]) is None
+
+
+def logged(out: Path) -> list[int]:
+    """Returns the logged steps of a run that may just be writing."""
+    try:
+        return sorted(losses(out))
     except (OSError, ValueError):
         return []
+
+
+def test_a_damaged_state_is_named_and_the_one_before_resumed(
+    every_step: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configured(every_step, train={"out": str(tmp_path / "run")})
+    train(config)
+    expected = losses(tmp_path / "run")
+    newest, before = saved_folders(tmp_path / "run")[-1], saved_folders(tmp_path / "run")[-2]
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    train(config, resume=True)
+    assert f"warning: {newest}: model.safetensors has" in (warning := capsys.readouterr().err)
+    assert f"going on from {before}" in warning
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-6)
+    assert damage(newest) is None
+
+
+def test_a_log_line_that_a_kill_cut_off_is_dropped(every_step: Run, tmp_path: Path) -> None:
+    config = configured(every_step, train={"out": str(tmp_path)})
+    train(config)
+    shutil.rmtree(tmp_path / "last-00000008")
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 9, "tot')
+    train(config, resume=True)
+    assert sorted(losses(tmp_path)) == list(range(1, 9))
+
+
+def test_dropout_is_the_same_after_resuming(every_step: Run, tmp_path: Path) -> None:
+    model = {**every_step["model"], "mllm": {**every_step["model"]["mllm"], "train": "lora"}}
+    model["mllm"]["lora"] = {"rank": 2, "dropout": 0.5}
+    whole = configured({**every_step, "model": model}, train={"out": str(tmp_path / "whole"), "lr": 1e-2})
+    train(whole)
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    shutil.rmtree(tmp_path / "broken" / "last-00000008")
+    train(configured({**every_step, "model": model}, train={"out": str(tmp_path / "broken"), "lr": 1e-2}), resume=True)
+    assert losses(tmp_path / "broken") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
+
+
+def test_another_batch_size_resumes_the_same_run(every_step: Run, tmp_path: Path) -> None:
+    """The draws of a step stay; how they are cut into micro-batches weighs their means a little differently."""
+    whole = configured(every_step, train={"out": str(tmp_path / "run"), "global_batch": 4, "batch_size": 2})
+    train(whole)
+    expected = losses(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "last-00000008")
+    train(configured(every_step, train={"out": str(tmp_path / "run"), "global_batch": 4, "batch_size": 4}), resume=True)
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=2e-2)
+    with pytest.raises(InputError, match=r"effective batch of 4 images, now it is 8; set train\.global_batch=4"):
+        train(configured(every_step, train={"out": str(tmp_path / "run"), "global_batch": 8}), resume=True)
+
+
+def test_a_corrupt_image_ends_the_run_or_is_counted(
+    every_step: Run, tiny_manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(tiny_manifest.parent, copy)
+    (copy / "1.png").write_bytes((copy / "1.png").read_bytes()[:50])
+    data = {"train": [{"records": str(copy / "tiny.jsonl")}], "val": None}
+    with pytest.raises(InputError, match=r"1\.png"):
+        train(configured(every_step, data=data, train={"out": str(tmp_path / "stops")}))
+    skipping = configured(every_step, data={**data, "skip_corrupt": True}, train={"out": str(tmp_path / "skips")})
+    train(skipping)
+    named = [line for line in capsys.readouterr().err.splitlines() if "skipped: " in line]
+    assert len(named) == 1 and "1.png" in named[0]
+    counts = [
+        json.loads(line).get("skipped", 0) for line in (tmp_path / "skips" / "log.jsonl").read_text().splitlines()
+    ]
+    assert counts == sorted(counts) and counts[-1] >= 7  # eight passes over four images, one of them unreadable
+    shutil.rmtree(tmp_path / "skips" / "last-00000008")
+    train(skipping, resume=True)
+    again = [json.loads(line).get("skipped", 0) for line in (tmp_path / "skips" / "log.jsonl").read_text().splitlines()]
+    assert again == counts
+
+
+def test_a_corrupt_image_without_cached_features_is_skipped_too(
+    every_step: Run, tiny_manifest: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_manifest.parent, tmp_path / "data")
+    (tmp_path / "data" / "1.png").write_bytes(b"no image")
+    (tmp_path / "data" / "2.png").unlink()
+    data = {
+        "train": [{"records": str(tmp_path / "data" / "tiny.jsonl")}],
+        "val": None,
+        "cache": str(tmp_path / "cache"),
+    }
+    with pytest.raises(InputError, match=r"(1|2)\.png"):
+        train(configured(every_step, data=data, train={"out": str(tmp_path / "run"), "steps": 2}))
+    train(configured(every_step, data={**data, "skip_corrupt": True}, train={"out": str(tmp_path / "run"), "steps": 3}))
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3]
+
+
+def test_a_full_disk_ends_with_a_sentence(every_step: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = configured(every_step, train={"out": str(tmp_path)})
+    at_step(monkeypatch, 5, lambda: monkeypatch.setattr("medisee.training_state.save_file", full))
+    with pytest.raises(InputError, match=r"last-00000006: cannot be saved .*No space left.*last-00000003 is untouched"):
+        train(config)
+    assert damage(tmp_path / "last-00000003") is None
+    monkeypatch.undo()
+    at_step(monkeypatch, 5, lambda: monkeypatch.setattr("medisee.run_log.RunLog._append", full))
+    with pytest.raises(InputError, match=r"the disk is full .*No space left.*go on with --resume"):
+        train(config, resume=True)
+    monkeypatch.undo()
+    train(config, resume=True)
+    assert sorted(losses(tmp_path)) == list(range(1, 9))
 
 
 def test_two_ranks_with_half_the_batch_equal_one(tiny_config: Run, tmp_path: Path) -> None:
@@ -172,13 +340,6 @@ def test_a_source_joins_at_its_step_and_masks_can_be_few(every_step: Run, tiny_m
     dice = {line["step"]: line["dice"] for line in lines if "dice" in line}
     assert [dice[step] for step in (1, 2)] == [0, 0]
     assert all(dice[step] > 0 for step in range(3, 9))
-
-
-def test_warmup_decay() -> None:
-    section = Config().train.model_copy(update={"warmup": 4, "steps": 10})
-    assert [warmup_decay(section, step) for step in range(11)] == pytest.approx(
-        [0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]
-    )
 
 
 def test_a_loss_that_is_not_finite_names_the_records(every_step: Run, tmp_path: Path) -> None:

@@ -177,6 +177,28 @@ def read_run(folder: Path) -> dict[str, Any]:
     return _read_config(folder).get("run") or {}
 
 
+def check_same_model(folder: Path, config: Model) -> None:
+    """Checks that a checkpoint holds the model that a run describes, so that the run can start from it.
+
+    Raises:
+        InputError: no checkpoint, or another model: names the first setting that differs.
+    """
+    saved = config_from({"model": _read_config(folder)["model"]}, where=str(folder / CONFIG)).model
+    if difference := _difference("model", saved.model_dump(mode="json"), config.model_dump(mode="json")):
+        name, old, new = difference
+        raise InputError(
+            f"{folder / CONFIG}: train.init holds a model with {name} = {old!r}, the run says {new!r}; "
+            "give both the same value, or start from another checkpoint."
+        )
+
+
+def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any] | None:
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        found = (_difference(f"{name}.{key}", value, new[key]) for key, value in old.items())
+        return next((one for one in found if one is not None), None)
+    return None if old == new else (name, old, new)
+
+
 def without_bases(config: Model) -> Model:
     """Returns the configuration of the same model built from sizes, for a checkpoint that holds all its weights.
 

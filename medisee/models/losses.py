@@ -1,4 +1,4 @@
-"""The terms of L_end (paper, equation 4) as pure functions, each reduced per target: (I,) float32.
+"""The terms of L_end (paper, equation 4) and of L_sim as pure functions, each reduced per target: (I,) float32.
 
 A caller sums them and divides by a count of its own, so that several ranks agree with one.
 
@@ -6,6 +6,8 @@ Shapes: I targets, N supervised tokens, V vocabulary, H W mask, T image tokens.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -69,3 +71,26 @@ def similarity_loss(similarity_IT: Tensor, coverage_IT: Tensor) -> Tensor:
     total = coverage_IT.sum(1, keepdim=True)
     truth_IT = coverage_IT / total.clamp(min=1e-6)
     return -(truth_IT * torch.log_softmax(similarity_IT.float(), dim=1)).sum(1)
+
+
+def js_divergence(similarity_IT: Tensor, target_IT: Tensor) -> Tensor:
+    """L_sim's first term: Jensen-Shannon divergence of two maps, softmaxed over the image tokens, (I,) in [0, ln 2].
+
+    Symmetric in its arguments, so the caller says which of them is the target by detaching it.
+
+    Args:
+        similarity_IT: dot products sim(h_img, h_seg) over sqrt(D). The paper leaves the scale open; this one, that of
+            attention, is our choice.
+        target_IT: of the same scale.
+    """
+    first_IT = torch.log_softmax(similarity_IT.float(), dim=1)
+    second_IT = torch.log_softmax(target_IT.float(), dim=1)
+    # In logarithms: a share that underflows would give 0 * log 0.
+    middle_IT = torch.logaddexp(first_IT, second_IT) - math.log(2)
+    to_middle_IT = first_IT.exp() * (first_IT - middle_IT) + second_IT.exp() * (second_IT - middle_IT)
+    return (to_middle_IT.sum(1) / 2).clamp(0, math.log(2))
+
+
+def similarity_mse(similarity_IT: Tensor, target_IT: Tensor) -> Tensor:
+    """L_sim's second term: mean squared difference of two maps, (I,); arguments as in `js_divergence`."""
+    return (similarity_IT.float() - target_IT.float()).square().mean(1)

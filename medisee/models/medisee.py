@@ -1,7 +1,7 @@
 """MediSee: the paper's figure 5 as code. Read `forward` first.
 
 Shapes: B images, S sequences, I targets, J targets whose masks are decoded, K candidate tokens, L sequence length, D hidden width, C prompt channels,
-T image tokens, N supervised tokens, V vocabulary, G embedding grid, h decoder output side.
+T image tokens, Q plain queries, N supervised tokens, V vocabulary, G embedding grid, h decoder output side.
 """
 
 from __future__ import annotations
@@ -40,13 +40,16 @@ class Output:
         boxes_I4: normalised xyxy, float32.
         masks_Jhh: mask logits of the seg head's frame; None when masks were not asked for.
         text_logits_NV: logits at the supervised positions.
-        similarity_IT: dot products of h_seg with the image tokens' last states, over sqrt(D).
+        similarity_IT: dot products of h_seg with the image tokens' last states, over sqrt(D). The paper leaves the scale
+            open; this one, that of attention, is our choice.
+        plain_similarity_QT: the same maps for the plain queries, without gradient; None when there are none.
     """
 
     boxes_I4: Tensor
     masks_Jhh: Tensor | None
     text_logits_NV: Tensor
     similarity_IT: Tensor
+    plain_similarity_QT: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,10 @@ class MediSee(nn.Module):
         hidden_SLD = self.hidden_states(batch, embedding_BCGG)
         tokens_IKD = hidden_SLD[batch.sequence_of_target_I[:, None], batch.candidates_IK].to(self.head_dtype)
         centred_I4 = self.box_decoder(self.box_router(tokens_IKD))
-        segmentation_ID = self.seg_router(tokens_IKD)
+        plain_QKD = hidden_SLD.detach()[batch.plain_sequence_Q[:, None], batch.plain_candidates_QK].to(self.head_dtype)
+        # One call, even without plain queries: under ZeRO 3 every rank must gather the router's weights as often.
+        segmentation_XD = self.seg_router(torch.cat([tokens_IKD, plain_QKD]))
+        segmentation_ID, plain_QD = segmentation_XD.split([len(tokens_IKD), len(plain_QKD)])
         features_BCGG = F.avg_pool2d(embedding_BCGG, 2) if masks == "coarse" else embedding_BCGG
         masks_Jhh = None if masks == "none" else self.decode_masks(batch, features_BCGG, segmentation_ID, centred_I4)
         supervised_ND = hidden_SLD[batch.supervised_N2[:, 0], batch.supervised_N2[:, 1]]
@@ -110,7 +116,8 @@ class MediSee(nn.Module):
             boxes_I4=cxcywh_to_xyxy(centred_I4),
             masks_Jhh=masks_Jhh,
             text_logits_NV=self.text_logits(supervised_ND),
-            similarity_IT=self._similarity(batch, hidden_SLD, segmentation_ID),
+            similarity_IT=self._similarity(batch.sequence_of_target_I, hidden_SLD, segmentation_ID),
+            plain_similarity_QT=self._plain_similarity(batch, hidden_SLD, plain_QD),
         )
 
     @property
@@ -227,9 +234,15 @@ class MediSee(nn.Module):
         features: Any = self.mllm.get_image_features(batch.vision_B3VV.to(self.mllm.dtype))
         return torch.stack(features.pooler_output)
 
-    def _similarity(self, batch: Batch, hidden_SLD: Tensor, segmentation_ID: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _plain_similarity(self, batch: Batch, hidden_SLD: Tensor, plain_QD: Tensor) -> Tensor | None:
+        if not len(plain_QD):
+            return None
+        return self._similarity(batch.plain_sequence_Q, hidden_SLD, plain_QD)
+
+    def _similarity(self, sequence_I: Tensor, hidden_SLD: Tensor, segmentation_ID: Tensor) -> Tensor:
         start, count = self.processor.image_start, self.processor.image_tokens
-        image_ITD = hidden_SLD[:, start : start + count][batch.sequence_of_target_I]
+        image_ITD = hidden_SLD[:, start : start + count][sequence_I]
         return torch.einsum("itd,id->it", image_ITD.float(), segmentation_ID.float()) / hidden_SLD.shape[-1] ** 0.5
 
     @classmethod

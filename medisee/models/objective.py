@@ -1,6 +1,7 @@
-"""L_end of the paper (equation 4): weighted sum of text, mask and box losses, means over all ranks' targets.
+"""L_end of the paper (equation 4): weighted sum of text, mask and box losses, means over all ranks' targets. In
+fine-tuning, L_sim is added: a mean over the targets that have a plain query.
 
-Shapes: I targets, J targets whose masks are decoded, N supervised tokens.
+Shapes: I targets, J targets whose masks are decoded, N supervised tokens, T image tokens, Q plain queries.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class Terms:
     l1: Tensor
     giou: Tensor
     similarity: Tensor
+    js: Tensor
+    mse: Tensor
 
     def detach(self) -> Terms:
         """Returns the values without their graph."""
@@ -40,7 +43,7 @@ class Terms:
 
 
 def end_to_end_loss(output: Output, batch: Batch, weights: Loss, *, world: int = 1) -> Terms:
-    """Computes L_end and its terms.
+    """Computes L_end, with L_sim where the batch has plain queries, and their terms.
 
     Args:
         output: of MediSee.forward.
@@ -48,11 +51,11 @@ def end_to_end_loss(output: Output, batch: Batch, weights: Loss, *, world: int =
         weights: lambda of every term.
         world: number of ranks; above 1 the counts are summed over them.
     """
-    own = [len(batch.labels_N), len(batch.queries), len(batch.masked_J)]
+    own = [len(batch.labels_N), len(batch.queries), len(batch.masked_J), len(batch.target_of_plain_Q)]
     counts = torch.tensor(own, device=output.boxes_I4.device, dtype=torch.float32)
     if world > 1:
         torch.distributed.all_reduce(counts)
-    tokens, targets, masked = (counts / world).unbind()
+    tokens, targets, masked, plain = (counts / world).unbind()
     text = losses.text_loss(output.text_logits_NV, batch.labels_N).sum() / tokens
     boxes_I4, truth_I4 = output.boxes_I4, batch.boxes_I4
     if truth_I4 is None or batch.coverage_IT is None:
@@ -60,6 +63,7 @@ def end_to_end_loss(output: Output, batch: Batch, weights: Loss, *, world: int =
     l1 = losses.l1_loss(boxes_I4, truth_I4).sum() / targets
     giou = _giou_loss(boxes_I4, truth_I4, batch, weights).sum() / targets
     similarity = losses.similarity_loss(output.similarity_IT, batch.coverage_IT).sum() / targets
+    js, mse = (value / plain.clamp(min=1 / world) for value in _plain_losses(output, batch))
     bce, dice = (value / masked for value in _mask_losses(output, batch, weights))
     total = (
         weights.text * text
@@ -67,8 +71,10 @@ def end_to_end_loss(output: Output, batch: Batch, weights: Loss, *, world: int =
         + weights.dice * dice
         + weights.box * (weights.l1 * l1 + weights.giou * giou)
         + weights.similarity * similarity
+        + weights.js * js
+        + weights.mse * mse
     )
-    return Terms(total, text, bce, dice, l1, giou, similarity)
+    return Terms(total, text, bce, dice, l1, giou, similarity, js, mse)
 
 
 def mean_terms(terms: Sequence[Terms], *, world: int = 1) -> Terms:
@@ -84,6 +90,17 @@ def _giou_loss(boxes_I4: Tensor, truth_I4: Tensor, batch: Batch, weights: Loss) 
     if weights.degenerate_giou == "constant":
         return losses.giou_loss_of_release(boxes_I4, truth_I4, batch.image_of_target_I)
     return losses.giou_loss(boxes_I4, truth_I4)
+
+
+def _plain_losses(output: Output, batch: Batch) -> tuple[Tensor, Tensor]:
+    if output.plain_similarity_QT is None:
+        zero = torch.zeros((), device=output.boxes_I4.device)
+        return zero, zero
+    similarity_QT = output.similarity_IT[batch.target_of_plain_Q]
+    return (
+        losses.js_divergence(similarity_QT, output.plain_similarity_QT).sum(),
+        losses.similarity_mse(similarity_QT, output.plain_similarity_QT).sum(),
+    )
 
 
 def _mask_losses(output: Output, batch: Batch, weights: Loss) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from medisee.geometry import cxcywh_to_xyxy
-from medisee.models.losses import bce_loss, dice_loss, giou_loss, l1_loss, similarity_loss, text_loss
+from medisee.models.losses import (
+    bce_loss,
+    dice_loss,
+    giou_loss,
+    js_divergence,
+    l1_loss,
+    similarity_loss,
+    similarity_mse,
+    text_loss,
+)
 
 GOLDEN = Path(os.environ.get("MEDISEE_GOLDEN", Path(__file__).parents[1] / "golden"))
 RELEASES = sorted(GOLDEN.glob("release_*.json"))
@@ -143,6 +152,45 @@ def test_similarity_loss_of_a_mask_that_covers_no_token_is_zero() -> None:
     assert torch.isfinite(similarity.grad).all()
 
 
+value = st.floats(-100, 100, width=32)
+pairs = st.integers(1, 12).flatmap(lambda tokens: st.tuples(*[st.lists(value, min_size=tokens, max_size=tokens)] * 2))
+
+
+@settings(deadline=None)
+@given(pairs, value)
+def test_js_divergence_is_a_symmetric_bounded_measure_of_shapes(
+    maps: tuple[list[float], list[float]], shift: float
+) -> None:
+    first, second = (torch.tensor([one], requires_grad=True) for one in maps)
+    js = js_divergence(first, second)
+    assert js.dtype == torch.float32 and js.shape == (1,)
+    assert 0 <= js.item() <= math.log(2) + 1e-7
+    torch.testing.assert_close(js_divergence(second, first), js)
+    torch.testing.assert_close(js_divergence(first + shift, second), js, rtol=1e-3, atol=1e-4)
+    assert js_divergence(first, first.detach()).item() == pytest.approx(0, abs=1e-6)
+    gradients = torch.autograd.grad(js.sum(), (first, second))
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_js_divergence_by_hand() -> None:
+    """Shares 1/4, 3/4 and 3/4, 1/4; their middle is 1/2, 1/2."""
+    first, second = torch.tensor([[0.0, math.log(3)]]), torch.tensor([[math.log(3), 0.0]])
+    expected = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert js_divergence(first, second).tolist() == pytest.approx([expected])
+    # Nothing in common, and shares that underflow.
+    assert js_divergence(1e4 * first, 1e4 * second).tolist() == pytest.approx([math.log(2)])
+
+
+@settings(deadline=None)
+@given(pairs)
+def test_similarity_mse_is_symmetric_and_zero_for_equal_maps(maps: tuple[list[float], list[float]]) -> None:
+    first, second = (torch.tensor([one]) for one in maps)
+    expected = np.square(np.subtract(*maps)).mean()
+    assert similarity_mse(first, second).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert torch.equal(similarity_mse(first, second), similarity_mse(second, first))
+    assert similarity_mse(first, first).item() == 0
+
+
 def quotient(function: Callable[[Tensor], Tensor], at: Tensor, step: float = 1e-2) -> Tensor:
     slopes = torch.zeros_like(at)
     for place in range(at.numel()):
@@ -159,6 +207,8 @@ SMOOTH: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "bce": (lambda x: bce_loss(x, TRUTH), (2, 3, 4)),
     "dice": (lambda x: dice_loss(x, TRUTH), (2, 3, 4)),
     "similarity": (lambda x: similarity_loss(x, TRUTH.flatten(1)), (2, 12)),
+    "js": (lambda x: js_divergence(x, 3 * TRUTH.flatten(1)), (2, 12)),
+    "mse": (lambda x: similarity_mse(x, TRUTH.flatten(1)), (2, 12)),
 }
 
 
@@ -189,6 +239,7 @@ def test_losses_compute_in_float32(dtype: torch.dtype) -> None:
     for loss in (l1_loss, giou_loss):
         assert loss(torch.zeros(1, 4, dtype=dtype), torch.ones(1, 4, dtype=dtype)).dtype == torch.float32
     assert similarity_loss(logits[0], truth[0]).dtype == torch.float32
+    assert js_divergence(logits[0], truth[0]).dtype == similarity_mse(logits[0], truth[0]).dtype == torch.float32
     assert text_loss(logits[0], torch.zeros(256, dtype=torch.long)).dtype == torch.float32
 
 
