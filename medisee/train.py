@@ -351,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="YAML run, such as configs/demo.yaml")
     parser.add_argument("--resume", action="store_true", help="continue from the newest whole state in train.out")
     parser.add_argument("--print-config", action="store_true", help="print the resolved run and end")
-    parser.add_argument("--plan", action="store_true", help="print memory, arithmetic, days, missing files, and end")
+    parser.add_argument("--plan", action="store_true", help="print memory, time and missing files (a minute), and end")
     parser.add_argument("--gpu", default=GPU, metavar="NAME", help=f"of --plan, such as rtx4090 (default: {GPU})")
     parser.add_argument("--gpus", type=int, default=GPUS, metavar="N", help=f"of --plan (default: {GPUS})")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)

@@ -41,6 +41,12 @@ def measure(config: Config, way: Any = OURS, **more: Any) -> cost.StepCost:
     return training_cost(config, training_workload(config), way, dtype=torch.float32, **more)
 
 
+@pytest.fixture(scope="module")
+def ours() -> cost.StepCost:
+    """The small run's micro-batch."""
+    return measure(small())
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_real_step_takes_what_was_measured(recompute: bool) -> None:
     config = small()
@@ -65,10 +71,10 @@ def test_a_real_step_takes_what_was_measured(recompute: bool) -> None:
     assert tally.flops == pytest.approx(measured.flops.total, rel=1e-6)
 
 
-def test_flops_follow_from_the_sizes() -> None:
+def test_flops_follow_from_the_sizes(ours: cost.StepCost) -> None:
     config, sizes = small(), (64, 2, 4, 2, 128)
     hidden, layers, heads, kv_heads, intermediate = sizes
-    measured, workload = measure(config), training_workload(config)
+    measured, workload = ours, training_workload(config)
     model = MediSee(config.model, stand_in_tokenizer(config.model))
     sequences, length = make_batch(model, workload, config, OURS).input_ids_SL.shape
     matrices = hidden * hidden * 2 + 2 * hidden * hidden * kv_heads // heads + 3 * hidden * intermediate
@@ -101,14 +107,14 @@ def test_recomputing_trades_memory_for_arithmetic() -> None:
     assert again.flops.decoders == pytest.approx(kept.flops.decoders, rel=1e-6)
 
 
-def test_frozen_weights_have_no_gradients_of_their_own() -> None:
-    full, lora = measure(small()), measure(small(train="lora", lora={"rank": 1}))
+def test_frozen_weights_have_no_gradients_of_their_own(ours: cost.StepCost) -> None:
+    full, lora = ours, measure(small(train="lora", lora={"rank": 1}))
     assert 0.6 < lora.flops.language_model / full.flops.language_model < 0.9
 
 
-def test_the_releases_way_computes_more() -> None:
+def test_the_releases_way_computes_more(ours: cost.StepCost) -> None:
     config = small()
-    ours, release, cached = measure(config), measure(config, RELEASE), measure(config, CACHED)
+    release, cached = measure(config, RELEASE), measure(config, CACHED)
     assert release.flops.image_encoder == ours.flops.image_encoder > cached.flops.image_encoder == 0
     assert release.flops.language_model > 1.1 * ours.flops.language_model
     assert release.flops.lm_head > 2 * ours.flops.lm_head
@@ -116,26 +122,25 @@ def test_the_releases_way_computes_more() -> None:
     assert release.peak > ours.peak
 
 
-def test_an_encoder_that_learns_has_a_backward_pass() -> None:
+def test_an_encoder_that_learns_has_a_backward_pass(ours: cost.StepCost) -> None:
     config = small()
     lora = config.model.seg_head.model_copy(update={"lora": config.model.mllm.lora})
     learning = config.model_copy(update={"model": config.model.model_copy(update={"seg_head": lora})})
-    assert measure(learning).flops.image_encoder > 1.8 * measure(config).flops.image_encoder
+    assert measure(learning).flops.image_encoder > 1.8 * ours.flops.image_encoder
 
 
-def test_bfloat16_keeps_less() -> None:
+def test_bfloat16_keeps_less(ours: cost.StepCost) -> None:
     config = small()
     workload = training_workload(config)
     half = training_cost(config, workload, OURS, dtype=torch.bfloat16)
-    assert half.kept < 0.9 * measure(config).kept
-    assert half.flops.total == pytest.approx(measure(config).flops.total, rel=0.01)
+    assert half.kept < 0.9 * ours.kept
+    assert half.flops.total == pytest.approx(ours.flops.total, rel=0.01)
 
 
-def test_reading_costs_a_third_of_training() -> None:
+def test_reading_costs_a_third_of_training(ours: cost.StepCost) -> None:
     config = small()
     read = query_cost(config, training_workload(config), dtype=torch.float32)
-    trained = measure(config)
     for field in fields(Flops):
-        assert getattr(read.flops, field.name) <= getattr(trained.flops, field.name)
-    assert read.flops.lm_head == trained.flops.lm_head / 3
-    assert read.peak < trained.peak
+        assert getattr(read.flops, field.name) <= getattr(ours.flops, field.name)
+    assert read.flops.lm_head == ours.flops.lm_head / 3
+    assert read.peak < ours.peak

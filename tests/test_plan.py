@@ -23,7 +23,7 @@ CONFIG_7B = Path(__file__).parents[1] / "configs" / "medisee_7b.yaml"
 @pytest.fixture(scope="module")
 def run(tiny_config: dict[str, Any]) -> Config:
     """The tiny run, on GPUs."""
-    values = {**tiny_config, "train": {**tiny_config["train"], "steps": 10, "accumulation": 3, "batch_size": 4}}
+    values = {**tiny_config, "train": {**tiny_config["train"], "steps": 10, "global_batch": 24, "batch_size": 4}}
     return config_from(values, where="test")
 
 
@@ -60,10 +60,8 @@ def test_time_is_arithmetic_over_speed(plan: TrainingPlan) -> None:
     assert release.days > ours.days > cached.days > 0
 
 
-def test_a_global_batch_sets_the_accumulation(run: Config) -> None:
-    split = run.train.model_copy(update={"global_batch": 16})
-    planned = plan_training(run.model_copy(update={"train": split}), gpu="h100", gpus=2)
-    assert planned.config.train.accumulation == 2
+def test_a_global_batch_sets_the_accumulation(run: Config, plan: TrainingPlan) -> None:
+    assert (run.train.accumulation, plan.config.train.accumulation) == (1, 3)
 
 
 def test_text_names_the_parts_and_the_verdict(plan: TrainingPlan) -> None:
@@ -139,11 +137,12 @@ def write_run(folder: Path, config: Config, **changes: Any) -> str:
 
 
 def test_train_plans_without_its_files(run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_run(tmp_path, run, data={"train": [{"records": "gone.jsonl"}]})
+    settings = {**run.train.model_dump(mode="json"), "out": str(tmp_path / "out")}
+    path = write_run(tmp_path, run, data={"train": [{"records": "gone.jsonl"}]}, train=settings)
     assert exit_code(train.main, ["--config", path, "--plan", "--gpu", "l4", "--gpus", "1"]) == 0
     out = capsys.readouterr().out
     assert "data.train[0].records: gone.jsonl" in out and "1 x L4" in out and "assumed" in out
-    assert not Path(run.train.out).exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

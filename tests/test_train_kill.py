@@ -37,6 +37,7 @@ def last_step(out: Path) -> int:
 
 
 @pytest.mark.kill
+@pytest.mark.timeout(3600)
 def test_twenty_kills_change_nothing(tiny_config: dict[str, Any], tiny_manifest: Path, tmp_path: Path) -> None:
     section = {"steps": STEPS, "log_every": 1, "save_every": 3, "val_every": 5, "warmup": 10, "batch_size": 1}
     data = {**tiny_config["data"], "val": str(tiny_manifest)}
