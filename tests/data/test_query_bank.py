@@ -26,7 +26,7 @@ def test_every_structure_has_a_full_pool() -> None:
     assert list(BANK) == list(STRUCTURES)
     for name, pool in BANK.items():
         assert pool.names[0] == name
-        assert {len(queries) for queries in pool.queries.values()} == {34}, name
+        assert {len(queries) for queries in pool.queries.values()} == {64}, name
         assert all(len(texts) >= 4 for texts in pool.explanations.values()), name
 
 
@@ -59,7 +59,7 @@ def test_split_pools_are_disjoint_and_whole(seed: int) -> None:
     parts = split_bank(BANK, seed)
     for name, cell in CELLS:
         train, val, test = (parts[split][name].queries[cell] for split in ("train", "val", "test"))
-        assert (len(train), len(val), len(test)) == (26, 4, 4)
+        assert (len(train), len(val), len(test)) == (50, 7, 7)
         assert sorted(train + val + test) == sorted(BANK[name].queries[cell])
 
 
@@ -73,7 +73,7 @@ def test_training_questions_are_different_and_spread_evenly() -> None:
     questions = training_questions(pool, 8, Random(0))
     assert set(Counter((qa.perspective, qa.length) for qa in questions).values()) == {2}
     assert len({qa.question for qa in questions}) == 8
-    assert len(training_questions(pool, 1000, Random(0))) == 4 * 26
+    assert len(training_questions(pool, 1000, Random(0))) == 4 * 50
     assert training_questions(pool, 3, Random(1)) != training_questions(pool, 3, Random(2))
 
 
