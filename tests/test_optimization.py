@@ -103,7 +103,7 @@ def two_ranks(jobs: Path) -> None:
         for rank in (0, 1)
     ]
     try:
-        codes = [process.wait(timeout=1800) for process in processes]
+        codes = [process.wait(timeout=1000) for process in processes]
     finally:
         for process in processes:
             process.kill()

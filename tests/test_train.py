@@ -7,9 +7,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -308,11 +310,25 @@ def _deepspeed(run: Run, path: Path, *arguments: str) -> None:
     script = Path(__file__).parents[1] / "scripts" / "train.py"
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{launcher.parent}{os.pathsep}{environment['PATH']}"
-    command = [sys.executable, str(launcher), "--num_gpus", "2", "--master_port", "29611", str(script)]
-    done = subprocess.run(
-        [*command, "--config", str(path), *arguments], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, str(launcher), "--num_gpus", "2", "--master_port", port, str(script)]
+    # Into a file and in a session of its own: ranks that hang would outlive the launcher and hold a pipe open for ever.
+    with path.with_suffix(".txt").open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--config", str(path), *arguments],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=600)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert code == 0, path.with_suffix(".txt").read_text()[-3000:]
 
 
 def test_the_checkpoint_is_chosen_on_val(every_step: Run, tmp_path: Path) -> None:

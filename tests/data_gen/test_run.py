@@ -1,0 +1,304 @@
+"""The command `run`, against a server in a thread and once as a program of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fake_server import FakeServer
+
+from data_gen import __main__ as command
+from data_gen import run, wire
+from data_gen.items import Pair
+from data_gen.ledger import Ledger
+from medisee.errors import exit_code
+
+Records = Callable[[int], Path]
+Serve = Callable[..., FakeServer]
+SECRET = "sk-another-secret-key-9876543210"
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.setattr(wire, "_FIRST_WAIT", 0.01)
+
+
+def options(path: Path, server: FakeServer, ledger: Path, *more: str) -> list[str]:
+    common = [
+        "--records",
+        str(path),
+        "--ledger",
+        str(ledger),
+        "--base-url",
+        server.url,
+        "--model",
+        "m",
+        "--variants",
+        "1",
+    ]
+    return [*common, *(["--free"] if "--prices" not in more else []), *more]
+
+
+def pairs_of(ledger: Path) -> list[Pair]:
+    with Ledger(ledger) as found:
+        return found.pairs()
+
+
+def ends(argv: list[str]) -> int | str | None:
+    """Runs and returns the exit code."""
+    try:
+        return exit_code(run.main, argv)
+    except SystemExit as error:
+        return error.code
+
+
+def test_a_run_makes_pairs_and_says_what_it_made(
+    records: Records, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, ledger = serve(slips=0.4), tmp_path / "l.sqlite"
+    run.main(options(records(6), server, ledger))
+    pairs = pairs_of(ledger)
+    assert 20 < len(pairs) <= 48 and len({pair.question for pair in pairs}) == len(pairs)
+    assert {pair.author for pair in pairs} == {"m"}
+    told = capsys.readouterr().out
+    assert "images 6 of 6" in told and "revise: removed" in told and "0.00 USD" in told
+    with Ledger(ledger) as found:
+        assert found.settled() and found.root() == (tmp_path / "records").resolve()
+        assert len(found.pairs()) + sum(bool(drop.pair) for drop in found.drops()) == 48, (
+            "each is there or has its reason"
+        )
+
+
+def test_a_second_run_asks_nothing_and_a_longer_one_only_the_rest(
+    records: Records, serve: Serve, tmp_path: Path
+) -> None:
+    path, server, ledger = records(8), serve(), tmp_path / "l.sqlite"
+    run.main(options(path, server, ledger, "--limit", "5"))
+    first, count = pairs_of(ledger), server.count
+    run.main(options(path, server, ledger, "--limit", "5"))
+    assert server.count == count and pairs_of(ledger) == first
+    run.main(options(path, server, ledger))
+    assert count < server.count and set(first) <= set(pairs_of(ledger))
+    assert len({pair.item for pair in pairs_of(ledger)}) == 8
+    keys = [json.dumps(body, sort_keys=True) for body in server.bodies]
+    assert len(keys) == len(set(keys)), "no request was sent twice"
+
+
+def test_the_same_data_set_whatever_the_concurrency(records: Records, serve: Serve, tmp_path: Path) -> None:
+    path = records(10)
+    run.main(options(path, serve(slips=0.5), tmp_path / "one.sqlite", "--concurrency", "1"))
+    run.main(options(path, serve(slips=0.5, delay=0.02), tmp_path / "many.sqlite", "--concurrency", "16"))
+    assert pairs_of(tmp_path / "one.sqlite") == pairs_of(tmp_path / "many.sqlite") != []
+
+
+def test_the_offline_author_needs_no_server(
+    tiny_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    for name in ("one", "two"):
+        run.main(["--records", str(tiny_manifest), "--ledger", str(tmp_path / f"{name}.sqlite"), "--author", "offline"])
+    pairs = pairs_of(tmp_path / "one.sqlite")
+    assert len(pairs) > 20 and {pair.author for pair in pairs} == {"offline"}
+    assert pairs == pairs_of(tmp_path / "two.sqlite")
+    assert "offline" in capsys.readouterr().out
+
+
+def test_conversations_join_the_questions_in_one_ledger(records: Records, serve: Serve, tmp_path: Path) -> None:
+    path, server, ledger = records(6), serve(), tmp_path / "l.sqlite"
+    run.main(options(path, server, ledger))
+    alone = pairs_of(ledger)
+    run.main(options(path, server, ledger, "--style", "multi-turn"))
+    both = pairs_of(ledger)
+    assert [pair for pair in both if not pair.conversation] == alone
+    talks = {pair.conversation for pair in both if pair.conversation}
+    assert len(talks) == 6
+
+
+@pytest.mark.parametrize(
+    ("schema", "settings"), [("json_object", {"strict": False}), ("none", {"strict": False, "prose": True})]
+)
+def test_servers_without_strict_schemas(
+    records: Records, serve: Serve, tmp_path: Path, schema: str, settings: dict[str, bool]
+) -> None:
+    server, ledger = serve(**settings), tmp_path / "l.sqlite"
+    run.main(options(records(2), server, ledger, "--schema", schema))
+    assert len(pairs_of(ledger)) > 8
+    assert "max_tokens" in server.bodies[0] and "max_completion_tokens" not in server.bodies[0]
+
+
+def test_captions_by_another_server_or_from_a_file(records: Records, serve: Serve, tmp_path: Path) -> None:
+    path, writer, seer = records(3), serve(), serve(slips=1.0)
+    more = ["--captioner", "v", "--caption-url", seer.url, "--caption-schema", "json_object", "--temperature", "0.5"]
+    run.main(options(path, writer, tmp_path / "l.sqlite", *more))
+    assert {body["model"] for body in seer.bodies} == {"v"} and {body["model"] for body in writer.bodies} == {"m"}
+    assert seer.bodies[0]["messages"][1]["content"][1]["image_url"]["url"].startswith("data:image/png;base64,")
+    assert seer.bodies[0]["response_format"] == {"type": "json_object"} and seer.bodies[0]["temperature"] == 0.5
+    (tmp_path / "captions.jsonl").write_text('{"record": "r00001", "caption": "A told slice."}\n')
+    given = serve()
+    run.main(options(path, given, tmp_path / "g.sqlite", "--captions", str(tmp_path / "captions.jsonl")))
+    assert sum("Caption: A told slice." in str(body) for body in given.bodies) == 2 + 2
+
+
+def test_the_money_stops_a_run_and_more_of_it_goes_on(
+    records: Records, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prices = tmp_path / "prices.yaml"
+    prices.write_text("m: {input: 10, cached: 5, output: 20, batch_input: 1, batch_output: 1}\n")
+    path, server, ledger = records(4), serve(), tmp_path / "l.sqlite"
+    argv = options(path, server, ledger, "--prices", str(prices), "--concurrency", "4")
+    assert ends([*argv, "--max-cost", "0.1"]) == 1
+    told = capsys.readouterr()
+    assert "exceed --max-cost 0.1" in told.err and "USD" in told.out
+    with Ledger(ledger) as found:
+        spent = found.answers.spent()
+        assert 0 < spent <= 0.1
+    before = server.count
+    assert ends(argv) == 0
+    assert server.count > before and len({json.dumps(body) for body in server.bodies}) == len(server.bodies)
+
+
+def test_a_server_that_fails_ends_the_run(
+    records: Records, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, ledger = serve(faults=("500",), in_a_row=10**6), tmp_path / "l.sqlite"
+    argv = options(records(5), server, ledger, "--sends", "2")
+    assert ends([*argv, "--max-failures", "6"]) == 1
+    assert "calls in a row failed" in capsys.readouterr().err
+    assert ends([*argv, "--max-failures", "1000"]) == 1
+    assert "5 items had no answer from the server (status 500" in capsys.readouterr().err
+    server.settings.faults = ()
+    assert ends(argv) == 0 and len(pairs_of(ledger)) > 20
+
+
+def test_the_key_is_in_no_file_and_no_message(
+    records: Records, serve: Serve, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert ends(options(records(2), serve(faults=("401",)), tmp_path / "l.sqlite")) == 1
+    assert ends(options(records(2), serve(), tmp_path / "l.sqlite")) == 0
+    told = "".join(capfd.readouterr())
+    assert "[OPENAI_API_KEY]" in told and SECRET not in told
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files and not any(SECRET.encode() in path.read_bytes() for path in files)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["--model", "other"], 'was begun with model = "m", this run has "other"'),
+        (["--seed", "3"], "was begun with seed = 0, this run has 3"),
+        (["--again", "1"], "again = 2"),
+        (["--temperature", "1"], "parameters = {}"),
+    ],
+)
+def test_a_ledger_of_other_settings_is_told(
+    records: Records, serve: Serve, tmp_path: Path, changes: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, server, ledger = records(1), serve(), tmp_path / "l.sqlite"
+    run.main(options(path, server, ledger))
+    count = server.count
+    assert ends([*options(path, server, ledger), *changes]) == 2
+    assert told in capsys.readouterr().err and server.count == count
+
+
+def test_other_records_do_not_fit_the_ledger(
+    records: Records, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, ledger = serve(), tmp_path / "l.sqlite"
+    run.main(options(records(1), server, ledger))
+    assert ends(options(records(2), server, ledger)) == 2
+    assert "records = " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--concurrency", "0"], "--concurrency is 0"),
+        (["--max-cost", "-1"], "--max-cost is -1"),
+        (["--rpm", "nan"], "--rpm is nan"),
+        (["--root", "nowhere"], "does not exist"),
+        (["--captions", "gone.jsonl"], "gone.jsonl"),
+        (["--captioner", "v", "--captions", "x"], "leave one out"),
+        (["--captioner", "local:nowhere"], "nowhere"),
+    ],
+)
+def test_bad_options_are_told(
+    records: Records, serve: Serve, tmp_path: Path, more: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ends(options(records(1), serve(), tmp_path / "l.sqlite", *more)) == 2
+    err = capsys.readouterr().err
+    assert told in err and "Traceback" not in err
+
+
+def test_without_a_key_or_a_price_nothing_begins(
+    records: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--records", str(records(1)), "--ledger", str(tmp_path / "l.sqlite"), "--model", "gpt-4o"]
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert ends(argv) == 2 and "OPENAI_API_KEY is not set" in capsys.readouterr().err
+    assert ends([*argv[:-1], "nobody-knows"]) == 2 and "no price is known" in capsys.readouterr().err
+    assert ends([*argv[:-2], "--author", "offline", "--batch"]) == 2
+    assert not (tmp_path / "l.sqlite").exists()
+
+
+def test_captions_that_are_wrong_are_all_told(
+    records: Records, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captions = tmp_path / "c.jsonl"
+    captions.write_text('{"record": "a", "caption": "x"}\n{\n{"record": "a", "caption": "y"}\n{"record": "b"}\n')
+    assert ends(options(records(1), serve(), tmp_path / "l.sqlite", "--captions", str(captions))) == 2
+    err = capsys.readouterr().err
+    assert "c.jsonl:2" in err and "c.jsonl:3" in err and "'caption' is missing" in err
+
+
+def test_a_manifest_without_targets_is_told(serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = {"id": "r", "image": "i.png", "modality": "ct", "source": "s", "case": "c", "targets": []}
+    (tmp_path / "r.jsonl").write_text(json.dumps(line) + "\n")
+    assert ends(options(tmp_path / "r.jsonl", serve(), tmp_path / "l.sqlite")) == 2
+    assert "no record has a target" in capsys.readouterr().err
+
+
+def program(argv: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "data_gen", "run", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OPENAI_API_KEY": SECRET},
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_a_run_cleanly(records: Records, serve: Serve, tmp_path: Path, number: int, code: int) -> None:
+    path, server, ledger = records(40), serve(delay=0.3), tmp_path / "l.sqlite"
+    argv = options(path, server, ledger, "--concurrency", "4")
+    process = program(argv)
+    while server.count < 9:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    # Meanwhile another run is refused.
+    assert ends(argv) == 2
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in err and "of 40, pairs" in out
+    with Ledger(ledger) as found:
+        assert sum(each.answers for each in found.counts()) == server.count >= 9, "what was under way was kept"
+        assert found.count_open("single")[0] > 0
+
+
+def test_the_first_word_names_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(command.main, ["--help"]) == 0
+    assert "python -m data_gen review" in capsys.readouterr().out
+    assert exit_code(command.main, ["rum"]) == 2
+    assert "Did you mean 'run'?" in capsys.readouterr().err
+    for name in command.COMMANDS:
+        with pytest.raises(SystemExit) as caught:
+            command.main([name, "--help"])
+        assert caught.value.code == 0 and f"python -m data_gen {name}" in capsys.readouterr().out
