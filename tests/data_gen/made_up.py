@@ -142,3 +142,24 @@ def write_manifest(folder: Path, count: int) -> Path:
 
     write_records(folder / "records.jsonl", (record(number) for number in range(count)))
     return folder / "records.jsonl"
+
+
+def placed_item(category: str = "liver", *others: str) -> Item:
+    """Returns an item without files whose target lies in the upper left of its image."""
+    box = (0.1, 0.1, 0.4, 0.4)
+    entities = [Entity(category, box), *(Entity(other, (0.6, 0.1, 0.9, 0.9)) for other in others)]
+    return Item(
+        id="r/t",
+        record="r",
+        target="t",
+        image="r.png",
+        mask="m.png",
+        modality="ct",
+        source="s",
+        case="c",
+        category=category,
+        box=box,
+        entities=tuple(entities),
+        width=64,
+        height=64,
+    )

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from test_scale import counted, serving
 
 from data_gen import run
 from data_gen.export import export
+from data_gen.items import TEMPLATES
 from data_gen.ledger import Ledger
-from data_gen.names import load_names
+from data_gen.recipe import pair_id
+from data_gen.schemas import CELLS
 from data_gen.summary import read_sources
 
 KILLS, RECORDS = 10, 60
@@ -27,7 +30,7 @@ FAULTS = ("429", "500", "timeout", "drop", "html", "refusal", "truncated", "malf
 def content(ledger: Path, out: Path) -> tuple[object, object, dict[str, bytes]]:
     """Returns pairs, drops and the bytes of all files of the export."""
     with Ledger(ledger) as found:
-        export(found, out, names=load_names(), sources=read_sources())
+        export(found, out, sources=read_sources())
         files = {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
         return found.pairs(), found.drops(), files
 
@@ -68,6 +71,10 @@ def test_faults_and_kills_change_nothing(tmp_path: Path, seed: int) -> None:
     late = again = 0
     with Ledger(stormy) as ledger:
         assert ledger.count_open("single") == (0, RECORDS) and ledger.settled()
+        ends = {pair.id for pair in ledger.pairs()} | {drop.pair for drop in ledger.drops() if drop.reason}
+        assert ends >= {
+            pair_id(item.id, *each) for item in ledger.items() for each in product(TEMPLATES, CELLS, (1, 2))
+        }
         rows = ledger.answers._store.read("SELECT key, created FROM answers WHERE status='ok'")
     stored = dict(rows)
     for each in requests:

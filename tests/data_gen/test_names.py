@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_gen.names import NAMES_FILE, load_names
+from data_gen.names import NAMES_FILE, load_names, read_names
 from medisee.errors import InputError
 
 NAMES = load_names()
@@ -124,7 +124,7 @@ def test_unknown_categories_are_found_by_their_own_label() -> None:
 def test_further_names_add_to_the_table(tmp_path: Path) -> None:
     extra = tmp_path / "extra.yaml"
     extra.write_text("appendix: {names: [vermiform process], hints: [appendiceal], sided: false}\n", encoding="utf-8")
-    names = load_names(extra)
+    names = load_names(read_names(extra))
     assert names.mentions("a vermiform process, two appendices") == {"appendix"}
     assert names.betrays("the appendiceal wall", "appendix") == "appendiceal"
     assert "liver" in names
@@ -134,6 +134,7 @@ def test_further_names_add_to_the_table(tmp_path: Path) -> None:
     ("content", "told"),
     [
         ("[a, b]", "holds list"),
+        ("", "holds NoneType"),
         ("{", "cannot be read"),
         ("appendix: {nams: [x]}", "appendix"),
         ("appendix: {names: x}", "appendix"),
@@ -146,6 +147,6 @@ def test_a_wrong_table_is_refused(tmp_path: Path, content: str, told: str) -> No
     path = tmp_path / "extra.yaml"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=told):
-        load_names(path)
+        load_names(read_names(path), str(path))
     with pytest.raises(InputError, match="missing"):
-        load_names(tmp_path / "missing.yaml")
+        read_names(tmp_path / "missing.yaml")

@@ -18,7 +18,6 @@ from PIL import Image
 
 from data_gen.items import Decision
 from data_gen.ledger import Ledger
-from data_gen.names import load_names
 from data_gen.review import ReviewDesk, main
 from data_gen.server import MOST_BYTES, PAGE, ReviewServer
 from medisee.errors import InputError, exit_code
@@ -64,7 +63,7 @@ class Site:
 
 @contextmanager
 def site_of(path: Path, reviewer: str = "anna", **more: Any) -> Iterator[Site]:
-    with Ledger(path) as ledger, ReviewServer(ReviewDesk(ledger, reviewer, load_names(), **more), 0) as server:
+    with Ledger(path) as ledger, ReviewServer(ReviewDesk(ledger, reviewer, **more), 0) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         thread.start()
         try:
@@ -294,7 +293,7 @@ def test_a_share_is_of_images_and_the_same_for_all(make_ledger: LedgerMaker) -> 
 
     def chosen(share: float, seed: int = 0, reviewer: str = "anna") -> list[str]:
         with Ledger(path) as ledger:
-            desk = ReviewDesk(ledger, reviewer, load_names(), share=share, seed=seed)
+            desk = ReviewDesk(ledger, reviewer, share=share, seed=seed)
             return [desk.item(n)["pairs"][0]["id"] for n in range(desk.state()["items"])]
 
     assert len(chosen(0.25)) == 3
@@ -321,7 +320,6 @@ def test_bad_input(make_ledger: LedgerMaker, tmp_path: Path, capsys: pytest.Capt
     assert all(word in told for word in ("--reviewer", "--share 0.0", "--port 70000"))
     assert "--share nan" in refused("--ledger", path, "--reviewer", "a", "--share", "nan")
     assert "no such ledger" in refused("--ledger", tmp_path / "none", "--reviewer", "a")
-    assert "cannot be read" in refused("--ledger", path, "--reviewer", "a", "--names", tmp_path / "none.yaml")
     Ledger(tmp_path / "empty.sqlite", create=True).close()
     assert "holds no items yet" in refused("--ledger", tmp_path / "empty.sqlite", "--reviewer", "a")
     with site_of(path) as site:
@@ -337,4 +335,4 @@ def test_a_ledger_without_pairs_has_nothing_to_review(make_ledger: LedgerMaker) 
         with Ledger(empty, create=True) as other:
             other.add_items([item], ledger.root(), complete=True)
             with pytest.raises(InputError, match="holds no pair to review"):
-                ReviewDesk(other, "anna", load_names())
+                ReviewDesk(other, "anna")

@@ -33,7 +33,7 @@ def program() -> str:
 @contextmanager
 def review(program: str, ledger: Path, *more: str) -> Iterator[Page]:
     """Starts the command, opens the address that it prints and waits for the first image."""
-    command = [sys.executable, "-m", "data_gen.review", "--ledger", str(ledger), "--reviewer", "anna", "--port", "0"]
+    command = [sys.executable, "-m", "data_gen", "review", "--ledger", str(ledger), "--reviewer", "anna", "--port", "0"]
     with subprocess.Popen([*command, *more], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

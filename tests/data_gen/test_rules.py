@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import pytest
+from made_up import placed_item
 
-from data_gen.items import Entity, Item
+from data_gen.items import Item
 from data_gen.names import load_names
 from data_gen.rules import Breach, check_description, check_pair, check_same_target, check_turn
-from medisee.data.query_bank import load_bank
 
 NAMES = load_names()
 ANSWER = "It is the liver, because this organ makes bile and stores sugar as glycogen."
 GOOD = "The large organ that makes bile and lies left of the spleen"
 
 
-def an_item(category: str = "liver", *others: str) -> Item:
-    """Returns an item whose target lies in the upper left of its image."""
-    box = (0.1, 0.1, 0.4, 0.4)
-    entities = [Entity(category, box), *(Entity(other, (0.6, 0.1, 0.9, 0.9)) for other in others)]
-    return Item(
-        id="r/t",
-        record="r",
-        target="t",
-        image="r.png",
-        mask="m.png",
-        modality="ct",
-        source="s",
-        case="c",
-        category=category,
-        box=box,
-        entities=tuple(entities),
-        width=64,
-        height=64,
-    )
-
-
-LIVER = an_item("liver", "spleen", "kidney_left")
+LIVER = placed_item("liver", "spleen", "kidney_left")
 
 
 def _rules(breaches: list[Breach]) -> set[str]:
@@ -123,6 +102,9 @@ def test_a_question_for_another_object_is_caught(question: str) -> None:
         "I would like to see the organ that makes bile.",
         "This organ makes bile; please outline it.",
         "One organ makes bile - mark it.",
+        "Reveal the organ that makes bile.",
+        "The organ that makes bile should be outlined.",
+        "I am after the organ that makes bile.",
     ],
 )
 def test_questions_and_requests_pass(question: str) -> None:
@@ -134,17 +116,6 @@ def test_questions_and_requests_pass(question: str) -> None:
 )
 def test_a_statement_is_no_question(question: str) -> None:
     assert _asked(question) == {"question"}
-
-
-@pytest.mark.parametrize("structure", load_bank())
-def test_every_query_of_the_demo_asks_for_its_target(structure: str) -> None:
-    pool = load_bank()[structure]
-    item = an_item(structure, *(other for other in load_bank() if other != structure))
-    answer = f"It is the {structure}, as everybody knows who has seen a brain."
-    for (_, length), queries in pool.queries.items():
-        for query in queries:
-            found = _rules(check_pair(query, answer, length, item, NAMES)) - {"words"}
-            assert not found, query
 
 
 @pytest.mark.parametrize(
@@ -164,7 +135,7 @@ def test_each_rule_of_answers(answer: str, rule: str) -> None:
 
 def test_a_synonym_or_a_plural_names_the_label_but_the_other_side_does_not() -> None:
     assert _asked("Which large organ makes bile?", "Hepatic tissue is the only one that makes bile for us.") == set()
-    kidney = an_item("kidney_left", "kidney_right")
+    kidney = placed_item("kidney_left", "kidney_right")
     question = "Which organ on the patient's left makes urine?"
     assert _asked(question, "It is the left kidney, which makes urine on its side.", kidney) == set()
     assert _asked(question, "It is the right kidney, which makes urine on its side.", kidney) == {"answer_names_label"}

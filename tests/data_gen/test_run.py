@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 from fake_server import FakeServer
 
-from data_gen import __main__ as command
 from data_gen import run, wire
 from data_gen.items import Pair
 from data_gen.ledger import Ledger
@@ -291,14 +290,3 @@ def test_signals_end_a_run_cleanly(records: Records, serve: Serve, tmp_path: Pat
     with Ledger(ledger) as found:
         assert sum(each.answers for each in found.counts()) == server.count >= 9, "what was under way was kept"
         assert found.count_open("single")[0] > 0
-
-
-def test_the_first_word_names_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code(command.main, ["--help"]) == 0
-    assert "python -m data_gen review" in capsys.readouterr().out
-    assert exit_code(command.main, ["rum"]) == 2
-    assert "Did you mean 'run'?" in capsys.readouterr().err
-    for name in command.COMMANDS:
-        with pytest.raises(SystemExit) as caught:
-            command.main([name, "--help"])
-        assert caught.value.code == 0 and f"python -m data_gen {name}" in capsys.readouterr().out

@@ -1,0 +1,189 @@
+"""Makes the data set out of a ledger: what the machine accepted, as people decided. Run it as
+
+  python -m data_gen export --ledger data/mlmr_sd/ledger.sqlite --out data/mlmr_sd/export
+  python -m data_gen export --ledger data/mlmr_sd/ledger.sqlite --out final --screened-only    what people passed
+
+Writes into OUT (which must be new, empty or an earlier export):
+  train.jsonl, val.jsonl, test.jsonl     manifests for training and evaluation; test_short and test_long as the paper's
+  categories.json                        the names that count as naming a category (data.categories of a run)
+  images/, masks/                        the pictures, copied
+  release/<split>.json, .jsonl           {image: {mask: class}} and the questions, as the authors' loaders read them
+  hub/                                   Parquet files with a card: datasets.load_dataset("OUT/hub")
+  data.json                              counts, models, what was dropped and why, screening, sources
+
+One target for each image. Splits are by case: 10,129 / 1,257 / 1,266 images where there are enough, else in these
+proportions. Of pairs that people judged: one rejection takes a pair out, an edit goes before an accept, edits that
+differ take it out, and a conversation stays or goes as a whole. The same ledger gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from data_gen.card import card
+from data_gen.entries import Entry, entries, entry_record
+from data_gen.hub import write_hub
+from data_gen.ledger import Ledger
+from data_gen.names import Names
+from data_gen.pictures import item_image, item_mask
+from data_gen.release import write_release
+from data_gen.screening import screen
+from data_gen.splits import SPLITS
+from data_gen.summary import Made, Source, read_sources, summary
+from medisee.data.mlmr_sd import write_splits
+from medisee.errors import InputError
+from medisee.files import atomic_path, inside, write_json, write_text
+from medisee.records import Record
+
+SUMMARY = "data.json"
+
+
+def export(
+    ledger: Ledger,
+    out: Path,
+    *,
+    seed: int = 0,
+    screened_only: bool = False,
+    sources: dict[str, Source],
+) -> dict[str, Any]:
+    """Writes the data set into a folder, whole or not at all.
+
+    Args:
+        ledger: what was made and decided; the result depends on nothing else but the arguments.
+        out: the folder; if it exists it must be empty or an earlier export, which is replaced.
+        seed: of the splits and of the words around questions and answers.
+        screened_only: only pairs that a person accepted or edited.
+        sources: where images come from, for the card.
+
+    Returns:
+        The content of data.json.
+
+    Raises:
+        InputError: nothing is left to export, `out` holds something else, or images or masks are missing or wrong; all
+            of these are named.
+    """
+    check_out(out, SUMMARY)
+    candidates, decisions = ledger.pairs(), ledger.decisions()
+    screening = screen(candidates, decisions, screened_only=screened_only)
+    listed = entries(ledger.items(), screening.pairs, seed)
+    if not listed:
+        wanted = "a pair that a person accepted" if screened_only else "a pair"
+        raise InputError(f"{ledger.path}: expected {wanted}, found none among {len(candidates)}; go on with the run.")
+    models: dict[str, list[str]] = {}
+    for count in ledger.counts():
+        models.setdefault(count.stage, []).append(count.model)
+    made = Made(
+        entries=listed,
+        candidates=candidates,
+        screening=screening,
+        decisions=decisions,
+        drops=ledger.drops(),
+        models=models,
+        sources=sources,
+        settings={"seed": seed, "screened_only": screened_only},
+    )
+    found = summary(made)
+    with atomic_path(out) as folder:
+        folder.mkdir()
+        _write_pictures(listed, ledger.root(), folder)
+        records: dict[str, list[Record]] = {split: [] for split in SPLITS}
+        for entry in listed:
+            records[entry.split].append(entry_record(entry, seed))
+        write_splits(folder, records)
+        write_json(folder / "categories.json", _categories(listed, ledger.names()))
+        write_release(folder / "release", listed)
+        write_hub(folder / "hub", folder, listed)
+        write_text(folder / "hub" / "README.md", card(found))
+        write_json(folder / SUMMARY, found)
+    return found
+
+
+def check_out(out: Path, sign: str) -> None:
+    """Refuses a folder that holds something else than an earlier result, which `sign`, a file in it, tells.
+
+    Raises:
+        InputError: it does.
+    """
+    if out.exists() and not (out.is_dir() and ((out / sign).is_file() or not any(out.iterdir()))):
+        raise InputError(
+            f"--out {out}: exists and holds something else; expected a new or empty folder, or one with {sign}; "
+            "name another."
+        )
+
+
+def _write_pictures(listed: Sequence[Entry], root: Path, folder: Path) -> None:
+    (folder / "images").mkdir()
+    (folder / "masks").mkdir()
+    problems: list[str] = []
+    # disable=None: progress on a terminal only.
+    for entry in tqdm(listed, desc="images", unit="image", disable=None):
+        try:
+            item_image(entry.item, root)
+            mask = item_mask(entry.item, root)
+        except InputError as error:
+            problems.extend(error.problems)
+            continue
+        shutil.copyfile(inside(root, entry.item.image, f"item {entry.item.id!r}"), folder / entry.image)
+        Image.fromarray(mask.astype(np.uint8) * 255).save(folder / entry.mask)
+    if problems:
+        raise InputError(problems)
+
+
+def _categories(listed: Sequence[Entry], names: Names) -> dict[str, list[str]]:
+    """A name counts for one category only: its own label first, then whichever comes first in the alphabet."""
+    found = sorted({entry.item.category for entry in listed})
+    owner = {" ".join(category.casefold().split()): category for category in found}
+    result: dict[str, list[str]] = {category: [category] for category in found}
+    for category in found:
+        for name in names.of(category):
+            if owner.setdefault(" ".join(name.casefold().split()), category) == category and name != category:
+                result[category].append(name)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Exports a data set from the command line."""
+    arguments = _parser().parse_args(argv)
+    check_out(arguments.out, SUMMARY)
+    sources = read_sources(*([arguments.sources] if arguments.sources else []))
+    with Ledger(arguments.ledger) as ledger:
+        if not ledger.settled():
+            print(
+                "warning: the run has not come to its end: near-duplicates may be among the pairs; start `python -m "
+                "data_gen run` once more before you publish this.",
+                file=sys.stderr,
+            )
+        found = export(
+            ledger,
+            arguments.out,
+            seed=arguments.seed,
+            screened_only=arguments.screened_only,
+            sources=sources,
+        )
+    for split, counts in found["counts"].items():
+        told = f"{counts['images']:,} images of {counts['cases']:,} cases, {counts['pairs']:,} pairs"
+        print(f"{split:<6}{told if counts['images'] else 'empty: there are too few cases'}")
+    if found["author"] != "models":
+        print(f"made by: {found['author']}")
+    print(f"done: {arguments.out}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m data_gen export", description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--ledger", type=Path, required=True, help="the ledger that `run` wrote")
+    add("--out", type=Path, required=True, help="folder to write; an earlier export in it is replaced")
+    add("--screened-only", action="store_true", help="leave out what no person has accepted or edited")
+    add("--seed", type=int, default=0, help="of splits and wordings (default: 0)")
+    add("--sources", type=Path, metavar="FILE", help="further sources and licences for the card, as sources.yaml")
+    return parser

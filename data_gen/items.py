@@ -1,0 +1,203 @@
+"""The nouns of the engine: an Item (one image with one target) goes in, Pairs (question and answer) come out.
+
+What keeps an item from becoming pairs is a Drop; what a person says about a pair is a Decision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from medisee.errors import InputError
+from medisee.manifest import Manifest
+from medisee.masks import Box, MaskFiles, Rle, encode_mask, mask_box
+from medisee.records import Record, Target
+
+Perspective = Literal["attribute", "location"]
+Length = Literal["short", "long"]
+Template = Literal["first", "second"]
+Verdict = Literal["accept", "reject", "edit"]
+
+PERSPECTIVES: tuple[Perspective, ...] = ("attribute", "location")
+LENGTHS: tuple[Length, ...] = ("short", "long")
+TEMPLATES: tuple[Template, ...] = ("first", "second")
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """A labelled object of an image; `box` is (x0, y0, x1, y1) as shares of the width and height, in [0, 1]."""
+
+    category: str
+    box: Box
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One image with its one target: the unit of work.
+
+    Attributes:
+        id: "<record id>/<target id>", unique.
+        record: the record's id.
+        target: the target's id within its record.
+        image: path relative to the root of the images.
+        mask: path of a mask image relative to the root, or an RLE; as in the record.
+        modality: as "ct".
+        source: the data set that the image comes from.
+        case: the patient or volume.
+        category: the target's class name.
+        box: the target's (x0, y0, x1, y1) as shares of the width and height.
+        entities: all labelled objects of the image, the target among them.
+        width: of the image, in pixels.
+        height: of the image, in pixels.
+    """
+
+    id: str
+    record: str
+    target: str
+    image: str
+    mask: str | Rle
+    modality: str
+    source: str
+    case: str
+    category: str
+    box: Box
+    entities: tuple[Entity, ...]
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """One question-answer pair about an item's target.
+
+    Attributes:
+        id: "<item id>#<template>-<perspective>-<length>", then "-2" in a second variant, "-t<turn>" in a conversation.
+        item: the item's id.
+        template: the wording of the request that it comes from.
+        perspective: what the question reasons from.
+        length: of the question's description: short is 5-15 words, long 10-20.
+        question: describes the target without its name.
+        answer: names the target and explains.
+        turn: its place in a conversation, from 1 on; 0 stands alone.
+        conversation: the id that the turns of a conversation share.
+        author: the model's name, or "offline".
+    """
+
+    id: str
+    item: str
+    template: Template
+    perspective: Perspective
+    length: Length
+    question: str
+    answer: str
+    turn: int = 0
+    conversation: str | None = None
+    author: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """What was left out and why.
+
+    Attributes:
+        item: the item's id.
+        stage: where it failed: "caption", "describe", "revise", "transform", "converse" or "duplicates".
+        rule: the short name of the rule.
+        reason: one sentence.
+        pair: the id that the pair would have had; empty when it is not about one pair.
+    """
+
+    item: str
+    stage: str
+    rule: str
+    reason: str
+    pair: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a reviewer says about a pair; `question` and `answer` are the new wording when the verdict is "edit"."""
+
+    pair: str
+    reviewer: str
+    verdict: Verdict
+    reason: str = ""
+    question: str = ""
+    answer: str = ""
+
+
+def items_from_manifest(manifest: Manifest, seed: int) -> Iterator[Item]:
+    """Draws one target of each image, in the manifest's order.
+
+    An object (a case's category) is not drawn again while others of the image have not been drawn. Then a category
+    that the image holds once goes before one that it holds several times (a question about one of two cysts is
+    ambiguous), then the category drawn least so far; ties fall by a hash of the seed and the ids. Records without
+    targets are passed over.
+
+    Raises:
+        InputError: an image or a mask is missing or wrong; the first record in which that is so is told in full.
+    """
+    drawn_objects: set[tuple[str, str, str]] = set()
+    drawn: Counter[str] = Counter()
+    for record in manifest:
+        if not record.targets:
+            continue
+        held = Counter(target.category for target in record.targets)
+
+        def rank(target: Target, record: Record = record, held: Counter[str] = held) -> tuple[bool, bool, int, str]:
+            known = (record.source, record.case, target.category) in drawn_objects
+            tie = hashlib.sha256(f"{seed} {record.id} {target.id}".encode()).hexdigest()
+            return known, held[target.category] > 1, drawn[target.category], tie
+
+        target = min(record.targets, key=rank)
+        drawn_objects.add((record.source, record.case, target.category))
+        drawn[target.category] += 1
+        yield _item(manifest, record, target)
+
+
+def _item(manifest: Manifest, record: Record, target: Target) -> Item:
+    size = manifest.image_size(record)
+    entities: list[Entity] = []
+    problems: list[str] = []
+    for each in record.targets:
+        try:
+            mask = manifest.mask(record, each)
+        except InputError as error:
+            problems.extend(error.problems)
+            continue
+        height, width = size = size or (mask.shape[0], mask.shape[1])
+        box = each.box or mask_box(mask)
+        if box:  # always so: an empty mask has been refused
+            x0, y0, x1, y1 = box
+            entities.append(Entity(each.category, (x0 / width, y0 / height, x1 / width, y1 / height)))
+    if problems or size is None:
+        raise InputError(problems)
+    height, width = size
+    return Item(
+        id=f"{record.id}/{target.id}",
+        record=record.id,
+        target=target.id,
+        image=record.image,
+        mask=encode_mask(manifest.mask(record, target)) if isinstance(target.mask, MaskFiles) else target.mask,
+        modality=record.modality,
+        source=record.source,
+        case=record.case,
+        category=target.category,
+        box=entities[record.targets.index(target)].box,
+        entities=tuple(entities),
+        width=width,
+        height=height,
+    )
+
+
+def perspective_of(cell: str) -> Perspective:
+    """Returns the perspective of a cell such as "attribute-short"."""
+    return cast(Perspective, cell.partition("-")[0])
+
+
+def length_of(cell: str) -> Length:
+    """Returns the length of a cell such as "attribute-short"."""
+    return cast(Length, cell.partition("-")[2])

@@ -1,0 +1,31 @@
+"""Many jobs, few at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TypeVar
+
+Job = TypeVar("Job")
+
+
+async def work_through(jobs: Iterator[Job], work: Callable[[Job], Awaitable[None]], workers: int) -> None:
+    """Does all jobs, `workers` at a time; the next is drawn when a worker is free, so that few are in memory.
+
+    When one raises no further job begins; those under way come to their end, then the first exception is raised.
+    """
+    errors: list[BaseException] = []
+
+    async def worker() -> None:
+        while not errors:
+            job = next(jobs, None)
+            if job is None:
+                return
+            try:
+                await work(job)
+            except BaseException as error:
+                errors.append(error)
+
+    await asyncio.gather(*(worker() for _ in range(workers)))
+    if errors:
+        raise errors[0]

@@ -1,0 +1,219 @@
+"""Makes question-answer pairs: describe, revise, transform, with rules on every answer, into a ledger. Run it as
+
+  python -m data_gen run --records data/demo/train_class.jsonl --ledger data/mlmr_sd/ledger.sqlite --author offline
+  python -m data_gen run --records data/train.jsonl --ledger data/mlmr_sd/ledger.sqlite --model gpt-4o --max-cost 50
+  python -m data_gen run ... --model NAME --base-url http://127.0.0.1:8000/v1 --free      vLLM, llama.cpp, your own
+  python -m data_gen run ... --model gpt-4o --batch                                       half the price, within a day
+  python -m data_gen run ... --captioner local:FOLDER                                     LLaVA-Med describes the images
+
+All is in the ledger before anything is built on it. Stop a run however you like and start the same line again: what has
+an answer is not asked again. The key of OpenAI's servers is read from OPENAI_API_KEY and written nowhere.
+
+Ends with 0 when all images are done, 1 when the run stopped before that (it says why), 2 when the input is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data_gen.asking import Answered, Asker, Author, Check
+from data_gen.batch import BatchServer, Waves
+from data_gen.calls import Request
+from data_gen.engine import Job, Signals, run_live, run_waves
+from data_gen.items import items_from_manifest
+from data_gen.ledger import Ledger
+from data_gen.limits import ErrorBudget, Purse, RateLimit, StopRun
+from data_gen.options import LOCAL, Made, add_options, fixed_settings, make
+from data_gen.plan import count_items
+from data_gen.recipe import OFFLINE
+from data_gen.wire import Server, Wire, api_key
+from medisee.errors import InputError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Makes pairs from the command line."""
+    arguments = _parser().parse_args(argv)
+    _check(arguments)
+    made = make(arguments)
+    if not arguments.author:
+        api_key(_server(arguments, arguments.base_url))
+    with Ledger(arguments.ledger, create=True) as ledger, _alone(arguments.ledger):
+        free = {"style": made.recipe.style, "limit": arguments.limit, "batch": arguments.batch}
+        number = ledger.start_run(fixed_settings(arguments, made.recipe), free)
+        ledger.keep_names(made.names)
+        _add_items(ledger, made, arguments.limit)
+        stopped, signals = "", Signals()
+        try:
+            asyncio.run(_run(ledger, made, arguments, signals))
+        except StopRun as error:
+            stopped = str(error)
+        except asyncio.CancelledError:
+            stopped = "interrupted; run again to go on"
+        ledger.end_run(number, stopped or "done")
+        print(_summary(ledger, arguments.limit, made.recipe.style))
+    if signals.number == signal.SIGINT:
+        raise KeyboardInterrupt
+    if signals.number is not None:
+        raise SystemExit(128 + signals.number)
+    if stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(1)
+
+
+async def _run(ledger: Ledger, made: Made, arguments: argparse.Namespace, signals: Signals) -> None:
+    """Connects what answers, and works until all is done or the run stops."""
+    recipe = made.recipe
+    job = Job(ledger, recipe, arguments.limit, workers=1 if arguments.batch else arguments.concurrency)
+    rate = RateLimit(arguments.rpm, arguments.tpm)
+    purse = Purse(arguments.max_cost, ledger.answers.spent())
+    open_wires: list[Wire | BatchServer] = []
+
+    def connect(url: str | None, is_captioner: bool) -> Author:
+        price = made.caption_price if is_captioner else made.price
+        wire = Wire(_server(arguments, url), root=recipe.root, price=price, rate=rate, purse=purse)
+        open_wires.append(wire)
+        return wire
+
+    author = _offline(recipe.seed) if recipe.model == OFFLINE else connect(arguments.base_url, False)
+    captioner = author
+    if recipe.captioner and recipe.captioner.startswith(LOCAL):
+        captioner = _local(arguments.captioner, recipe.root)
+    elif recipe.captioner not in (None, OFFLINE):
+        captioner = connect(arguments.caption_url or arguments.base_url, True)
+    asker = Asker(
+        ledger.answers, author, captioner, attempts=arguments.attempts, budget=ErrorBudget(arguments.max_failures)
+    )
+    try:
+        with signals.heeded(asker):
+            if not arguments.batch:
+                await run_live(job, asker)
+                return
+            waves = Waves(ledger.answers, attempts=arguments.attempts)
+            server = _batch_server(ledger, made, arguments, purse)
+            open_wires.append(server)
+
+            async def ask(request: Request, check: Check) -> Answered:
+                # Captions are asked for at once: their captioner may be another server or this machine.
+                return await (asker if request.stage == "caption" else waves)(request, check)
+
+            await run_waves(job, waves, ask, server)
+    finally:
+        for wire in open_wires:
+            await wire.close()
+
+
+def _server(arguments: argparse.Namespace, url: str | None) -> Server:
+    return Server(base_url=url, concurrency=arguments.concurrency, timeout=arguments.timeout, sends=arguments.sends)
+
+
+def _batch_server(ledger: Ledger, made: Made, arguments: argparse.Namespace, purse: Purse) -> BatchServer:
+    return BatchServer(
+        server=_server(arguments, arguments.base_url),
+        root=made.recipe.root,
+        answers=ledger.answers,
+        price=made.price,
+        purse=purse,
+        mode=made.recipe.mode,
+        poll=arguments.poll,
+        say=tqdm.write,
+    )
+
+
+def _offline(seed: int) -> Author:
+    from data_gen.offline_author import OfflineAuthor
+
+    return OfflineAuthor(seed)
+
+
+def _local(captioner: str, root: Path) -> Author:
+    from data_gen.captioner import LocalCaptioner  # late: it brings torch
+
+    return LocalCaptioner(captioner.removeprefix(LOCAL), root)
+
+
+def _add_items(ledger: Ledger, made: Made, limit: int | None) -> None:
+    """Draws the targets, once for each ledger: it reads every mask."""
+    if ledger.has_items(limit):
+        return
+    count = count_items(made.manifest, limit)
+    if not count:
+        raise InputError(
+            f"{made.manifest.path}: no record has a target; expected labelled masks; check how it was made."
+        )
+    drawn = islice(items_from_manifest(made.manifest, made.recipe.seed), count)
+    shown = tqdm(drawn, total=count, unit="image", disable=None, desc="reading masks")
+    ledger.add_items(shown, made.manifest.root, complete=count == count_items(made.manifest, None))
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keeps a second run from asking the same questions: one ledger, one run."""
+    import fcntl
+
+    with path.with_name(f".{path.name}.lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                f"{path}: another run is at work on it; wait for its end or name another ledger."
+            ) from error
+        yield
+
+
+def _summary(ledger: Ledger, limit: int | None, style: str) -> str:
+    left, count = ledger.count_open(style, limit)
+    states = ledger.count_pairs()
+    lines = [f"images {count - left:,} of {count:,}, pairs {states['new'] + states['kept']:,}"]
+    if states["new"]:
+        lines[0] += " (near-duplicates not yet sorted out)"
+    for rule, number in Counter(f"{drop.stage}: {drop.rule}" for drop in ledger.drops()).most_common():
+        lines.append(f"dropped {number:>8,}  {rule}")
+    for each in ledger.counts():
+        lines.append(
+            f"{each.stage:<10} {each.model}: {each.requests:,} requests, {each.answers:,} answers ({each.good:,} good), "
+            f"{each.usage_in:,} tokens in, {each.usage_out:,} out, {each.price:.2f} USD"
+        )
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m data_gen run", description=__doc__, formatter_class=raw)
+    parser.add_argument("--ledger", type=Path, required=True, metavar="FILE", help="SQLite file; made when missing")
+    add_options(parser)
+    add = parser.add_argument_group("how fast, how patient").add_argument
+    add("--concurrency", type=int, default=64, metavar="N", help="requests under way at once (default: 64)")
+    add("--rpm", type=float, metavar="N", help="most requests a minute (default: no limit)")
+    add("--tpm", type=float, metavar="N", help="most tokens a minute (default: no limit)")
+    add("--timeout", type=float, default=120, metavar="S", help="seconds to wait for an answer (default: 120)")
+    add("--sends", type=int, default=8, metavar="N", help="sends of a request while server or net fail (default: 8)")
+    add("--attempts", type=int, default=4, metavar="N", help="answers tried until one has the form (default: 4)")
+    add("--max-failures", type=int, default=20, metavar="N", help="failed calls in a row that end a run (default: 20)")
+    add("--max-cost", type=float, metavar="USD", help="of all runs of this ledger (default: no limit)")
+    add("--batch", action="store_true", help="use the Batch API")
+    add("--poll", type=float, default=30, metavar="S", help="seconds between two looks at a batch (default: 30)")
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    problems = [
+        f"--{name.replace('_', '-')} is {value}; expected a number above 0; correct it."
+        for name in (
+            *("concurrency", "rpm", "tpm", "timeout", "sends", "attempts", "max_failures", "max_cost", "poll"),
+        )
+        if (value := getattr(arguments, name)) is not None and not 0 < value < float("inf")
+    ]
+    if arguments.batch and arguments.author:
+        problems.append("--batch: the offline author has none; leave it out.")
+    if problems:
+        raise InputError(problems)

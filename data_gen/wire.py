@@ -1,0 +1,271 @@
+"""The way to a model behind an OpenAI-compatible server: paced, patient, and silent about the key."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import ssl
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from functools import cache
+from pathlib import Path
+from time import time
+from typing import Any
+
+import httpx2
+import openai
+
+from data_gen.calls import Reply, Request, Status
+from data_gen.limits import Purse, RateLimit, StopRun
+from data_gen.pixels import with_pixels
+from data_gen.prices import Price, size_of
+from medisee.errors import InputError
+
+KEY = "OPENAI_API_KEY"
+_NO_KEY = "none"  # what servers of one's own are sent
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between two sends of one request; doubles from send to send
+_LONGEST_PAUSE = 600.0  # seconds; a server that asks for more than that is down
+_HOPELESS = (401, 403, 404)
+ANOTHER_TIME = (408, 409, 425, 429)
+
+
+class Unreachable(Exception):
+    """No answer after all sends: the server or the net, not the request, is at fault."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """Where a model is and how to treat it.
+
+    Attributes:
+        base_url: as "http://127.0.0.1:8000/v1"; None is OpenAI.
+        concurrency: most requests under way at once.
+        timeout: seconds to wait for an answer.
+        sends: how many times a request is sent when the server or the net fails.
+    """
+
+    base_url: str | None = None
+    concurrency: int = 64
+    timeout: float = 120.0
+    sends: int = 8
+
+
+def api_key(server: Server) -> str:
+    """Returns the key from the environment; servers of one's own need none.
+
+    Raises:
+        InputError: there is none, and the server is OpenAI's.
+    """
+    key = os.environ.get(KEY, "").strip()
+    if not key and server.base_url is None:
+        raise InputError(
+            f"{KEY} is not set; expected the key of your account in the environment; set it, name your own server "
+            "with --base-url, or take --author offline, which needs none."
+        )
+    return key or _NO_KEY
+
+
+def client_for(server: Server, key: str, retries: int = 0) -> openai.AsyncOpenAI:
+    """Returns a client; by default it does not send again: `Wire` does, within the limits that all calls share."""
+    return openai.AsyncOpenAI(
+        api_key=key,
+        base_url=server.base_url or "https://api.openai.com/v1",
+        max_retries=retries,
+        http_client=openai.DefaultAsyncHttpxClient(
+            timeout=httpx2.Timeout(server.timeout, pool=None),
+            limits=httpx2.Limits(max_connections=1, max_keepalive_connections=1),
+            verify=_certificates(),
+        ),
+    )
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    """Returns what connections are checked against: read once, not by every client."""
+    return httpx2.create_ssl_context()
+
+
+class Wire:
+    """Sends requests to one server."""
+
+    def __init__(self, server: Server, *, root: Path, price: Price, rate: RateLimit, purse: Purse) -> None:
+        """Connects to nothing yet.
+
+        Args:
+            server: where the model is.
+            root: folder of the images.
+            price: what the model costs.
+            rate: the limits that all calls share.
+            purse: the money that all calls share.
+
+        Raises:
+            InputError: there is no key.
+        """
+        self._server, self._root, self._price = server, root, price
+        self._rate, self._purse = rate, purse
+        self._key = api_key(server)
+        # One connection a client, as a client looks at all of its connections for every request.
+        self._clients = [client_for(server, self._key) for _ in range(server.concurrency)]
+        self._free: asyncio.Queue[openai.AsyncOpenAI] = asyncio.Queue()
+        for client in self._clients:
+            self._free.put_nowait(client)
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        for client in self._clients:
+            await client.close()
+
+    async def send(self, request: Request) -> Reply:
+        """Asks, as often as it takes within the server's `sends`.
+
+        Raises:
+            Unreachable: the server or the net failed every time.
+            StopRun: no request can succeed (key, model, address, schema), or the money does not suffice.
+            InputError: an image of the request cannot be read.
+        """
+        body = with_pixels(request.body, self._root)
+        size = size_of(request.body)
+        held = size.most(self._price)
+        tokens = size.tokens(self._price) + size.answer
+        client = await self._free.get()
+        try:
+            return await self._send(client, body, held, tokens)
+        finally:
+            self._free.put_nowait(client)
+
+    async def _send(self, client: openai.AsyncOpenAI, body: dict[str, Any], held: float, tokens: float) -> Reply:
+        why = ""
+        for sends in range(1, self._server.sends + 1):
+            self._purse.hold(held)
+            paid = 0.0
+            try:
+                await self._rate.take(tokens)
+                reply = await self._post(client, body, sends)
+                paid = reply.price
+                self._rate.give_back(tokens - reply.usage_in - reply.usage_out)
+                return reply
+            except openai.APITimeoutError:
+                # The server may have worked and may charge for it; nobody will ever tell.
+                why, paid = f"no answer within {self._server.timeout:g} s", held
+            except openai.APIConnectionError as error:
+                why = self._hidden(f"the connection failed ({error.__cause__ or error})")
+            except openai.APIStatusError as error:
+                why = self._hidden(f"status {error.status_code}: {_message(error)}")
+                if error.status_code not in ANOTHER_TIME and error.status_code < 500:
+                    return self._refusal(error, why, sends)
+                self._obey(error)
+            except NoCompletion as error:
+                why = self._hidden(str(error))
+            finally:
+                self._purse.release(held, paid)
+            if sends < self._server.sends:
+                wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (sends - 1))
+                await asyncio.sleep(wait * random.uniform(0.75, 1.25))
+        raise Unreachable(why)
+
+    async def _post(self, client: openai.AsyncOpenAI, body: dict[str, Any], sends: int) -> Reply:
+        # The client's typed method would check the request and the answer field by field: half of its time, for a
+        # body that is ours and an answer that `_reply` checks.
+        response = await client.post("/chat/completions", cast_to=httpx2.Response, body=body)
+        return _reply(response.content, self._price, sends)
+
+    def _hidden(self, text: str) -> str:
+        return hide(text, self._key)
+
+    def _refusal(self, error: openai.APIStatusError, why: str, sends: int) -> Reply:
+        """Judges a status that will not change: of this request only, or of all."""
+        if error.status_code in _HOPELESS:
+            raise StopRun(f"stopped: the server answers {why}; check {KEY}, --model and --base-url, then run again.")
+        if error.code == "content_filter" or "content management policy" in why:
+            return Reply(status="filtered", text="", sends=sends, why="the server's content filter kept it back")
+        if any(word in why for word in ("response_format", "json_schema", "guided", "grammar")):
+            raise StopRun(f"stopped: the server takes no strict schema ({why}); run with --schema json_object or none.")
+        return Reply(status="refused", text="", sends=sends, why=f"the server does not take the request ({why})")
+
+    def _obey(self, error: openai.APIStatusError) -> None:
+        """Pauses all calls when the server asks for it."""
+        if error.code == "insufficient_quota":
+            raise StopRun("stopped: the account's quota is used up; add credit or wait, then run again to go on.")
+        seconds = retry_after(error.response.headers)
+        if seconds > _LONGEST_PAUSE:
+            raise StopRun(f"stopped: the server asks to wait {seconds:.0f} s; run again after that to go on.")
+        if seconds > 0:
+            self._rate.pause(seconds)
+
+
+def hide(text: str, key: str) -> str:
+    """Takes the key out of a text: some servers repeat it in their errors."""
+    return text if key == _NO_KEY else text.replace(key, f"[{KEY}]")
+
+
+class NoCompletion(Exception):
+    """Status 200 with something else than a chat completion: a proxy's page, or an answer that was cut on the way."""
+
+
+def retry_after(headers: httpx2.Headers) -> float:
+    """Returns the seconds that a Retry-After header asks for, given as seconds, milliseconds or a date; 0 for none."""
+    for name, scale in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers.get(name, "")) / scale
+        except ValueError:
+            continue
+        return seconds if 0 < seconds < float("inf") else 0.0
+    try:
+        return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - time())
+    except (KeyError, ValueError):
+        return 0.0
+
+
+def _message(error: openai.APIStatusError) -> str:
+    body: Any = error.body
+    message = body.get("message") if isinstance(body, dict) else None
+    return " ".join(str(message or error.message).split())[:300]
+
+
+def _reply(content: bytes, price: Price, sends: int) -> Reply:
+    try:
+        completion = json.loads(content)
+    except ValueError as error:
+        raise NoCompletion(f"the answer is not JSON ({error})") from error
+    return reply_from(completion, price, sends=sends)
+
+
+def reply_from(completion: Any, price: Price, *, sends: int = 1, batch: bool = False) -> Reply:
+    """Reads a chat completion.
+
+    Raises:
+        NoCompletion: it is none.
+    """
+    try:
+        choice = completion["choices"][0]
+        message = choice["message"]
+        text, refusal, finish = message.get("content"), message.get("refusal"), choice.get("finish_reason")
+        usage = completion.get("usage") or {}
+        tokens_in, tokens_out = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+        cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise NoCompletion(f"the answer is no chat completion ({type(error).__name__}: {error})") from error
+    status: Status = "ok"
+    why = ""
+    if refusal:
+        status, why = "refused", "the model refused to answer"
+    elif finish == "content_filter":
+        status, why = "filtered", "the server's content filter kept it back"
+    elif finish == "length":
+        status, why = "truncated", "the answer was cut off at the most tokens allowed"
+    elif not isinstance(text, str):
+        status, why = "malformed", "the answer holds no text"
+    return Reply(
+        status=status,
+        text=str(refusal or text or "")
+        .encode("utf-8", "replace")
+        .decode("utf-8"),  # half a surrogate pair cannot be stored
+        usage_in=tokens_in,
+        usage_cached=cached,
+        usage_out=tokens_out,
+        price=price.of(tokens_in, cached, tokens_out, batch=batch),
+        sends=sends,
+        why=why,
+    )
