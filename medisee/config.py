@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from medisee.errors import InputError, nearest
 from medisee.model_config import Model, Section
@@ -33,6 +33,10 @@ RELEASE: dict[str, Any] = {
 """What `compat: release` sets: what the release computes otherwise than we do. Its other defects are none of computing
 and have no switch: it chooses the best epoch on the test file, draws samples without a seed, and generates without
 routers and box prompt."""
+
+MaskResolution = Literal["original", "decoder"] | int
+"""See Loss.mask_resolution."""
+LEAST_MASK_SIDE = 32
 
 
 class Loss(Section):
@@ -62,9 +66,19 @@ class Loss(Section):
     mse: float = Field(default=0.0, ge=0)
     """L_sim's mean squared difference of the same two maps; 1.0 in the paper's fine-tuning, 0 before it. The paper
     leaves the maps' scale open: ours are dot products over sqrt(D), as in attention."""
-    mask_resolution: Literal["original", "decoder"] = "original"
-    """`original`: the mask loss at the image's own size (release). `decoder`: at the mask decoder's output size, which
-    is cheaper."""
+    mask_resolution: MaskResolution = "original"
+    """`original`: the mask loss at the image's own size (release). A number such as 512: the same, but images whose
+    longer side has more pixels are scaled down to it. `decoder`: at the mask decoder's output size, which is cheaper."""
+
+    @field_validator("mask_resolution", mode="before")
+    @classmethod
+    def _check_resolution(cls, value: Any) -> Any:
+        number = isinstance(value, int) and not isinstance(value, bool) and value >= LEAST_MASK_SIDE
+        if number or value in ("original", "decoder"):
+            return value
+        raise ValueError(
+            f"expected original, decoder, or the most pixels of an image's longer side ({LEAST_MASK_SIDE} or more)"
+        )
 
 
 class Source(Section):
@@ -221,6 +235,14 @@ class Config(Section):
     eval: Eval = Eval()
     """Evaluation and inference."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.data.cache is not None and self.model.seg_head.lora is not None:
+            raise ValueError(
+                "data.cache needs a frozen encoder, but model.seg_head.lora lets it learn; remove one of them"
+            )
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _compat(cls, values: Any) -> Any:
@@ -323,6 +345,9 @@ def _explain(problem: Any, where: str) -> str:
         known = _known(problem["loc"][:-1])
         hint = nearest(str(problem["loc"][-1]), known)
         return f"{where}: unknown key {location!r}; known here: {', '.join(known)}.{hint}"
+    if not location and problem["type"] == "value_error":
+        # Of two sections together: the input would be the whole configuration.
+        return f"{where}: {problem['ctx']['error']}."
     return f"{where}: {location or 'configuration'} = {problem.get('input')!r}: {problem['msg']}; fix the value."
 
 

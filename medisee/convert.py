@@ -28,7 +28,7 @@ from medisee.models.checkpoints import (
     check_replaceable,
     load_checkpoint,
     local_checkpoint,
-    merge_lora,
+    merge_adapters,
     read_run,
     save_checkpoint,
     without_bases,
@@ -59,7 +59,8 @@ Sizes come from the configuration and are compared with the weights. The model c
 (compat=release), since its weights were trained so; add compat=none, or single settings such as model.box_frame=resized,
 for the correct behaviour. Weights that were merged before have no LoRA: add model.mllm.train=frozen.
 """
-MERGE = """Folds LoRA into the weights that it adapts and writes one model that needs no others and computes the same.
+MERGE = """Folds LoRA and single token rows into the weights that they adapt and writes one model that needs no others
+and computes the same.
 
   python scripts/convert_checkpoint.py merge --checkpoint runs/medisee_7b/checkpoint --out merged
 
@@ -114,6 +115,7 @@ def _check_model(model: Model, weights: Path) -> None:
     wanted = {
         "model.fusion": (model.fusion, "soft"),
         "model.mllm.image_tokens": (model.mllm.image_tokens, "vision_tower"),
+        "model.mllm.train_tokens": (model.mllm.train_tokens, "all"),
         "model.seg_head.kind": (model.seg_head.kind, "sam"),
         "model.candidate_tokens": (sorted(model.candidate_tokens), sorted(RELEASE_TOKENS)),
     }
@@ -221,7 +223,7 @@ def merge(checkpoint: Path, out: Path) -> None:
     check_replaceable(out)
     folder = local_checkpoint(checkpoint)
     model = load_checkpoint(folder, _in_full)
-    merge_lora(model)
+    merge_adapters(model)
     model.config = _standalone(model, folder)
     save_checkpoint(model, out, {**read_run(folder), "merged": True})
 
@@ -237,6 +239,7 @@ def _standalone(model: MediSee, folder: Path) -> Model:
     mllm, llava = model.config.mllm, model.mllm
     changes: dict[str, Any] = {
         "train": "frozen" if mllm.train == "lora" else mllm.train,
+        "train_tokens": "all",
         "train_projector": any(p.requires_grad for p in llava.model.multi_modal_projector.parameters()),
     }
     if mllm.source is not None:

@@ -112,13 +112,33 @@ def cxcywh_to_xyxy(boxes_I4: Tensor) -> Tensor:
     return torch.cat([center - half, center + half], dim=1)
 
 
-def logits_to_original(logits_hw: Tensor, frame: Frame) -> Tensor:
-    """Takes low-resolution mask logits (h, w) of the frame back to the original image: (H, W)."""
+def bounded_size(height: int, width: int, longest: int) -> tuple[int, int]:
+    """Returns (height, width) of an image scaled down so that its longer side has `longest` pixels; never up."""
+    scale = min(1.0, longest / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def logits_to_original(logits_hw: Tensor, frame: Frame, size: tuple[int, int] | None = None) -> Tensor:
+    """Takes low-resolution mask logits (h, w) of the frame back to the original image: (H, W).
+
+    Args:
+        logits_hw: of the whole frame.
+        frame: of the image.
+        size: (height, width) at which the whole image is wanted; None: its own.
+    """
     full = F.interpolate(
         logits_hw[None, None].float(), size=(frame.size, frame.size), mode="bilinear", align_corners=False
     )
     full = full[..., : frame.resized_height, : frame.resized_width]
-    return F.interpolate(full, size=(frame.height, frame.width), mode="bilinear", align_corners=False)[0, 0]
+    size = size or (frame.height, frame.width)
+    return F.interpolate(full, size=size, mode="bilinear", align_corners=False)[0, 0]
+
+
+def bounded_mask(mask_HW: np.ndarray, longest: int) -> Tensor:
+    """Scales a boolean mask down as `bounded_size` says: float32 coverage in [0, 1], area-averaged."""
+    height, width = mask_HW.shape
+    size = bounded_size(height, width, longest)
+    return F.adaptive_avg_pool2d(torch.from_numpy(np.ascontiguousarray(mask_HW)).float()[None, None], size)[0, 0]
 
 
 def mask_to_frame(mask_HW: np.ndarray, frame: Frame, side: int) -> Tensor:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from array import array
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -58,6 +61,58 @@ def parse(content: bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+class LineWriter:
+    """Writes dataclasses as JSON Lines into an open file.
+
+    Attributes:
+        offsets: the first byte of each line so far.
+    """
+
+    def __init__(self, handle: BinaryIO, omit_empty: Collection[str]) -> None:
+        self.offsets = array("q")
+        self._handle, self._omit, self._end = handle, frozenset(omit_empty), 0
+        self._encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=self._plain).encode
+
+    def write(self, value: Any) -> None:
+        """Adds a line.
+
+        Raises:
+            TypeError: the value, or a part of it, is neither a dataclass nor of JSON's kinds.
+            ValueError: a number is NaN or infinite.
+        """
+        # A lone surrogate has no UTF-8 form; backslashreplace writes it as \udXXX, which is its JSON escape.
+        line = self._encode(value).encode("utf-8", "backslashreplace") + b"\n"
+        self.offsets.append(self._end)
+        self._end += len(line)
+        self._handle.write(line)
+
+    def _plain(self, value: Any) -> Any:
+        if isinstance(value, np.generic):
+            return value.item()
+        plain = {name: getattr(value, name) for name in _field_names(type(value))}
+        for name in self._omit:
+            if name in plain and not plain[name]:
+                del plain[name]
+        return plain
+
+
+@cache
+def _field_names(noun: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(noun))
+
+
+@contextmanager
+def line_writer(path: Path | str, *, omit_empty: Collection[str] = ()) -> Iterator[LineWriter]:
+    """Opens a file for lines; it takes its place when all of them are written, and not on an exception.
+
+    Args:
+        path: the file.
+        omit_empty: names of fields that are left out where they are empty, at any depth.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as handle:
+        yield LineWriter(handle, omit_empty)
+
+
 def write_lines(path: Path | str, values: Iterable[Any], *, omit_empty: Collection[str] = ()) -> None:
     """Writes dataclasses as JSON Lines, atomically and one at a time, so that `values` may be a generator.
 
@@ -69,25 +124,9 @@ def write_lines(path: Path | str, values: Iterable[Any], *, omit_empty: Collecti
     Raises:
         ValueError: a number is NaN or infinite.
     """
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, np.generic):
-            return value.item()
-        raise TypeError(f"{type(value).__name__} has no JSON form")
-
-    def named(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {name: value for name, value in pairs if name not in omit_empty or value}
-
-    # A lone surrogate has no UTF-8 form; backslashreplace writes it as \udXXX, which is its JSON escape.
-    with (
-        atomic_path(path) as temporary,
-        temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as handle,
-    ):
+    with line_writer(path, omit_empty=omit_empty) as writer:
         for value in values:
-            text = json.dumps(
-                dataclasses.asdict(value, dict_factory=named), ensure_ascii=False, allow_nan=False, default=plain
-            )
-            handle.write(text + "\n")
+            writer.write(value)
 
 
 class Fields:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import operator
 from array import array
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -15,19 +16,24 @@ from PIL import ExifTags, Image
 
 from medisee.errors import InputError
 from medisee.files import inside
+from medisee.fingerprints import Fingerprints, fingerprint
 from medisee.jsonl import Line, read_lines
-from medisee.masks import Rle, decode_mask
+from medisee.masks import MaskFiles, Rle, decode_mask
+from medisee.offsets import file_stamp, keep_offsets, kept_offsets
 from medisee.records import Record, Target, read_record
 
 _NOT_PILLOWS = (".dcm", ".dicom", ".ima", ".nii", ".nii.gz")
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_HELD = 256
+"""Records that are read before their pages are given back: each may have brought 64 KiB into this process."""
 
 
 class Manifest(Sequence[Record]):
     """The records of a file, read on demand from a memory map.
 
-    Opening checks every line and keeps only where each begins: eight bytes a record, however long the file. A copy
-    sent to another process opens the file again when it is first read.
+    Opening checks every line and keeps only where each begins: eight bytes a record, however long the file. For a
+    large file this is kept beside it (`medisee.offsets`), and as long as the file stays as it is, opening reads no
+    line again. A copy sent to another process opens the file again when it is first read.
 
     Attributes:
         path: the JSON Lines file.
@@ -42,33 +48,55 @@ class Manifest(Sequence[Record]):
         """
         self.path = Path(path)
         self.root = Path(root) if root is not None else self.path.parent
-        self._offsets = self._check_lines()
+        kept = kept_offsets(self.path)
+        self._offsets = self._check_lines() if kept is None else kept
         self._bytes = self.path.stat().st_size
         self._map: mmap.mmap | None = None
+        self._reads = 0
 
     def _check_lines(self) -> NDArray[np.int64]:
-        problems: list[str] = []
+        stamp = file_stamp(self.path)
+        problems: defaultdict[int, list[str]] = defaultdict(list)
         offsets = array("q")
-        first_seen: dict[str, str] = {}
+        ids = Fingerprints()
         for line in read_lines(self.path):
             offsets.append(line.offset)
-            record = read_record(line, problems)
-            problems.extend(self._path_problems(record, line.where))
-            if record.id and first_seen.setdefault(record.id, line.where) != line.where:
-                problems.append(
-                    f"{line.where}: id {record.id!r} is also that of {first_seen[record.id]}; "
+            found: list[str] = []
+            record = read_record(line, found)
+            found.extend(self._path_problems(record, line.where))
+            if found:
+                problems[line.offset] += found
+            if record.id:
+                ids.add(record.id)
+        for offset, problem in self._repeated_ids(ids.repeated()).items():
+            problems[offset].append(problem)
+        if not offsets:
+            raise InputError(f"{self.path}: no record; expected one JSON object a line; check how it was made.")
+        if problems:
+            raise InputError(problem for offset in sorted(problems) for problem in problems[offset])
+        checked = np.array(offsets, dtype=np.int64)
+        keep_offsets(self.path, checked, stamp)
+        return checked
+
+    def _repeated_ids(self, repeated: frozenset[int]) -> dict[int, str]:
+        """Returns what is wrong with the ids of some fingerprints, by the offset of the line."""
+        problems: dict[int, str] = {}
+        first_seen: dict[str, str] = {}
+        for line in read_lines(self.path) if repeated else ():
+            name = read_record(line, []).id
+            if fingerprint(name) in repeated and first_seen.setdefault(name, line.where) != line.where:
+                problems[line.offset] = (
+                    f"{line.where}: id {name!r} is also that of {first_seen[name]}; "
                     "expected ids that are unique within the file; rename one."
                 )
-        if not offsets:
-            problems.append(f"{self.path}: no record; expected one JSON object a line; check how it was made.")
-        if problems:
-            raise InputError(problems)
-        return np.array(offsets, dtype=np.int64)
+        return problems
 
     def _path_problems(self, record: Record, where: str) -> list[str]:
         problems: list[str] = []
-        for path in [record.image, *(target.mask for target in record.targets)]:
-            if isinstance(path, str) and path:
+        masks = [target.mask for target in record.targets]
+        for path in [record.image, *(file for mask in masks for file in _mask_files(mask))]:
+            # Only the path itself is looked at: to resolve millions takes an hour, and each is resolved when it is used.
+            if path and (path[0] in "/\\" or ".." in path or "\0" in path or ":" in path):
                 try:
                     inside(self.root, path, where)
                 except InputError as error:
@@ -92,6 +120,9 @@ class Manifest(Sequence[Record]):
         end = data.find(b"\n", offset)
         problems: list[str] = []
         record = read_record(Line(str(self.path), offset, data[offset : end if end >= 0 else None]), problems)
+        self._reads += 1
+        if self._reads % _HELD == 0 and hasattr(mmap, "MADV_DONTNEED"):
+            data.madvise(mmap.MADV_DONTNEED)
         if problems:
             raise InputError([f"{self.path}: changed after it was opened; start again.", *problems])
         return record
@@ -192,15 +223,28 @@ class Manifest(Sequence[Record]):
             _check_size(target.mask.size, size, where)
             mask = decode_mask(target.mask)
         else:
-            path = inside(self.root, target.mask, where)
-            where = f"{where}: mask {target.mask!r}"
-            mask = read_mask(path, where, self.root, size)
+            inverted = isinstance(target.mask, MaskFiles) and target.mask.inverted
+            files = _mask_files(target.mask)
+            masks = [self._read_file(file, where, size) ^ inverted for file in files]
+            where = f"{where}: mask {', '.join(map(repr, files))}"
+            if any(mask.shape != masks[0].shape for mask in masks):
+                raise InputError(f"{where} is in files of several sizes; expected one size; make them anew.")
+            mask = np.logical_or.reduce(masks)
         if not mask.any():
             raise InputError(f"{where} is empty; expected a pixel > 0; correct it or remove the target.")
         return mask
 
+    def _read_file(self, file: str, where: str, size: tuple[int, int] | None) -> NDArray[np.bool_]:
+        return read_mask(inside(self.root, file, where), f"{where}: mask {file!r}", self.root, size)
+
     def _where(self, record: Record) -> str:
         return f"{self.path}: record {record.id!r}"
+
+
+def _mask_files(mask: str | MaskFiles | Rle) -> tuple[str, ...]:
+    if isinstance(mask, Rle):
+        return ()
+    return mask.files if isinstance(mask, MaskFiles) else (mask,)
 
 
 def read_mask(path: Path, where: str, root: Path, size: tuple[int, int] | None) -> NDArray[np.bool_]:

@@ -1,4 +1,4 @@
-"""Masks: COCO run-length encoding and back, and the box around a mask."""
+"""Masks: COCO run-length encoding and back, masks of several files, and the box around a mask."""
 
 from __future__ import annotations
 
@@ -23,6 +23,14 @@ class Rle:
 
     size: tuple[int, int]
     counts: str
+
+
+@dataclass(frozen=True, slots=True)
+class MaskFiles:
+    """A mask in several image files: what is foreground in any of `files`; where `inverted`, what is background."""
+
+    files: tuple[str, ...]
+    inverted: bool = False
 
 
 def encode_mask(mask: NDArray[np.bool_]) -> Rle:

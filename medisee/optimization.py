@@ -301,7 +301,8 @@ def _learning(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _optimizer(model: nn.Module, train: Train) -> tuple[AdamW, LambdaLR]:
-    optimizer = AdamW(parameter_groups(model, train), betas=train.betas, weight_decay=train.weight_decay)
+    groups = parameter_groups(model, train)
+    optimizer = AdamW(groups, betas=train.betas, weight_decay=train.weight_decay, fused=True)
     return optimizer, LambdaLR(optimizer, lambda step: warmup_decay(train, step))
 
 

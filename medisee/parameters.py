@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenize
 
 from medisee.errors import InputError
 from medisee.model_config import LanguageSize, Mllm, Model
+from medisee.models.gguf import find_gguf, gguf_folder
 from medisee.models.llava_format import CONFIG, is_original
 from medisee.models.medisee import MediSee
 from medisee.models.shards import read_json
@@ -71,13 +72,16 @@ def meta_model(config: Model, *, dtype: torch.dtype = torch.bfloat16, layers: in
     Args:
         config: of the model; `mllm.source` may be missing.
         dtype: what the run computes in.
-        layers: layers of the language model; None: all.
+        layers: layers of the language model; None: all. They attend with SDPA where the run has flex attention, which
+            runs on no such tensors, does not more arithmetic and keeps no mask.
 
     Raises:
         InputError: sizes that do not go together; a language model whose config.json cannot be read.
     """
     planned = _described(config.mllm)
     mllm = planned.mllm
+    if mllm.attention == "flex":
+        mllm = mllm.model_copy(update={"attention": "sdpa"})
     if layers is not None:
         mllm = mllm.model_copy(update={"size": mllm.size.model_copy(update={"layers": layers})})
     tokenizer = stand_in_tokenizer(config)
@@ -171,7 +175,8 @@ def _described(config: Mllm) -> _Described:
         "train_projector": at_random if config.train_projector is None else config.train_projector,
     }
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-    path = Path(config.source) / CONFIG
+    here = config.is_gguf and find_gguf(config.source) is not None
+    path = (gguf_folder(config) if here else Path(config.source)) / CONFIG
     if not path.is_file():
         return _Described(config.model_copy(update={**changes, "size": LanguageSize()}), VOCABULARY, 0, dtype)
     settings = read_json(path)

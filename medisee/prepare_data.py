@@ -3,6 +3,7 @@
   python scripts/prepare_data.py demo --out data/demo
   python scripts/prepare_data.py sa-med2d --root SAMed2Dv1 --out data/sa_med2d --workers 8
   python scripts/prepare_data.py mlmr-sd --root MLMR-SD --out data/mlmr_sd
+  python scripts/prepare_data.py ask --records data/sa_med2d --root SAMed2Dv1 --bank abdomen --out data/abdomen
 
 Each command has its own --help, which says what is written; run.json in the folder says how it was made.
 """
@@ -31,6 +32,7 @@ Writes into OUT (which must be new, empty or an earlier demo data set):
   train_class.jsonl       training slices; questions come from class-name templates
   train_reasoning.jsonl   the same slices with questions that reason
   val.jsonl, test.jsonl   slices and wordings that training never sees
+  test_seen.jsonl         test's slices with wordings of training
   categories.json         the names that count as naming a structure
   data.json               sources, licences, counts, and what the data can and cannot show
   run.json                how this was made
@@ -39,12 +41,24 @@ SA_MED2D = """Makes manifests of SA-Med2D-20M. Get SAMed2Dv1.zip from its author
 
   python scripts/prepare_data.py sa-med2d --root SAMed2Dv1 --out data/sa_med2d --workers 8
   python scripts/prepare_data.py sa-med2d --root SAMed2Dv1 --out data/btcv --datasets BTCV AMOS2022
+  python scripts/prepare_data.py sa-med2d --root SAMed2Dv1 --out data/all --index-only
+  python scripts/prepare_data.py sa-med2d --root SAMed2Dv1 --out data/small --subset 500 liver=2000 --min-area 100
 
 ROOT holds SAMed2D_v1.json, SAMed2D_v1_class_mapping_id.json, images/ and masks/. Writes into OUT:
   train.jsonl, val.jsonl, test.jsonl   the images of each split; no case (patient or volume) is in two
   rejects.jsonl                        each file that was left out, and why
   run.json                             how this was made
+  *.offsets.safetensors                where the lines of manifests above 64 MiB begin: they open at once
 Paths in the manifests are relative to ROOT, so name it as their root when you train or evaluate.
+
+Every mask is read, to join instances, to leave out what is empty or of a wrong size, and to measure boxes: with all
+15.8 million masks this takes a core half a day, which --workers shares out. --index-only takes minutes: it goes by the
+names in the index and opens no image. Masks are then joined and measured whenever they are used. A wrong one ends a
+training then, or is counted and its record replaced with data.skip_corrupt. Brain_PTM is left out, as only pixels tell
+its images from masks. It goes with neither --min-area nor --workers.
+
+--subset takes at most 500 targets of each category, and 2000 of liver, over all splits together. Which ones depends on
+--seed alone, not on the order of the index. Only masks that may be chosen are read.
 """
 MLMR_SD = """Makes manifests of MLMR-SD, in the JSON formats of the authors' release or in Parquet files of a dataset hub.
 What `python -m data_gen export` writes holds manifests already and needs no preparing.
@@ -61,6 +75,23 @@ Writes into OUT:
   run.json                               how this was made
 Paths in the manifests are relative to ROOT (from Parquet files: to OUT), so name it as their root when you train.
 """
+ASK = """Adds questions that describe a target without naming it to manifests that have none, such as those of sa-med2d.
+
+  python scripts/prepare_data.py sa-med2d --root SAMed2Dv1 --out data/btcv --datasets BTCV --val 0.15 --test 0.2
+  python scripts/prepare_data.py ask --records data/btcv --root SAMed2Dv1 --bank abdomen --out data/abdomen
+
+BANK is `abdomen` (13 organs of the belly, CT), `brain` (the demo's structures) or a YAML file of the same form; targets
+of which it knows nothing are left out. For sets of thousands of images: pictures are copied. Writes into OUT (which
+must be new, empty or an earlier result of this command), split as RECORDS is:
+  images/*.png            the pictures, and augmented copies of training's
+  train_class.jsonl       training images; questions come from class-name templates
+  train_reasoning.jsonl   the same images with questions that reason
+  val.jsonl, test.jsonl   images and wordings that training never sees
+  test_seen.jsonl         test's images with wordings of training
+  categories.json         the names that count as naming a category
+  asked.json              counts, and what was left out
+  run.json                how this was made
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -75,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="prepare_data.py", description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|sa-med2d|mlmr-sd")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|sa-med2d|mlmr-sd|ask")
     demo = commands.add_parser("demo", help="the offline demo data set", description=DEMO, formatter_class=raw)
     demo.set_defaults(run=_demo)
     add = demo.add_argument
@@ -91,9 +122,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder to write; an earlier result in it is replaced")
     add("--val", type=float, default=0.1, metavar="SHARE", help="of each data set's cases (default: 0.1)")
     add("--test", type=float, default=0.1, metavar="SHARE", help="of each data set's cases (default: 0.1)")
-    add("--seed", type=int, default=0, help="of the split (default: 0)")
+    add("--seed", type=int, default=0, help="of the split and the subset (default: 0)")
     add("--min-area", type=int, default=0, metavar="PIXELS", help="leave out smaller targets (default: 0)")
     add("--datasets", nargs="+", metavar="NAME", help="take only these (default: all)")
+    add("--subset", nargs="+", metavar="CAP", help="most targets of each category; CATEGORY=CAP for one (default: all)")
+    add("--index-only", action="store_true", help="go by the names in the index, open no image")
     add("--workers", type=int, default=1, metavar="N", help="processes that read masks (default: 1)")
     mlmr_sd = commands.add_parser("mlmr-sd", help="MLMR-SD", description=MLMR_SD, formatter_class=raw)
     mlmr_sd.set_defaults(run=_mlmr_sd)
@@ -101,6 +134,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--root", type=Path, required=True, help="the data set's folder")
     add("--out", type=Path, required=True, help="folder to write; an earlier result in it is replaced")
     add("--seed", type=int, default=0, help="of the words around questions and answers (default: 0)")
+    ask = commands.add_parser("ask", help="questions for manifests without", description=ASK, formatter_class=raw)
+    ask.set_defaults(run=_ask)
+    add = ask.add_argument
+    add("--records", type=Path, required=True, help="folder with train.jsonl, val.jsonl and test.jsonl")
+    add("--root", type=Path, help="folder that paths in them are relative to (default: their own)")
+    add("--bank", required=True, help="abdomen, brain or a YAML file")
+    add("--out", type=Path, required=True, help="folder to write")
+    add("--copies", type=int, default=3, metavar="N", help="augmented copies of a training image (default: 3)")
+    add("--seed", type=int, default=0, help="of wordings and augmentation (default: 0)")
+    add("--train-questions", type=int, default=8, metavar="N", help="for each training target (default: 8)")
     return parser
 
 
@@ -124,6 +167,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _sa_med2d(arguments: argparse.Namespace) -> None:
     from medisee.data.sa_med2d import prepare
+    from medisee.data.subset import parse_subset
 
     _check_sa_med2d(arguments)
     done = prepare(
@@ -135,6 +179,8 @@ def _sa_med2d(arguments: argparse.Namespace) -> None:
         min_area=arguments.min_area,
         datasets=arguments.datasets,
         workers=arguments.workers,
+        subset=parse_subset(arguments.subset, arguments.seed) if arguments.subset else None,
+        index_only=arguments.index_only,
     )
     print(f"{'split':<8}{'images':>12}{'targets':>12}{'cases':>12}")
     for split, images in done.images.items():
@@ -154,13 +200,45 @@ def _mlmr_sd(arguments: argparse.Namespace) -> None:
     )
 
 
+def _ask(arguments: argparse.Namespace) -> None:
+    from medisee.data.asked import prepare
+    from medisee.data.query_bank import BANKS
+
+    _check_out(arguments.out)
+    done = prepare(
+        arguments.records,
+        arguments.out,
+        bank=BANKS.get(arguments.bank, Path(arguments.bank)),
+        root=arguments.root,
+        copies=arguments.copies,
+        seed=arguments.seed,
+        count=arguments.train_questions,
+    )
+    for category, targets in sorted(done.unknown.items()):
+        print(f"left out: {targets:,} target(s) of {category!r}, which the bank does not know")
+    print(
+        f"done: {arguments.out} holds "
+        + ", ".join(f"{name}.jsonl ({count} images)" for name, count in done.images.items())
+    )
+
+
 def _check_sa_med2d(arguments: argparse.Namespace) -> None:
-    """Reading the index of the whole data set takes a minute, so what can be told before is told before."""
+    """Reading the index of the whole data set takes minutes, so what can be told before is told before."""
+    from medisee.data.subset import parse_subset
+
     problems: list[str] = []
     try:
         _check_out(arguments.out)
     except InputError as error:
         problems += error.problems
+    try:
+        parse_subset(arguments.subset or [], arguments.seed)
+    except InputError as error:
+        problems += error.problems
+    for name, none in (("min_area", 0), ("workers", 1)):
+        if arguments.index_only and getattr(arguments, name) > none:
+            option = f"--{name.replace('_', '-')}"
+            problems.append(f"{option}: is about masks, which --index-only does not read; leave one of them out.")
     for name, least in (("min_area", 0), ("workers", 1)):
         if (value := getattr(arguments, name)) < least:
             problems.append(f"--{name.replace('_', '-')} is {value}; expected {least} or more; raise it.")

@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from medisee.config import MaskResolution
 from medisee.data.prompts import CANDIDATE_TOKENS, FORCED_ANSWER, candidate_text
 from medisee.errors import InputError
-from medisee.geometry import Frame, fit, mask_to_frame, normalise_box, to_frame
+from medisee.geometry import Frame, bounded_mask, fit, mask_to_frame, normalise_box, to_frame
 from medisee.masks import mask_box
 from medisee.model_config import Model
 from medisee.models.mllm import MAX_TOKENS, image_token_count
@@ -180,7 +181,7 @@ class MediSeeProcessor:
         self,
         examples: Sequence[Example],
         *,
-        mask_resolution: Literal["original", "decoder"] = "original",
+        mask_resolution: MaskResolution = "original",
         boxes: Literal["half_open", "inclusive"] = "half_open",
         packed: bool = True,
     ) -> Batch:
@@ -206,7 +207,7 @@ class MediSeeProcessor:
             [self._tokens(_plain_query(query)) for query in queries if query.plain is not None] for _, queries in rows
         ]
         segments = [[t.ids for t in (*row, *behind)] for row, behind in zip(tokens, plain, strict=True)]
-        sequences = pack([self.prefix] * len(rows), segments, self.pad_id)
+        sequences = pack([self.prefix] * len(rows), segments, self.pad_id, multiple=self.config.mllm.pad_to)
         targets = [(row, n) for row, (_, queries) in enumerate(rows) for n in range(len(queries))]
         supervised, labels, candidates = self._supervision(tokens, sequences.starts, targets)
         queries = tuple(rows[row][1][n] for row, n in targets)
@@ -327,7 +328,7 @@ class MediSeeProcessor:
         self,
         queries: Sequence[Query],
         frames: Sequence[Frame],
-        resolution: Literal["original", "decoder"],
+        resolution: MaskResolution,
         ends: Literal["half_open", "inclusive"],
     ) -> _Truth:
         if any(query.mask is None for query in queries):
@@ -342,7 +343,7 @@ class MediSeeProcessor:
                 )
             boxes.append(normalise_box(box, frame.height, frame.width, ends))
             inside = mask_to_frame(mask, frame, self.mask_side)
-            masks.append(inside if resolution == "decoder" else torch.from_numpy(mask).float())
+            masks.append(_mask_of_loss(mask, inside, resolution))
             coverage.append(self._token_coverage(mask, frame, inside))
         return _Truth(torch.tensor(boxes, dtype=torch.float32), tuple(masks), torch.stack(coverage))
 
@@ -361,6 +362,12 @@ class MediSeeProcessor:
                 mask = mask[top : top + side, left : left + side]
             inside = torch.from_numpy(mask).float()
         return torch.nn.functional.adaptive_avg_pool2d(inside[None], grid).flatten()
+
+
+def _mask_of_loss(mask: np.ndarray, inside: Tensor, resolution: MaskResolution) -> Tensor:
+    if isinstance(resolution, int):
+        return bounded_mask(mask, resolution)
+    return inside if resolution == "decoder" else torch.from_numpy(mask).float()
 
 
 def _plain_query(query: Query) -> Query:

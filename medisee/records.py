@@ -6,13 +6,14 @@ Both are JSON Lines, one object a line, with the field names below as keys. `med
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 from medisee.errors import InputError
-from medisee.jsonl import Fields, Line, is_number, parse, read_lines, write_lines
-from medisee.masks import Box, Rle, check_rle
+from medisee.jsonl import Fields, Line, LineWriter, is_number, line_writer, parse, read_lines, write_lines
+from medisee.masks import Box, MaskFiles, Rle, check_rle
 
 Perspective = Literal["attribute", "location", "class"]
 Length = Literal["short", "long"]
@@ -47,14 +48,14 @@ class Target:
     Attributes:
         id: unique within its record.
         category: the class name, as "left kidney".
-        mask: path of a mask image relative to the manifest's root (foreground > 0), or an RLE.
+        mask: path of a mask image relative to the manifest's root (foreground > 0), several of them, or an RLE.
         box: pixels of the original image; None stands for the smallest box around the mask.
         qa: the queries; none stands for the class-name templates.
     """
 
     id: str
     category: str
-    mask: str | Rle
+    mask: str | MaskFiles | Rle
     box: Box | None = None
     qa: tuple[QA, ...] = ()
 
@@ -109,9 +110,16 @@ class Prediction:
     scores: dict[str, float] = field(default_factory=dict)
 
 
+def record_writer(path: Path | str) -> AbstractContextManager[LineWriter]:
+    """Opens a manifest for records; it takes its place when all of them are written."""
+    return line_writer(path, omit_empty=("history", "inverted"))
+
+
 def write_records(path: Path | str, records: Iterable[Record]) -> None:
     """Writes a manifest atomically; paths in it stay as they are, relative to the root."""
-    write_lines(path, records, omit_empty=("history",))
+    with record_writer(path) as writer:
+        for record in records:
+            writer.write(record)
 
 
 def write_predictions(path: Path | str, predictions: Iterable[Prediction]) -> None:
@@ -160,14 +168,28 @@ def read_record(line: Line, problems: list[str]) -> Record:
 
 
 def _target(fields: Fields) -> Target:
-    is_path = not isinstance(fields.raw("mask"), dict)
     return Target(
         id=fields.text("id"),
         category=fields.text("category"),
-        mask=fields.text("mask") if is_path else _rle(fields),
+        mask=_mask(fields),
         box=_true_box(fields),
         qa=tuple(_qa(qa) for qa in fields.objects("qa", QA)),
     )
+
+
+def _mask(fields: Fields) -> str | MaskFiles | Rle:
+    value = fields.raw("mask")
+    if not isinstance(value, dict):
+        return fields.text("mask")
+    if "files" not in value:
+        return _rle(fields)
+    inner = fields.object("mask", MaskFiles)
+    expected, fix = "a list of one path or more", "name the mask's files"
+    files = inner.get("files", list, expected, fix)
+    if files is not None and not (files and all(isinstance(file, str) and file.strip() for file in files)):
+        inner.refuse("files", expected, fix)
+        files = None
+    return MaskFiles(tuple(files or ()), inner.has("inverted") and inner.flag("inverted"))
 
 
 def _qa(fields: Fields) -> QA:

@@ -14,7 +14,7 @@ import errno
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from medisee.files import recover_folder
 from medisee.interruption import Stopped, StopRequest
 from medisee.manifest import Manifest
 from medisee.models.checkpoints import check_same_model, load_checkpoint, local_checkpoint, save_checkpoint
+from medisee.models.flex import check_flex
 from medisee.models.medisee import MaskDetail, MediSee
 from medisee.models.mllm import load_tokenizer
 from medisee.models.objective import Terms, mean_terms
@@ -116,13 +117,15 @@ def train(config: Config, *, resume: bool = False) -> Path:
     manifests = _training_manifests(config)
     val = Manifest(config.data.val, config.data.root) if config.data.val else None
     place = join_ranks()
+    if config.model.mllm.attention == "flex":
+        check_flex(place.device)
     split = config.model_copy(update={"train": split_batch(config.train, place.world)})
     saved = find_last_together(out, place) if resume else None
     if saved is not None:
         check_same_run(saved, config, effective_batch(split.train, place.world))
     with _disk_errors(out):
         run = _prepare(config, split, place, manifests=manifests, val=val, saved=saved)
-        with StopRequest(out) as stop:
+        with StopRequest(out) as stop, closing(run.batches):
             _steps(run, stop)
         if val is None:
             _save_best(run, {"step": config.train.steps})

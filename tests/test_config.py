@@ -213,6 +213,10 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
         "model.seg_head.size=16",
         "model.mllm.lora.rank=0",
         "train.zero_stage=4",
+        "loss.mask_resolution=half",
+        "loss.mask_resolution=31",
+        "loss.mask_resolution=512.5",
+        "loss.mask_resolution=true",
     ],
 )
 def test_a_wrong_value_names_its_key(override: str) -> None:
@@ -220,6 +224,25 @@ def test_a_wrong_value_names_its_key(override: str) -> None:
     for problem in problems(None, override):
         assert key.removesuffix(".x").split(".")[0] in problem
         assert "fix the value" in problem
+
+
+@pytest.mark.parametrize("value", ["original", "decoder", 32, 512])
+def test_mask_resolutions(value: str | int) -> None:
+    assert load_config(None, [f"loss.mask_resolution={value}"]).loss.mask_resolution == value
+
+
+def test_a_wrong_mask_resolution_is_one_problem() -> None:
+    assert "expected original, decoder, or the most pixels" in only_problem(None, "loss.mask_resolution=half")
+
+
+def test_features_of_an_encoder_that_learns_are_refused(tmp_path: Path) -> None:
+    """Before anything is built, and without printing the whole configuration."""
+    path = write(tmp_path, "model: {seg_head: {lora: {rank: 2}}}\n")
+    problem = only_problem(path, "data.cache=features")
+    expected = "data.cache needs a frozen encoder, but model.seg_head.lora lets it learn; remove one of them."
+    assert problem == f"{path}: {expected}"
+    assert load_config(path).model.seg_head.lora is not None
+    assert load_config(None, ["data.cache=features"]).data.cache == "features"
 
 
 def test_a_wrong_value_is_shown() -> None:

@@ -254,6 +254,7 @@ def damage(folder: Path, what: str) -> None:
         ("heads", (), "config.json: num_attention_heads is 8, but model.mllm.size.heads is 4"),
         ("", ("model.router_hidden=8",), r"router_seg.gate.0.weight has shape \(16, 64\), .* expects \(8, 64\)"),
         ("", ("model.fusion=hard",), "model.fusion = 'hard': the release has 'soft'"),
+        ("", ("model.mllm.train_tokens=new",), "model.mllm.train_tokens = 'new': the release has 'all'"),
         ("", ("model.candidate_tokens=['[SEG]', '[BOX]']",), r"the release has \['\[BBOX\]', '\[SEG\]'\]"),
         ("", ("model.mllm.train=frozen",), "the weights have LoRA, so set model.mllm.train=lora"),
     ],
@@ -284,19 +285,24 @@ def test_conversions_replace_nothing_but_checkpoints(release: Path, tiny_checkpo
 @pytest.fixture
 def adapted(original: MediSee, tmp_path: Path) -> Path:
     """Returns a checkpoint with LoRA on a published language model whose vocabulary is padded, and that model."""
+    return adapt(tmp_path)
+
+
+def adapt(tmp_path: Path, **mllm: Any) -> Path:
+    """Makes what `adapted` returns, with other settings of the language model."""
     source = tmp_path / "llava"
     plain = random_model({**MODEL, "mllm": {**MODEL["mllm"], "train": "frozen"}}, seed=1)
     train_tokenizer(TEXTS, 300).save_pretrained(source)
     tokens = len(plain.tokenizer) - 3
     plain.mllm.resize_token_embeddings(tokens + 20)
     plain.mllm.save_pretrained(source)
-    values = {**MODEL, "mllm": {**MODEL["mllm"], "source": str(source), "attention": "eager"}}
+    values = {**MODEL, "mllm": {**MODEL["mllm"], "source": str(source), "attention": "eager", **mllm}}
     config = config_from({"model": values}, where="test").model
     torch.manual_seed(2)
     model = MediSee(config, load_tokenizer(config.mllm, config.candidate_tokens))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "box_decoder" in name or "lora_" in name:
+            if "box_decoder" in name or "lora_" in name or "tokens_delta" in name:
                 parameter.normal_(0, 0.3)
     model.save_pretrained(tmp_path / "adapted")
     return tmp_path / "adapted"
@@ -337,6 +343,32 @@ def test_merging_changes_what_lora_adapts_and_nothing_else(adapted: Path, tmp_pa
         for which in "qv"
     }
     assert changed == expected
+
+
+@pytest.mark.parametrize("train", ["lora", "frozen"])
+def test_rows_that_learnt_by_themselves_are_merged(tmp_path: Path, train: str) -> None:
+    adapted = adapt(tmp_path, train=train, train_tokens="new")
+    kept = load_file(adapted / "model.safetensors")
+    vocabulary = {
+        name: tuple(value.shape) for name, value in kept.items() if "embed_tokens" in name or "lm_head" in name
+    }
+    # The checkpoint holds the two rows, and none of the published ones.
+    assert len(vocabulary) == 2 and set(vocabulary.values()) == {(2, SIZE["hidden"])}
+    before = MediSee.from_pretrained(adapted)
+    expected, ids = outputs(before), before.processor.candidate_ids
+    main(["merge", "--checkpoint", str(adapted), "--out", str(tmp_path / "merged")])
+    shutil.rmtree(tmp_path / "llava")
+    merged = MediSee.from_pretrained(tmp_path / "merged")
+    assert (merged.config.mllm.train, merged.config.mllm.train_tokens) == ("frozen", "all")
+    state = merged.state_dict()
+    assert not [name for name in state if "token_adapter" in name or "lora" in name or "base_layer" in name]
+    for name, rows in kept.items():
+        if name in vocabulary:
+            plain = name.removesuffix(".token_adapter.trainable_tokens_delta.default")
+            assert torch.equal(state[f"{plain}.weight"][ids], rows)
+    for name, value in outputs(merged).items():
+        theirs = expected[name][:, : len(merged.tokenizer)] if name == "text_logits_NV" else expected[name]
+        torch.testing.assert_close(value, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_a_demo_model_merges_into_itself(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -112,6 +112,13 @@ def test_frozen_weights_have_no_gradients_of_their_own(ours: cost.StepCost) -> N
     assert 0.6 < lora.flops.language_model / full.flops.language_model < 0.9
 
 
+def test_single_rows_cost_a_whole_vocabularys_arithmetic() -> None:
+    """They are placed among the frozen rows, whose gradient is computed and left: what they save is memory."""
+    every, new = (measure(small(train="lora", train_tokens=kind)) for kind in ("all", "new"))
+    assert new.flops.lm_head == every.flops.lm_head
+    assert new.flops.total == pytest.approx(every.flops.total, rel=1e-6)
+
+
 def test_the_releases_way_computes_more(ours: cost.StepCost) -> None:
     config = small()
     release, cached = measure(config, RELEASE), measure(config, CACHED)

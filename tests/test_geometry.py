@@ -15,6 +15,8 @@ from medisee.geometry import (
     SAM_MEAN,
     SAM_STD,
     Frame,
+    bounded_mask,
+    bounded_size,
     boxes_to_frame,
     cxcywh_to_xyxy,
     denormalise_box,
@@ -173,6 +175,39 @@ def test_a_large_rectangle_comes_back_exactly_enough(height: int, width: int, re
     frame = fit(height, width, 256, resize)
     back = (logits_to_original(20 * mask_to_frame(mask, frame, 64) - 10, frame) > 0).numpy()
     assert (back & mask).sum() / (back | mask).sum() > 0.95
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(32, 2000))
+def test_a_bound_keeps_the_shape_and_never_enlarges(height: int, width: int, longest: int) -> None:
+    rows, columns = bounded_size(height, width, longest)
+    assert max(rows, columns) == min(max(height, width), longest)
+    assert 1 <= rows <= height and 1 <= columns <= width
+    scale = min(1.0, longest / max(height, width))
+    assert abs(rows - height * scale) <= max(0.5, 1 - height * scale)
+    assert abs(columns - width * scale) <= max(0.5, 1 - width * scale)
+
+
+@pytest.mark.parametrize("resize", ["longest", "stretch"])
+@pytest.mark.parametrize(("height", "width"), [(96, 240), (240, 96), (200, 150), (128, 128)])
+def test_a_bounded_mask_lies_on_the_bounded_logits(height: int, width: int, resize: Resize) -> None:
+    mask = rectangle(height, width, (width // 2, height // 4, 7 * width // 8, height // 2))
+    frame = fit(height, width, 256, resize)
+    small = bounded_mask(mask, 64)
+    size = bounded_size(height, width, 64)
+    back = logits_to_original(20 * mask_to_frame(mask, frame, 64) - 10, frame, size) > 0
+    assert back.shape == small.shape == size
+    assert max(size) == 64
+    inside = small > 0.5
+    # A border between two rows may fall to either.
+    assert int((back & inside).sum()) / int((back | inside).sum()) > 0.8
+    # The share of the image that the mask covers stays.
+    assert float(small.mean()) == pytest.approx(float(mask.mean()), rel=0.02)
+
+
+def test_a_mask_below_the_bound_stays() -> None:
+    mask = rectangle(40, 60, (5, 3, 31, 22))
+    for longest in (60, 61, 512):
+        assert torch.equal(bounded_mask(mask, longest), torch.from_numpy(mask).float())
 
 
 def test_logits_in_the_padding_do_not_come_back() -> None:

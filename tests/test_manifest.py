@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from medisee import manifest as manifests
 from medisee.errors import InputError
 from medisee.manifest import Manifest
-from medisee.masks import Rle, encode_mask
+from medisee.masks import MaskFiles, Rle, encode_mask
 from medisee.records import Record, Target, write_records
 
 TRUTH = np.zeros((6, 8), dtype=bool)
 TRUTH[1:3, 2:5] = True
 
 
-def record(name: str, mask: str | Rle = "m.png", **changes: object) -> Record:
+def record(name: str, mask: str | MaskFiles | Rle = "m.png", **changes: object) -> Record:
     target = Target(id="t", category="liver", mask=mask, **changes)  # pyright: ignore[reportArgumentType]
     return Record(id=name, image="a.png", modality="ct", source="demo", case="c", targets=(target,))
 
@@ -133,6 +134,47 @@ def test_rle_mask_and_box_to_the_edge(make: Callable[..., Manifest]) -> None:
     mask = manifest.mask(manifest[0], manifest[0].targets[0])
     assert mask.dtype == np.bool_
     np.testing.assert_array_equal(mask, TRUTH)
+
+
+def test_masks_in_several_files(make: Callable[..., Manifest], tmp_path: Path) -> None:
+    Image.fromarray(~TRUTH).save(tmp_path / "inverted.png")
+    Image.new("L", (6, 8), 1).save(tmp_path / "turned.png")
+    dot = np.zeros_like(TRUTH)
+    dot[5, 7] = True
+    Image.fromarray(dot).save(tmp_path / "dot.png")
+    manifest = make(
+        record("joined", MaskFiles(("m.png", "dot.png"))),
+        record("turned over", MaskFiles(("inverted.png",), inverted=True)),
+        record("sizes", MaskFiles(("m.png", "turned.png"))),
+        record("missing", MaskFiles(("m.png", "none.png"))),
+        record("nothing", MaskFiles(("turned_over.png",))),
+    )
+    Image.new("L", (8, 6)).save(tmp_path / "turned_over.png")
+    masks = [manifest.mask(one, one.targets[0]) for one in manifest[:2]]
+    np.testing.assert_array_equal(masks[0], TRUTH | dot)
+    np.testing.assert_array_equal(masks[1], TRUTH)
+    sizes, missing, nothing = problems_of(manifest.check_files)
+    assert "record 'sizes', target 't': mask 'turned.png' is 6 x 8" in sizes
+    assert "record 'missing', target 't': mask 'none.png' does not exist" in missing
+    assert "record 'nothing', target 't': mask 'turned_over.png' is empty" in nothing
+    assert "path '../m.png' leaves the root" in problems_of(lambda: make(record("out", MaskFiles(("../m.png",)))))[0]
+
+
+def test_pages_that_were_read_are_given_back(make: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many records are read, few pages of the file stay in this process."""
+    monkeypatch.setattr(manifests, "_HELD", 16)
+    manifest = make(*(record(f"r{index}", "m" * 16_000) for index in range(300)))
+    for each in (0, -1):
+        assert manifest[each].id
+
+    def held() -> int:
+        maps = Path("/proc/self/smaps").read_text().split(str(manifest.path))[1]
+        return int(maps.split("Rss:")[1].split()[0])
+
+    for index in range(300):
+        assert manifest[index].id == f"r{index}"
+    assert manifest.path.stat().st_size > 4_800_000
+    assert held() < 2400  # kB, of 4,800
 
 
 def test_size_is_that_of_the_image_as_shown(make: Callable[..., Manifest], tmp_path: Path) -> None:

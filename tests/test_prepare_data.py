@@ -81,11 +81,25 @@ def test_sa_med2d_tells_all_wrong_options_before_it_reads(tmp_path: Path, capsys
     said = refused(
         capsys, "sa-med2d", "--root", tmp_path, "--out", tmp_path / "file" / "out", "--val", "nan", "--workers", "0"
     ) + refused(capsys, "sa-med2d", "--root", tmp_path, "--out", tmp_path, "--val", ".5", "--test", ".5")
+    for options in ("--workers 2 --min-area 5 --index-only", "--subset 5 liver=x"):
+        said += refused(capsys, "sa-med2d", "--root", tmp_path, "--out", tmp_path, *options.split())
+    assert "--workers: is about masks, which --index-only does not read" in said
+    assert "--min-area: is about masks" in said
+    assert "--subset 'liver=x': expected a number" in said
     assert f"{tmp_path / 'file'} is a file; expected a folder" in said
     assert "--workers is 0; expected 1 or more" in said
     assert "--val nan --test 0.1: expected shares" in said
     assert "--val 0.5 --test 0.5: expected shares" in said
     assert "SAMed2D_v1" not in said
+
+
+def test_sa_med2d_takes_a_subset_by_names(med2d: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    main(["sa-med2d", "--root", str(med2d), "--out", str(out), "--subset", "3", "--index-only", "--val", "0"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("done: 3 images in ")
+    assert json.loads((out / "run.json").read_text())["settings"]["subset"] == ["3"]
+    said = refused(capsys, "sa-med2d", "--root", med2d, "--out", out, "--subset", "3", "livr=2")
+    assert "--subset livr=2: expected a category" in said and "Did you mean 'liver'?" in said
 
 
 def test_sa_med2d_tells_what_is_no_data_set(med2d: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -121,7 +135,40 @@ def test_demo_refuses_wrong_numbers_and_foreign_folders(tmp_path: Path, capsys: 
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("command", ["demo", "sa-med2d"])
+def test_ask_adds_questions_to_what_sa_med2d_wrote(med2d: Path, tmp_path: Path, capsys: Capture) -> None:
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    main(["sa-med2d", "--root", str(med2d), "--out", str(plain), "--val", "0.2", "--test", "0.2"])
+    capsys.readouterr()
+    main(
+        ["ask", "--records", str(plain), "--root", str(med2d), "--bank", "abdomen", "--out", str(out), "--copies", "1"]
+    )
+    printed = capsys.readouterr().out.splitlines()
+    images = len(Manifest(plain / "train.jsonl", root=med2d))
+    assert printed[-1].startswith(f"done: {out} holds train_class.jsonl ({2 * images} images)")
+    assert {path.name for path in out.glob("*.json*")} == {
+        "asked.json",
+        "categories.json",
+        "run.json",
+        "test.jsonl",
+        "test_seen.jsonl",
+        "train_class.jsonl",
+        "train_reasoning.jsonl",
+        "val.jsonl",
+    }
+    for name in ("train_reasoning", "test", "test_seen"):
+        manifest = Manifest(out / f"{name}.jsonl")
+        manifest.check_files()
+        assert all(qa.perspective != "class" for record in manifest for target in record.targets for qa in target.qa)
+    assert json.loads((out / "run.json").read_text())["settings"]["bank"] == "abdomen"
+
+
+def test_ask_refuses_a_bank_that_is_none(med2d: Path, tmp_path: Path, capsys: Capture) -> None:
+    said = refused(capsys, "ask", "--records", med2d, "--bank", "abdomem", "--out", tmp_path / "out")
+    assert "abdomem: not a readable query bank" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["demo", "sa-med2d", "ask"])
 def test_help_teaches(command: str, capsys: Capture) -> None:
     assert command in told(capsys, ["--help"])
     said = told(capsys, [command, "--help"])

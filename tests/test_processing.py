@@ -240,6 +240,20 @@ def test_masks_at_both_resolutions() -> None:
     assert decoder[7:].max() == 0
 
 
+def test_a_bound_scales_masks_and_leaves_boxes() -> None:
+    own, mask = processor(), rectangle(40, 80, (40, 0, 80, 20))
+    given = example(query(mask=mask), height=40, width=80)
+    whole, bounded = (own([given], mask_resolution=bound) for bound in ("original", 32))
+    (small,) = bounded.masks
+    assert torch.equal(small, torch.from_numpy(rectangle(16, 32, (16, 0, 32, 8))).float())
+    assert whole.boxes_I4 is not None and bounded.boxes_I4 is not None
+    assert torch.equal(whole.boxes_I4, bounded.boxes_I4)
+    assert whole.coverage_IT is not None and bounded.coverage_IT is not None
+    assert torch.equal(whole.coverage_IT, bounded.coverage_IT)
+    (same,) = own([given], mask_resolution=80).masks
+    assert torch.equal(same, whole.masks[0])
+
+
 def test_without_truth_there_is_none() -> None:
     batch = processor()([example(query())])
     assert (batch.boxes_I4, batch.masks, batch.coverage_IT) == (None, (), None)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from medisee.errors import InputError
 from medisee.jsonl import Line
-from medisee.masks import encode_mask
+from medisee.masks import MaskFiles, encode_mask
 from medisee.records import (
     QA,
     Prediction,
@@ -29,6 +29,8 @@ from medisee.records import (
 )
 
 RLE = encode_mask(np.eye(3, 4, dtype=bool))
+FILES = MaskFiles(("masks/a.png", "masks/b.png"))
+INVERTED = MaskFiles(("masks/a.png",), inverted=True)
 PREDICTION = {"record": "r", "target": "t", "question": "Where?", "text": "Here.", "emitted": True}
 RECORD: dict[str, Any] = {
     "id": "r1",
@@ -54,7 +56,8 @@ boxes = st.none() | st.builds(
 )
 turns = st.lists(st.builds(Turn, words, st.text()), max_size=2).map(tuple)
 qas = st.builds(QA, words, st.text(), st.sampled_from(["attribute", "location", "class"]), st.just("long"), turns)
-targets = st.builds(Target, id=words, category=words, mask=words | st.just(RLE), box=boxes, qa=st.tuples(qas))
+masks = words | st.sampled_from([RLE, FILES, INVERTED])
+targets = st.builds(Target, id=words, category=words, mask=masks, box=boxes, qa=st.tuples(qas))
 records = st.builds(
     Record,
     id=words,
@@ -185,6 +188,11 @@ def test_bad_record_is_refused(change: dict[str, Any], message: str) -> None:
         ({"box": [1, 2, 3, 10**400]}, "targets[0].box is [1, 2, 3, 1000"),
         ({"box": "1 2 3 4"}, 'targets[0].box is "1 2 3 4"'),
         ({"mask": None}, "targets[0].mask is null; expected a string"),
+        ({"mask": {"files": []}}, "targets[0].mask.files is []; expected a list of one path or more"),
+        ({"mask": {"files": "a.png"}}, 'targets[0].mask.files is "a.png"; expected a list of one path or more'),
+        ({"mask": {"files": ["a.png", 3]}}, 'targets[0].mask.files is ["a.png", 3]; expected a list'),
+        ({"mask": {"files": ["a.png"], "inverted": 1}}, "targets[0].mask.inverted is 1; expected true or false"),
+        ({"mask": {"files": ["a.png"], "size": [4, 4]}}, "unknown key 'targets[0].mask.size'"),
         ({"mask": {"size": [4, 4]}}, "key 'targets[0].mask.counts' is missing"),
         ({"mask": {"size": [4, 4], "counts": "0"}}, "targets[0].mask: RLE counts cover 0 pixels; expected 4 x 4 = 16"),
         ({"mask": {"size": [4.5, 4], "counts": "0"}}, "targets[0].mask.size is [4.5, 4]; expected [height, width]"),

@@ -5,6 +5,7 @@ Nothing here depends on the number of ranks or workers, so a run can be resumed,
 
 from __future__ import annotations
 
+import atexit
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -218,20 +219,32 @@ class TrainingBatches(Iterator[Batch]):
     """
 
     def __init__(self, loader: DataLoader[Loaded]) -> None:
-        self._loaded = iter(loader)
+        self._loaded: Iterator[Loaded] = iter(loader)
         self.skipped: list[str] = []
+        # Loader processes ignore the signal by which Python ends its children, and would then be waited for without end.
+        atexit.register(self.close)
 
     def __next__(self) -> Batch:
         """Returns the next micro-batch.
 
         Raises:
-            InputError: a record of it cannot be read.
+            InputError: a record of it cannot be read; the loader processes have been ended.
         """
-        loaded = next(self._loaded)
+        try:
+            loaded = next(self._loaded)
+        except StopIteration:
+            self.close()
+            raise
         self.skipped += loaded.skipped
         if loaded.batch is None:
+            self.close()
             raise InputError(loaded.problems)
         return loaded.batch
+
+    def close(self) -> None:
+        """Ends the loader processes; no micro-batch is left afterwards."""
+        self._loaded = iter(())
+        atexit.unregister(self.close)
 
 
 def training_batches(

@@ -6,9 +6,7 @@ import importlib.metadata
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import numpy as np
@@ -18,11 +16,12 @@ from tqdm import tqdm
 
 from medisee.data.augment import augment
 from medisee.data.brain import PLANES, STRUCTURES, Slice, Split, block_number, block_of, cut, load_brain, source_files
-from medisee.data.query_bank import Pool, held_out_questions, load_bank, split_bank, training_questions
+from medisee.data.query_bank import load_bank, split_bank
+from medisee.data.questions import ask_held_out, ask_seen, ask_training
 from medisee.errors import InputError
 from medisee.files import atomic_path, sha256, write_json
 from medisee.masks import encode_mask, mask_box
-from medisee.records import QA, Record, Target, write_records
+from medisee.records import Record, Target, write_records
 
 SUMMARY = "data.json"
 NOTE = (
@@ -58,9 +57,9 @@ def prepare_demo(
     """Writes the demo data set into a folder, whole or not at all.
 
     The folder holds `images/*.png`, the manifests `train_class.jsonl` (targets without questions),
-    `train_reasoning.jsonl` (the same images with questions), `val.jsonl` and `test.jsonl`, `categories.json` (the names
-    that count as naming a category) and `data.json` (what was made from what). The same arguments and package versions
-    give the same bytes.
+    `train_reasoning.jsonl` (the same images with questions), `val.jsonl`, `test.jsonl` and `test_seen.jsonl` (test's
+    images with wordings of training), `categories.json` (the names that count as naming a category) and `data.json`
+    (what was made from what). The same arguments and package versions give the same bytes.
 
     Args:
         out: the folder; if it exists it must be empty or an earlier demo data set, which is replaced.
@@ -93,14 +92,15 @@ def prepare_demo(
                 record = _save(original, copy, seed, min_area, folder)
                 plain[split] += [record] if record.targets else []
         asked = {
-            "train": [_with_training(record, pools["train"], seed, train_questions) for record in plain["train"]],
-            "val": [_with_held_out(record, pools["val"], seed, turn) for turn, record in enumerate(plain["val"])],
-            "test": [_with_held_out(record, pools["test"], seed, turn) for turn, record in enumerate(plain["test"])],
+            "train": [ask_training(record, pools["train"], seed, train_questions) for record in plain["train"]],
+            "val": [ask_held_out(record, pools["val"], seed, turn) for turn, record in enumerate(plain["val"])],
+            "test": [ask_held_out(record, pools["test"], seed, turn) for turn, record in enumerate(plain["test"])],
         }
         write_records(folder / "train_class.jsonl", plain["train"])
         write_records(folder / "train_reasoning.jsonl", asked["train"])
         write_records(folder / "val.jsonl", asked["val"])
         write_records(folder / "test.jsonl", asked["test"])
+        write_records(folder / "test_seen.jsonl", ask_seen(plain["test"], pools["train"], seed))
         write_json(folder / "categories.json", {name: pool.names for name, pool in pools["train"].items()})
         write_json(folder / SUMMARY, _summary(asked, settings, files))
 
@@ -164,32 +164,6 @@ def _targets(classes: NDArray[np.uint8], min_area: int) -> tuple[Target, ...]:
             name = category.replace(" ", "_")
             targets.append(Target(id=name, category=category, mask=encode_mask(mask), box=mask_box(mask)))
     return tuple(targets)
-
-
-def _with_training(record: Record, pools: Mapping[str, Pool], seed: int, count: int) -> Record:
-    """Gives each target `count` questions, other ones on every record."""
-    return _with_questions(
-        record, {t.id: training_questions(pools[t.category], count, _rng(seed, record, t)) for t in record.targets}
-    )
-
-
-def _with_held_out(record: Record, pools: Mapping[str, Pool], seed: int, turn: int) -> Record:
-    """Gives each target a short and a long question whose perspectives change from record to record and target."""
-    return _with_questions(
-        record,
-        {
-            target.id: held_out_questions(pools[target.category], turn + place, _rng(seed, record, target))
-            for place, target in enumerate(record.targets)
-        },
-    )
-
-
-def _with_questions(record: Record, qa: Mapping[str, tuple[QA, ...]]) -> Record:
-    return replace(record, targets=tuple(replace(target, qa=qa[target.id]) for target in record.targets))
-
-
-def _rng(seed: int, record: Record, target: Target) -> Random:
-    return Random(f"{seed}/{record.id}/{target.id}")
 
 
 def _summary(records: Mapping[str, list[Record]], settings: Mapping[str, Any], files: Iterable[Path]) -> dict[str, Any]:

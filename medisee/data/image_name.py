@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 _PLANES = {"x": "sagittal", "y": "coronal", "z": "axial", "2d": None}
 _WITHOUT_SUBMODALITY = {"x_ray": "x-ray", "fundus_photography": "fundus photography"}
@@ -24,7 +23,8 @@ class ImageName:
 def parse_name(image: str) -> ImageName | None:
     """Reads `images/<modality>_<submodality>--<dataset>--<case>--<axis>_<slice>.png`; None for another name."""
     # From the right first: a case may end in "-", and its name may hold anything but "--".
-    head, _, view = PurePosixPath(image).stem.rpartition("--")
+    file = image.rpartition("/")[2]
+    head, _, view = (file.rpartition(".")[0] or file).rpartition("--")
     parts = head.split("--", 2)
     match = _VIEW.fullmatch(view)
     if len(parts) != 3 or not all(parts) or match is None:

@@ -1,4 +1,4 @@
-"""The bank of implicit queries about brain structures: read it, split it without overlap, draw questions from it."""
+"""Banks of implicit queries about structures: read one, split it without overlap, draw questions from it."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ Cell: TypeAlias = tuple[Perspective, Length]
 PERSPECTIVES: tuple[Perspective, ...] = ("attribute", "location")
 LENGTHS: tuple[Length, ...] = ("short", "long")
 BANK_FILE = Path(__file__).with_name("demo_bank.yaml")
+BANKS = {"brain": BANK_FILE, "abdomen": Path(__file__).with_name("abdomen_bank.yaml")}
 HELD_OUT_SHARE = 0.11  # of each pool, for val and again for test
 
 
@@ -42,8 +43,12 @@ class Pool:
     explanations: Mapping[Perspective, tuple[str, ...]]
 
 
-def load_bank(path: Path = BANK_FILE) -> dict[str, Pool]:
-    """Reads a query bank: one pool for every structure of the demo brain, in the brain's order.
+def load_bank(path: Path = BANK_FILE, structures: Iterable[str] | None = tuple(STRUCTURES)) -> dict[str, Pool]:
+    """Reads a query bank: one pool for each structure.
+
+    Args:
+        path: YAML, in the form of the banks that come with medisee.
+        structures: those wanted, in order; by default the demo brain's. None takes what the file has.
 
     Raises:
         InputError: the file is unreadable, a structure or a part of it is missing, or too few wordings to split.
@@ -55,10 +60,11 @@ def load_bank(path: Path = BANK_FILE) -> dict[str, Pool]:
     entries = content.get("structures") if isinstance(content, dict) else None
     if not isinstance(entries, dict):
         raise InputError(f"{path}: expected a mapping with the key 'structures'.")
-    problems = [f"{path}: {problem}" for name in STRUCTURES for problem in _problems(name, entries.get(name))]
+    wanted = [str(name) for name in entries] if structures is None else list(structures)
+    problems = [f"{path}: {problem}" for name in wanted for problem in _problems(name, entries.get(name))]
     if problems:
         raise InputError(problems)
-    return {name: _pool(entries[name]) for name in STRUCTURES}
+    return {name: _pool(entries[name]) for name in wanted}
 
 
 def _problems(name: str, entry: Any) -> Iterable[str]:

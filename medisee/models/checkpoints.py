@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]: of whichever library it uses
 from peft.tuners.lora import LoraLayer
+from peft.utils import TrainableTokensWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,7 +27,9 @@ from medisee.config import config_from
 from medisee.errors import InputError
 from medisee.files import atomic_path, sha256, write_json
 from medisee.model_config import Model
+from medisee.models.gguf import gguf_file
 from medisee.models.lite_medsam import packaged_weights
+from medisee.models.model_card import CARD, model_card
 from medisee.models.sam_format import weights_file
 from medisee.models.shards import SAFETENSORS_INDEX, shard_paths
 
@@ -66,7 +69,9 @@ def frozen_bases(config: Model) -> list[FrozenBase]:
         path = weights_file(head.checkpoint) if head.checkpoint else packaged_weights()
         bases.append(FrozenBase("seg_head.", str(head.checkpoint or path.name), sha256=_sha256(path)))
     if config.mllm.source is not None:
-        bases.append(FrozenBase("mllm.", config.mllm.source, config.mllm.revision))
+        file = gguf_file(config.mllm.source) if config.mllm.is_gguf else None
+        digest = sha256(file) if file is not None else None
+        bases.append(FrozenBase("mllm.", config.mllm.source, config.mllm.revision, digest))
     return bases
 
 
@@ -212,13 +217,14 @@ def without_bases(config: Model) -> Model:
     return config.model_copy(update={"mllm": mllm, "seg_head": head})
 
 
-def merge_lora(model: MediSee) -> None:
-    """Folds every LoRA into the layer that it adapts, in place: the model computes the same without it."""
+def merge_adapters(model: MediSee) -> None:
+    """Folds LoRA and token rows that learnt by themselves into their layers, in place: the model computes the same."""
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, LoraLayer):
-            layer.merge(safe_merge=True)
+        adapter: Any = layer.token_adapter if isinstance(layer, TrainableTokensWrapper) else layer
+        if isinstance(layer, LoraLayer | TrainableTokensWrapper):
+            adapter.merge(safe_merge=True)
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+            setattr(model.get_submodule(parent), child, adapter.get_base_layer())
 
 
 def is_hub_id(source: Path | str) -> bool:
@@ -260,6 +266,9 @@ def push_checkpoint(model: MediSee, hub_id: str, *, private: bool | None, token:
         save_checkpoint(model, folder)
         try:
             repository = api.create_repo(hub_id, private=private, exist_ok=True).repo_id
+            # A card that is there may have been completed by its owner.
+            if not api.file_exists(repository, CARD):
+                (folder / CARD).write_text(model_card(model.config, repository), encoding="utf-8")
             return api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Add a medisee checkpoint")
         except (HTTPError, OSError, ValueError) as error:
             raise InputError(

@@ -81,19 +81,33 @@ def converted(folder: Path, config: Mllm) -> Path:
     """
     settings = read_json(folder / CONFIG)
     vision = None if _has_vision(folder) else _vision_name(folder, settings, config)
-    home = Path(config.converted) if config.converted else Path(HF_HOME) / "medisee"
     name = f"{Path(config.source or folder).name}-{_fingerprint(folder, vision, config.vision_source)}"
+
+    def convert(target: Path) -> None:
+        _convert(folder, vision, config, settings=settings, target=target)
+
+    return convert_once(name, config, convert)
+
+
+def convert_once(name: str, config: Mllm, convert: Callable[[Path], None]) -> Path:
+    """Returns the folder of this name among the converted checkpoints, which `convert` writes if it is not there yet.
+
+    One process converts while others that were started with it wait.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    home = Path(config.converted) if config.converted else Path(HF_HOME) / "medisee"
     target = home / name
     if target.is_dir():
         return target
     try:
         home.mkdir(parents=True, exist_ok=True)
-        # One process converts while others that were started with it wait.
         with FileLock(home / f".{name}.lock"):
             for left in home.glob(f".{name}.*.tmp"):
                 shutil.rmtree(left, ignore_errors=True)
             if not target.is_dir():
-                _convert(folder, vision, config, settings=settings, target=target)
+                convert(target)
     except OSError as error:
         raise InputError(
             f"{target}: cannot be written ({error.strerror or error}); set model.mllm.converted to another folder."

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
 
@@ -46,13 +47,13 @@ def left_padded(input_ids_SL: Tensor, segments_SL: Tensor) -> Questions:
     return Questions(input_ids_SL.gather(1, order), own_SL.gather(1, order).long())
 
 
-def read_prefix(language_model: Any, inputs_BPD: Tensor, mask_BPP: Tensor) -> DynamicCache:
+def read_prefix(language_model: Any, inputs_BPD: Tensor, mask_BPP: Tensor | BlockMask) -> DynamicCache:
     """Reads the prefix of every image and returns its keys and values.
 
     Args:
         language_model: the decoder of a Llava.
         inputs_BPD: embedded prefixes.
-        mask_BPP: additive attention mask, (B, 1, P, P).
+        mask_BPP: the attention kernel's mask, (B, 1, P, P).
     """
     return language_model(inputs_embeds=inputs_BPD, attention_mask=mask_BPP, use_cache=True).past_key_values
 

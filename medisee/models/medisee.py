@@ -13,11 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedTokenizerBase
 
 from medisee.geometry import boxes_to_frame, cxcywh_to_xyxy
 from medisee.model_config import Model
 from medisee.models.checkpoints import load_checkpoint, local_checkpoint, push_checkpoint, save_checkpoint
+from medisee.models.flex import flex_mask, use_flex
 from medisee.models.generation import left_padded, read_prefix, write_answers
 from medisee.models.heads import BoxDecoder, Router, TextProjection
 from medisee.models.lite_medsam import lite_medsam_head
@@ -83,8 +85,8 @@ class MediSee(nn.Module):
         self.config, self.tokenizer = config, tokenizer
         self.seg_head = build_seg_head(config, weights=weights)
         spec = self.seg_head.spec
-        self.mllm = load_mllm(config.mllm, tokenizer, spec)
-        hidden = self.mllm.lm_head.in_features
+        self.mllm = load_mllm(config.mllm, tokenizer, spec, config.candidate_tokens)
+        hidden: int = self.mllm.config.get_text_config().hidden_size
         tokens = len(config.candidate_tokens)
         routers = {"width": config.router_hidden, "mode": config.fusion}
         self.seg_router = Router(hidden, tokens, pick=0, **routers)
@@ -120,6 +122,13 @@ class MediSee(nn.Module):
             plain_similarity_QT=self._plain_similarity(batch, hidden_SLD, plain_QD),
         )
 
+    def train(self, mode: bool = True) -> MediSee:
+        """Sets training or evaluation mode, and with it the attention kernel: flex attention is for training."""
+        super().train(mode)
+        if self.config.mllm.attention == "flex":
+            use_flex(self.mllm, training=mode)
+        return self
+
     @property
     def head_dtype(self) -> torch.dtype:
         """The type of routers and decoders: float32, even where the language model is stored in 16 bit."""
@@ -139,16 +148,20 @@ class MediSee(nn.Module):
         return self.mllm.model.language_model(
             inputs_embeds=inputs_SLD,
             position_ids=batch.positions_SL,
-            attention_mask=self._block_mask(batch.segments_SL, inputs_SLD.dtype),
+            attention_mask=self._attention_mask(batch.segments_SL, inputs_SLD.dtype),
             use_cache=False,
         ).last_hidden_state
 
-    def _block_mask(self, segments_SL: Tensor, dtype: torch.dtype) -> Tensor:
-        return block_mask(segments_SL, dtype, full_prefix=self.config.mllm.prefix_attention == "full")
+    def _attention_mask(self, segments_SL: Tensor, dtype: torch.dtype) -> Tensor | BlockMask:
+        full = self.config.mllm.prefix_attention == "full"
+        if self.config.mllm.attention == "flex" and self.training:
+            return flex_mask(segments_SL, full_prefix=full)
+        return block_mask(segments_SL, dtype, full_prefix=full)
 
     def text_logits(self, states_ND: Tensor) -> Tensor:
         """Returns the next token's logits (N, V); `<image>` stands in inputs only and is never a next token."""
-        logits_NV = self.mllm.lm_head(states_ND)
+        padding = -len(states_ND) % self.config.mllm.pad_to
+        logits_NV = self.mllm.lm_head(F.pad(states_ND, (0, 0, 0, padding)))[: len(states_ND)]
         logits_NV[..., self.processor.image_id] = float("-inf")
         return logits_NV
 
@@ -187,7 +200,7 @@ class MediSee(nn.Module):
         )
         prefix_BP = batch.input_ids_SL[first_B, :prefix]
         inputs_BPD = self._embed_inputs(prefix_BP, batch.image_of_sequence_S[first_B], batch, embedding_BCGG)
-        mask_BPP = self._block_mask(batch.segments_SL[first_B, :prefix], inputs_BPD.dtype)
+        mask_BPP = self._attention_mask(batch.segments_SL[first_B, :prefix], inputs_BPD.dtype)
         written = write_answers(
             self.mllm,
             read_prefix(self.mllm.model.language_model, inputs_BPD, mask_BPP),

@@ -9,11 +9,13 @@ Shapes: B images, T image tokens, D hidden, G side of the seg head's embedding, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -27,12 +29,16 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from medisee.errors import InputError
 from medisee.model_config import Mllm
-from medisee.models.pretrained import load_pretrained, pretrained_tokenizer
+from medisee.models.flex import use_flex
+from medisee.models.pretrained import general_kernel, load_pretrained, pretrained_tokenizer
 from medisee.models.seg_head import SegHeadSpec
 from medisee.models.tokenizer import IMAGE_TOKEN, add_candidate_tokens, token_id
 
 MAX_TOKENS = 1024
 POSITION_FREQUENCIES = 16
+
+_ADAPTED = r".*language_model.*\.(q_proj|v_proj)"
+_VOCABULARY = ("model.language_model.embed_tokens", "lm_head")
 
 
 def load_tokenizer(config: Mllm, candidate_tokens: tuple[str, ...]) -> PreTrainedTokenizerBase:
@@ -47,20 +53,24 @@ def load_tokenizer(config: Mllm, candidate_tokens: tuple[str, ...]) -> PreTraine
     return tokenizer
 
 
-def load_mllm(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg: SegHeadSpec) -> LlavaForConditionalGeneration:
+def load_mllm(
+    config: Mllm, tokenizer: PreTrainedTokenizerBase, seg: SegHeadSpec, candidate_tokens: Sequence[str] = ()
+) -> LlavaForConditionalGeneration:
     """Loads or builds the Llava and prepares what learns in it.
 
     Args:
         config: source or sizes, kind of image tokens, what learns.
         tokenizer: with the candidate tokens added.
         seg: the seg head's embedding, for image tokens that come from it.
+        candidate_tokens: whose rows learn where `config.train_tokens` is `new`.
 
     Raises:
-        InputError: the source cannot be read; an image grid that does not divide the embedding.
+        InputError: the source cannot be read; an image grid that does not divide the embedding; a language model that
+            cannot have the attention kernel.
     """
     if config.source is None:
         llava = LlavaForConditionalGeneration(_llava_config(config, tokenizer, seg))
-        llava.set_attn_implementation(config.attention)
+        llava.set_attn_implementation(general_kernel(config))
         if config.dtype == "bfloat16":
             llava.to(torch.bfloat16)  # pyright: ignore[reportArgumentType]: transformers' wrapper hides torch's overloads
     else:
@@ -75,8 +85,10 @@ def load_mllm(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg: SegHeadSpec
             vision: Any = llava.config.vision_config
             vision.hidden_size = _seg_token_width(config, seg)
             llava.model.multi_modal_projector = LlavaMultiModalProjector(llava.config).to(llava.device, llava.dtype)
-    _choose_trained(llava, config)
-    _hold_in_float32(llava)
+    if config.attention == "flex":
+        use_flex(llava, training=True)
+    _choose_trained(llava, config, [token_id(tokenizer, token) for token in candidate_tokens])
+    _hold_in_float32(llava, config)
     return llava
 
 
@@ -114,13 +126,14 @@ class _Head(nn.Linear):
         return super().forward(input.to(self.weight.dtype))
 
 
-def _hold_in_float32(llava: LlavaForConditionalGeneration) -> None:
+def _hold_in_float32(llava: LlavaForConditionalGeneration, config: Mllm) -> None:
     # In 16 bits a step of the usual learning rates is smaller than the spacing of most weights, and is lost.
     for parameter in llava.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     norm: Any = llava.model.language_model.norm
-    if norm.weight.dtype == torch.float32:
+    if norm.weight.dtype == torch.float32 or config.train_tokens == "new":
+        # Rows that learn by themselves are rounded to the type of the others when they take their places.
         return
     embedding: Any = llava.get_input_embeddings()
     llava.set_input_embeddings(_Rows(embedding, norm))
@@ -130,25 +143,28 @@ def _hold_in_float32(llava: LlavaForConditionalGeneration) -> None:
     llava.set_output_embeddings(head)
 
 
-def _choose_trained(llava: LlavaForConditionalGeneration, config: Mllm) -> None:
-    # A projector that starts at random must learn; a pretrained one is frozen as in the paper.
+def _choose_trained(llava: LlavaForConditionalGeneration, config: Mllm, candidate_ids: list[int]) -> None:
     llava.requires_grad_(False)
-    if config.train == "lora":
+    new = config.train_tokens == "new"
+    if config.train == "lora" or new:
         lora = LoraConfig(
             r=config.lora.rank,
             lora_alpha=config.lora.alpha,
             lora_dropout=config.lora.dropout,
-            target_modules=r".*language_model.*\.(q_proj|v_proj)",
+            target_modules=_ADAPTED if config.train == "lora" else DUMMY_TARGET_MODULES,
+            trainable_token_indices=dict.fromkeys(_VOCABULARY, candidate_ids) if new else None,
         )
         inject_adapter_in_model(lora, llava)
         _place_adapters(llava)
     if config.train == "full":
         llava.model.language_model.requires_grad_(True)
+    # A projector that starts at random must learn; a pretrained one is frozen as in the paper.
     starts_at_random = config.source is None or config.image_tokens == "seg_head"
     if starts_at_random if config.train_projector is None else config.train_projector:
         llava.model.multi_modal_projector.requires_grad_(True)
-    llava.get_input_embeddings().requires_grad_(True)
-    llava.get_output_embeddings().requires_grad_(True)
+    if not new:
+        llava.get_input_embeddings().requires_grad_(True)
+        llava.get_output_embeddings().requires_grad_(True)
 
 
 def _place_adapters(llava: LlavaForConditionalGeneration) -> None:

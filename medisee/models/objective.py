@@ -116,8 +116,9 @@ def _mask_losses(output: Output, batch: Batch, weights: Loss) -> tuple[Tensor, T
         )
     frames = [batch.frames[index] for index in batch.image_of_target_I[batch.masked_J].tolist()]
     masks = [batch.masks[index] for index in batch.masked_J.tolist()]
+    # The processor has scaled the true masks; a mask of the image's own size is one that it left alone.
     pairs = [
-        (logits_to_original(logits, frame)[None], mask[None])
+        (logits_to_original(logits, frame, (mask.shape[0], mask.shape[1]))[None], mask[None])
         for logits, frame, mask in zip(output.masks_Jhh, frames, masks, strict=True)
     ]
     return (

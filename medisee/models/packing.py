@@ -34,16 +34,19 @@ class Packed:
     starts: tuple[tuple[int, ...], ...]
 
 
-def pack(prefixes: Sequence[Sequence[int]], queries: Sequence[Sequence[Sequence[int]]], pad: int) -> Packed:
+def pack(
+    prefixes: Sequence[Sequence[int]], queries: Sequence[Sequence[Sequence[int]]], pad: int, *, multiple: int = 1
+) -> Packed:
     """Packs each prefix with its queries.
 
     Args:
         prefixes: token ids that all queries of a sequence share.
         queries: per sequence, the token ids of its queries.
         pad: id of the padding token.
+        multiple: what the padded length is a multiple of.
     """
     lengths = [len(p) + sum(map(len, q)) for p, q in zip(prefixes, queries, strict=True)]
-    shape = (len(prefixes), max(lengths))
+    shape = (len(prefixes), -(-max(lengths) // multiple) * multiple)
     input_ids = torch.full(shape, pad, dtype=torch.long)
     positions = torch.zeros(shape, dtype=torch.long)
     segments = torch.full(shape, PADDING, dtype=torch.long)
@@ -65,19 +68,31 @@ def pack(prefixes: Sequence[Sequence[int]], queries: Sequence[Sequence[Sequence[
     return Packed(input_ids, positions, segments, tuple(starts))
 
 
+def sees(segments_SL: Tensor, sequence: Tensor, query: Tensor, key: Tensor, *, full_prefix: bool) -> Tensor:
+    """Tells whether the token at `query` sees the one at `key`: causal, prefix or own query only; padding sees itself.
+
+    Args:
+        segments_SL: from `pack`.
+        sequence, query, key: indices of any shapes that broadcast.
+        full_prefix: let the prefix's tokens see those behind them too, up to its end.
+    """
+    own, other = segments_SL[sequence, query], segments_SL[sequence, key]
+    behind = key <= query
+    if full_prefix:
+        behind = behind | ((own == PREFIX) & (other == PREFIX))
+    return behind & ((other == PREFIX) | (other == own))
+
+
 def block_mask(segments_SL: Tensor, dtype: torch.dtype, *, full_prefix: bool = False) -> Tensor:
-    """Returns the additive attention mask (S, 1, L, L): causal, prefix or own query only; padding sees itself.
+    """Returns what `sees` says as an additive attention mask (S, 1, L, L).
 
     Args:
         segments_SL: from `pack`.
         dtype: of the states.
-        full_prefix: let the prefix's tokens see those behind them too, up to its end.
+        full_prefix: see `sees`.
     """
-    length = segments_SL.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments_SL.device).tril()
-    queries, keys = segments_SL[:, :, None], segments_SL[:, None, :]
-    if full_prefix:
-        causal = causal | ((queries == PREFIX) & (keys == PREFIX))
-    visible = causal & ((keys == PREFIX) | (keys == queries))
+    sequences, tokens = (torch.arange(size, device=segments_SL.device) for size in segments_SL.shape)
+    at = sequences[:, None, None], tokens[None, :, None], tokens[None, None, :]
+    visible = sees(segments_SL, *at, full_prefix=full_prefix)
     mask = torch.zeros(visible.shape, dtype=dtype, device=segments_SL.device)
     return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]

@@ -26,6 +26,7 @@ from medisee.hub import fetch
 from medisee.model_config import Mllm
 from medisee.models.checkpoints import is_hub_id
 from medisee.models.conversion import converted, vocabulary_problems
+from medisee.models.gguf import gguf_folder
 from medisee.models.llava_format import CONFIG, is_original, original_tokenizer
 from medisee.models.shards import check_shards, read_json, some
 from medisee.models.tokenizer import as_legacy
@@ -45,7 +46,7 @@ class Pretrained:
 
 
 def pretrained_tokenizer(config: Mllm) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of `config.source`, original or transformers'.
+    """Loads the tokenizer of `config.source`: original, transformers' or a GGUF file's.
 
     Raises:
         InputError: the hub id or folder cannot be read.
@@ -64,7 +65,7 @@ def _load_tokenizer(folder: Path, config: Mllm) -> PreTrainedTokenizerBase:
 
 
 def load_pretrained(config: Mllm) -> Pretrained:
-    """Loads the Llava of `config.source`; an original checkpoint is converted first.
+    """Loads the Llava of `config.source`; an original checkpoint or a GGUF file is converted first.
 
     Raises:
         InputError: the source cannot be found; files or tensors are missing, left over, misshapen or foreign; the
@@ -100,7 +101,7 @@ def _load(folder: Path, config: Mllm, quantization: BitsAndBytesConfig | None) -
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
             folder,
             dtype=_DTYPES[config.dtype],
-            attn_implementation=config.attention,
+            attn_implementation=general_kernel(config),
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -116,6 +117,11 @@ def _load(folder: Path, config: Mllm, quantization: BitsAndBytesConfig | None) -
     return llava
 
 
+def general_kernel(config: Mllm) -> str:
+    """Returns transformers' name of the attention kernel of all parts; flex attention is the layers' own, see flex.py."""
+    return "sdpa" if config.attention == "flex" else config.attention
+
+
 def _loading_problems(folder: Path, report: dict[str, Any]) -> list[str]:
     problems = []
     if lacking := report["missing_keys"]:
@@ -129,6 +135,8 @@ def _loading_problems(folder: Path, report: dict[str, Any]) -> list[str]:
 
 def _source_folder(config: Mllm, *, weights: bool) -> Path:
     source = config.source or ""
+    if config.is_gguf:
+        return gguf_folder(config)
     folder = Path(source)
     if (folder / CONFIG).is_file():
         return folder

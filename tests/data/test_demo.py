@@ -18,7 +18,7 @@ from medisee.manifest import Manifest
 from medisee.masks import mask_box
 from medisee.records import Record
 
-MANIFESTS = ("train_class", "train_reasoning", "val", "test")
+MANIFESTS = ("train_class", "train_reasoning", "val", "test", "test_seen")
 
 
 def _records(demo: Path, name: str) -> list[Record]:
@@ -66,6 +66,19 @@ def test_no_held_out_wording_is_in_training(demo: Path, held_out: Split) -> None
     asked = _questions(_records(demo, held_out))
     assert asked
     assert all(any(question.startswith(wording) for wording in wordings) for question in asked)
+
+
+def test_seen_wordings_are_asked_about_the_pictures_of_test(demo: Path) -> None:
+    seen, test = _records(demo, "test_seen"), _records(demo, "test")
+    assert [record.image for record in seen] == [record.image for record in test]
+    assert not {record.id for record in seen} & {record.id for record in test}
+    training = {
+        query
+        for pool in split_bank(load_bank(), 0)["train"].values()
+        for cell in pool.queries.values()
+        for query in cell
+    }
+    assert all(any(question.startswith(wording) for wording in training) for question in _questions(seen))
 
 
 def test_val_and_test_share_no_wording_and_no_image(demo: Path) -> None:

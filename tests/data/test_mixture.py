@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
@@ -355,6 +358,23 @@ def test_a_record_that_cannot_be_read_is_named(
         batches(config, damaged, processor)
     assert any(name in str(caught.value) for name in ("x1", "x2_a", "x3"))
     assert "Traceback" not in str(caught.value)
+    assert multiprocessing.active_children() == []
+
+
+ABANDONED = """
+import sys
+from medisee.data.dataset import TrainingBatches
+from medisee.interruption import leave_to_parent
+from torch.utils.data import DataLoader
+
+kept = TrainingBatches(DataLoader([1, 2, 3], batch_size=None, num_workers=1, worker_init_fn=leave_to_parent))
+sys.exit(7)
+"""
+
+
+def test_a_process_that_leaves_its_batches_unread_ends() -> None:
+    """Python waits at its end for loader processes, which ignore its signal."""
+    assert subprocess.run([sys.executable, "-c", ABANDONED], timeout=120).returncode == 7
 
 
 def test_records_that_cannot_be_read_are_counted_and_replaced(

@@ -1,4 +1,4 @@
-"""The bank describes every structure without naming it, and its splits share no wording."""
+"""The banks describe every structure without naming it, and their splits share no wording."""
 
 import re
 from collections import Counter
@@ -9,10 +9,36 @@ import pytest
 import yaml
 
 from medisee.data.brain import STRUCTURES
-from medisee.data.query_bank import BANK_FILE, held_out_questions, load_bank, split_bank, training_questions
+from medisee.data.query_bank import (
+    BANK_FILE,
+    BANKS,
+    Pool,
+    held_out_questions,
+    load_bank,
+    split_bank,
+    training_questions,
+)
 from medisee.errors import InputError
 
 BANK = load_bank()
+ORGANS = (
+    "spleen",
+    "right kidney",
+    "left kidney",
+    "gallbladder",
+    "esophagus",
+    "liver",
+    "stomach",
+    "aorta",
+    "inferior vena cava",
+    "portal and splenic vein",
+    "pancreas",
+    "right adrenal gland",
+    "left adrenal gland",
+)
+# Sources store slices either way up: a query about a side of the picture would be wrong for some.
+SIDE_OF_PICTURE = r"\b(image|picture)('s)? (left|right|top|bottom)|(left|right|top|bottom|upper|lower)[ \w]* of (the|this) (image|picture|scan|slice)"
+every_bank = pytest.mark.parametrize("bank", [load_bank(path, None) for path in BANKS.values()], ids=list(BANKS))
 CELLS = [(name, cell) for name, pool in BANK.items() for cell in pool.queries]
 
 
@@ -30,27 +56,55 @@ def test_every_structure_has_a_full_pool() -> None:
         assert all(len(texts) >= 4 for texts in pool.explanations.values()), name
 
 
-def test_no_query_names_its_target() -> None:
-    for name, pool in BANK.items():
+def test_the_abdomen_has_all_organs() -> None:
+    bank = load_bank(BANKS["abdomen"], None)
+    assert tuple(bank) == ORGANS
+    for name, pool in bank.items():
+        assert pool.names[0] == name
+        assert min(len(queries) for queries in pool.queries.values()) >= 20, name
+        assert all(len(texts) >= 4 for texts in pool.explanations.values()), name
+
+
+@every_bank
+def test_no_query_names_its_target(bank: dict[str, Pool]) -> None:
+    for name, pool in bank.items():
         for queries in pool.queries.values():
             assert [query for query in queries if _place(pool.names, query) >= 0] == [], name
 
 
-def test_explanations_name_the_target_first() -> None:
-    for name, pool in BANK.items():
+@every_bank
+def test_no_query_speaks_of_sides_of_the_picture(bank: dict[str, Pool]) -> None:
+    queries = [query for pool in bank.values() for cell in pool.queries.values() for query in cell]
+    assert [query for query in queries if re.search(SIDE_OF_PICTURE, query, re.IGNORECASE)] == []
+
+
+@every_bank
+def test_explanations_name_the_target_first(bank: dict[str, Pool]) -> None:
+    for name, pool in bank.items():
         for text in (text for texts in pool.explanations.values() for text in texts):
             own = _place(pool.names, text)
-            others = [_place(other.names, text) for key, other in BANK.items() if key != name]
+            others = [_place(other.names, text) for key, other in bank.items() if key != name]
             assert 0 <= own <= min([place for place in others if place >= 0], default=own), text
 
 
-def test_no_wording_is_there_twice() -> None:
-    queries = Counter(query.casefold() for name, cell in CELLS for query in BANK[name].queries[cell])
+@every_bank
+def test_long_queries_are_longer(bank: dict[str, Pool]) -> None:
+    for name, pool in bank.items():
+        for perspective in ("attribute", "location"):
+            short, long = (pool.queries[perspective, length] for length in ("short", "long"))
+            assert max(len(query.split()) for query in short) <= 16, name
+            assert min(len(query.split()) for query in long) >= 10, name
+
+
+@every_bank
+def test_no_wording_is_there_twice(bank: dict[str, Pool]) -> None:
+    queries = Counter(q.casefold() for pool in bank.values() for cell in pool.queries.values() for q in cell)
     assert [query for query, count in queries.items() if count > 1] == []
 
 
 def test_names_belong_to_one_structure() -> None:
-    names = Counter(name.casefold() for pool in BANK.values() for name in pool.names)
+    banks = [load_bank(path, None) for path in BANKS.values()]
+    names = Counter(name.casefold() for bank in banks for pool in bank.values() for name in pool.names)
     assert max(names.values()) == 1
 
 

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from medisee.data.sa_med2d import CLASSES_FILE, INDEX_FILE, SaMed2D, prepare, split_cases
+from medisee.data.sa_med2d import SaMed2D, prepare, split_cases
+from medisee.data.sa_med2d_index import CLASSES_FILE, INDEX_FILE
+from medisee.data.subset import Subset
 from medisee.errors import InputError
 from medisee.manifest import Manifest
-from medisee.masks import Rle, decode_mask
+from medisee.masks import MaskFiles, Rle, decode_mask
 from medisee.records import Record
 
 SHAPE = (20, 30)
@@ -50,8 +52,9 @@ class Tree:
 
     def read(self, *, min_area: int = 0, workers: int = 1) -> tuple[list[Record], dict[str, str]]:
         """Returns the records, and the reason for each file that was left out."""
-        source = SaMed2D(self.write(), min_area=min_area, workers=workers)
-        return list(source.records()), {file: reject.reason for file, reject in source.rejects.items()}
+        found = list(SaMed2D(self.write(), min_area=min_area, workers=workers).read())
+        rejects = {reject.file: reject.reason for one in found for reject in one.rejects}
+        return [one.record for one in found if one.record], rejects
 
 
 @pytest.fixture
@@ -165,11 +168,11 @@ def test_bad_masks_are_told_and_the_others_stay(tree: Tree) -> None:
         f"masks/{stem}--0001.png": "unreadable name",
         "masks/ct_00--d--other--z_0--0001_000.png": "unreadable name",
     }
-    source = SaMed2D(tree.root)
-    assert list(source.records()) == list(source.records())
-    assert len(source.rejects) == 7  # a second pass tells nothing twice
-    assert "(30, 20), its image has (20, 30)" in source.rejects[f"masks/{stem}--0000_001.png"].detail
-    assert "2 names (e, f) for class id 0003" in source.rejects[f"masks/{stem}--0003_000.png"].detail
+    (found,) = SaMed2D(tree.root).read()
+    assert len(found.rejects) == 7  # each is told once
+    details = {reject.file: reject.detail for reject in found.rejects}
+    assert "(30, 20), its image has (20, 30)" in details[f"masks/{stem}--0000_001.png"]
+    assert "2 names (e, f) for class id 0003" in details[f"masks/{stem}--0003_000.png"]
 
 
 def test_bad_images_are_told(tree: Tree) -> None:
@@ -239,7 +242,8 @@ def test_datasets_can_be_chosen(tree: Tree) -> None:
         (INDEX_FILE, None, "No such file.*give the unzipped folder SAMed2Dv1"),
         (CLASSES_FILE, None, "No such file"),
         (INDEX_FILE, "{", "found no valid JSON"),
-        (INDEX_FILE, "[]", "found a list"),
+        (INDEX_FILE, "[]", r"found '\['"),
+        (CLASSES_FILE, "[]", "found a list"),
         (INDEX_FILE, '{"images/a.png": "masks/a.png"}', r"expected .*images/<stem>.png.* found 'images/a.png'"),
         (INDEX_FILE, '{"images/../../a.png": []}', r"images/\.\./\.\./a.png"),
         (INDEX_FILE, '{"images/a.png": ["masks/b/../a.png"]}', "found 'images/a.png'"),
@@ -253,14 +257,14 @@ def test_json_of_another_layout_is_refused(tree: Tree, name: str, content: str |
     if content is not None:
         path.write_text(content)
     with pytest.raises(InputError, match=message) as caught:
-        SaMed2D(tree.root)
-    assert all(problem.startswith(f"{path}: expected") for problem in caught.value.problems)
+        SaMed2D(tree.root).cases()
+    assert all(problem.startswith(f"{path}: ") and "expected {" in problem for problem in caught.value.problems)
 
 
 def test_of_many_equal_problems_a_few_are_shown(tree: Tree) -> None:
     tree.index = {f"images/{number}.jpg": [] for number in range(50)}
     with pytest.raises(InputError) as caught:
-        SaMed2D(tree.write())
+        SaMed2D(tree.write()).cases()
     assert len(caught.value.problems) == 6
     assert "45 more entries" in caught.value.problems[-1]
 
@@ -323,3 +327,66 @@ def test_prepare_says_when_nothing_can_be_used(tree: Tree, tmp_path: Path) -> No
     tree.index = {"images/ct_00--d--a--z_0.png": ["masks/ct_00--d--a--z_0--0000_000.png"]}
     with pytest.raises(InputError, match=r"found none that can be used; .*rejects.jsonl says why for each of 1 files"):
         prepare(tree.write(), tmp_path / "out")
+
+
+def test_names_alone_give_the_same_targets_and_masks(tree: Tree, tmp_path: Path) -> None:
+    """What pixels give at once, names give when a mask is used; Brain_PTM is left out."""
+    tree.classes = {"d": {"union_all": 0, "organ": 1, "dots": 2}, "ichallenge_adam_task2": {"disc": 0}}
+    tree.classes["Brain_PTM"] = {"tract": 0}
+    dots = {"0002_000": block(0, 0, 2, 2), "0002_001": block(9, 9, 12, 12)}
+    for case in range(3):
+        masks = {"0001_000": block(case, 1, 9, 9), "0000_000": block(0, 0, 9, 9)}
+        tree.add(f"ct_00--d--c{case}--z_0", masks | dots)
+        stem = f"fundus_photography--ichallenge_adam_task2--c{case}--2d_none"
+        tree.add(stem, {"0000_000": ~block(10, 5, 15, 12 + case)})
+    tree.add("mr_t1--Brain_PTM--a--z_1", {"0000_000": block(0, 0, 5, 5)})
+    prepare(tree.write(), tmp_path / "pixels")
+    named = prepare(tree.root, tmp_path / "names", index_only=True)
+    assert named.rejects == {"unchecked image": 1}
+    for split in ("train", "val", "test"):
+        pixels = Manifest(tmp_path / f"pixels/{split}.jsonl", root=tree.root)
+        names = Manifest(tmp_path / f"names/{split}.jsonl", root=tree.root)
+        names.check_files()
+        for slow in (record for record in pixels if record.source != "Brain_PTM"):
+            (quick,) = (record for record in names if record.id == slow.id)
+            assert [(t.id, t.category) for t in quick.targets] == [(t.id, t.category) for t in slow.targets]
+            for one, other in zip(quick.targets, slow.targets, strict=True):
+                assert isinstance(one.mask, MaskFiles) == isinstance(other.mask, Rle)
+                assert (names.mask(quick, one) == pixels.mask(slow, other)).all()
+
+
+def test_an_area_needs_pixels(tree: Tree) -> None:
+    with pytest.raises(InputError, match=r"min_area=3: .* index_only"):
+        SaMed2D(tree.write(), min_area=3, index_only=True)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_subset_is_filled_with_what_is_usable(tree: Tree, tmp_path: Path, workers: int) -> None:
+    """Of twelve organs four are too small: a cap of five is met by others, whatever the order of the index."""
+    tree.classes = {"d": {"organ": 0, "other": 1}}
+    for case in range(12):
+        masks = {"0000_000": block(0, 0, 5, 5 if case % 3 else 1), "0001_000": block(9, 9, 14, 14)}
+        tree.add(f"ct_00--d--c{case}--z_0", masks)
+    subset = Subset(cap=5, caps={"other": 2})
+
+    def taken(out: Path) -> set[tuple[str, str]]:
+        prepare(tree.write(), out, min_area=10, subset=subset, workers=workers, val=0, test=0)
+        return {
+            (record.id, target.id) for record in Manifest(out / "train.jsonl", tree.root) for target in record.targets
+        }
+
+    found = taken(tmp_path / "a")
+    rejects = (tmp_path / "a/rejects.jsonl").read_bytes()
+    assert [sum(target == kind for _, target in found) for kind in ("0000", "0001")] == [5, 2]
+    assert all(int(record.split("--")[2][1:]) % 3 for record, target in found if target == "0000")
+    tree.index = dict(reversed(tree.index.items()))
+    assert taken(tmp_path / "b") == found
+    assert sorted((tmp_path / "b/rejects.jsonl").read_bytes().splitlines()) == sorted(rejects.splitlines())
+
+
+def test_a_subset_of_what_is_not_there_is_told(tree: Tree, tmp_path: Path) -> None:
+    tree.classes = {"d": {"left_kidney": 0}}
+    tree.add("ct_00--d--a--z_0", {"0000_000": block(0, 0, 5, 5)})
+    with pytest.raises(InputError, match=r"--subset kidney left=3: .*Did you mean 'left kidney'"):
+        prepare(tree.write(), tmp_path / "out", subset=Subset(caps={"kidney left": 3}))
+    assert not (tmp_path / "out").exists()

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from medisee import MediSee
@@ -120,11 +121,23 @@ def test_a_hub_out_of_reach_is_told(model: MediSee, monkeypatch: pytest.MonkeyPa
         model.push_to_hub("lab/no")
 
 
-def test_push_uploads_a_checkpoint(model: MediSee, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("there", [False, True])
+def test_push_uploads_a_checkpoint(model: MediSee, monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    uploaded: dict[str, str] = {}
+
     def upload(_: object, *, repo_id: str, folder_path: Path, **__: object) -> str:
-        return f"{repo_id}: {sorted(path.name for path in folder_path.iterdir())}"
+        names = sorted(path.name for path in folder_path.iterdir())
+        uploaded.update({name: (folder_path / name).read_text() for name in names if name == "README.md"})
+        return f"{repo_id}: {[name for name in names if name != 'README.md']}"
 
     monkeypatch.setattr(checkpoints.HfApi, "create_repo", lambda _, hub_id, **__: SimpleNamespace(repo_id=hub_id))
+    monkeypatch.setattr(checkpoints.HfApi, "file_exists", lambda *_: there)
     monkeypatch.setattr(checkpoints.HfApi, "upload_folder", upload)
     pushed = model.push_to_hub("lab/medisee", private=True)
     assert pushed == "lab/medisee: ['config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']"
+    assert ("README.md" in uploaded) is not there
+    if not there:
+        _, front, text = uploaded["README.md"].split("---\n", 2)
+        assert yaml.safe_load(front)["library_name"] == "medisee"
+        assert 'from_pretrained("lab/medisee")' in text
+        assert "`[SEG]`, `[BBOX]`" in text

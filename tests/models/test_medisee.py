@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TypeAlias
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from medisee.config import Loss
 from medisee.data.prompts import candidate_text
 from medisee.models.medisee import Generated, MediSee, Output
+from medisee.models.objective import end_to_end_loss
 from medisee.processing import Batch, Example
 
 BuildModel: TypeAlias = Callable[..., MediSee]
@@ -101,6 +103,17 @@ def test_packed_equals_one_query_a_sequence(
     assert not torch.allclose(together.boxes_I4[0], together.boxes_I4[1], atol=1e-3)
 
 
+def test_padding_to_a_multiple_changes_nothing(build_tiny: BuildModel, make_example: MakeExample) -> None:
+    examples = [make_example(QUESTIONS, answer=FORCED), make_example(QUESTIONS[:2], seed=1, answer=FORCED)]
+    plain, padded = build_tiny(), build_tiny(mllm={"pad_to": 32})
+    assert plain.processor(examples).input_ids_SL.shape[1] % 32
+    assert not padded.processor(examples).input_ids_SL.shape[1] % 32
+    expected, found = forced(plain, examples), forced(padded, examples)
+    same(found.boxes_I4, expected.boxes_I4, 1e-6)
+    same(found.masks_Jhh, expected.masks_Jhh, 1e-6)
+    same(found.text_logits_NV, expected.text_logits_NV, 1e-6)
+
+
 def test_questions_and_images_matter(tiny_model: MediSee, make_example: MakeExample) -> None:
     """Guards the other tests: equal outputs would prove nothing if the output were constant."""
     question = QUESTIONS[:1]
@@ -184,6 +197,36 @@ def test_coarse_masks_have_half_the_side(tiny_model: MediSee, make_example: Make
     assert full is not None and coarse is not None
     assert coarse.shape[-1] * 2 == full.shape[-1]
     assert torch.isfinite(coarse).all()
+
+
+@torch.no_grad()
+def test_the_mask_loss_is_bounded_for_large_images_only(tiny_model: MediSee, make_example: MakeExample) -> None:
+    terms = {}
+    for size in ((48, 40), (150, 60)):
+        for bound in ("original", 64):
+            batch = tiny_model.processor([make_example(QUESTIONS, answer=FORCED, size=size)], mask_resolution=bound)
+            terms[size, bound] = end_to_end_loss(tiny_model(batch), batch, Loss())
+    small, whole = terms[(48, 40), 64], terms[(48, 40), "original"]
+    assert all(torch.equal(getattr(small, field.name), getattr(whole, field.name)) for field in fields(small))
+    bounded, full = terms[(150, 60), 64], terms[(150, 60), "original"]
+    assert bounded.bce != full.bce
+    # A mean over pixels: scaling down smooths it and leaves its size.
+    assert float(bounded.bce) == pytest.approx(float(full.bce), rel=0.1)
+    assert torch.equal(bounded.l1, full.l1)
+
+
+@pytest.mark.parametrize("size", [(120, 48), (48, 120)])
+def test_a_right_mask_has_no_loss_at_a_bound(
+    tiny_model: MediSee, make_example: MakeExample, size: tuple[int, int]
+) -> None:
+    """Of an image that is not square, whose frame is padded."""
+    example = make_example(QUESTIONS[:1], answer=FORCED, size=size)
+    batch = tiny_model.processor([example], mask_resolution=64)
+    truth = tiny_model.processor([example], mask_resolution="decoder").masks[0]
+    with torch.no_grad():
+        output = tiny_model(batch)
+    right, wrong = (replace(output, masks_Jhh=20 * one[None] - 10) for one in (truth, truth.roll((3, 3), (0, 1))))
+    assert end_to_end_loss(right, batch, Loss()).dice < 0.15 < 0.4 < end_to_end_loss(wrong, batch, Loss()).dice
 
 
 def test_generation_reads_the_first_of_repeated_tokens(tiny_model: MediSee, make_example: MakeExample) -> None:

@@ -1,8 +1,11 @@
-"""Packing: each query of a packed sequence computes what it computes alone, and would not without mask and restart."""
+"""Packing: each query of a packed sequence computes what it computes alone, and would not without mask and restart.
+
+Flex attention runs by torch's reference implementation, whose backward pass torch refuses on the CPU: see test_flex.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -10,8 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import flex_attention as torchs_flex
 from transformers import MistralConfig, MistralModel
 
+from medisee.models import flex
 from medisee.models.packing import PADDING, PREFIX, Packed, block_mask, pack
 
 PAD = 0
@@ -29,8 +34,8 @@ sequences = st.lists(
 )
 
 
-@pytest.fixture(scope="module", params=["sdpa", "eager"])
-def mistral(request: pytest.FixtureRequest) -> MistralModel:
+@pytest.fixture(scope="module", params=["sdpa", "eager", "flex_attention"])
+def mistral(request: pytest.FixtureRequest) -> Iterator[MistralModel]:
     torch.manual_seed(0)
     # As a dict, since transformers does not declare the kernel among the parameters.
     sizes: dict[str, Any] = {
@@ -44,23 +49,34 @@ def mistral(request: pytest.FixtureRequest) -> MistralModel:
         "initializer_range": 0.3,
         "attn_implementation": request.param,
     }
-    return MistralModel(MistralConfig(**sizes)).eval()
+    with pytest.MonkeyPatch.context() as patch, torch.compiler.set_stance("force_eager"):
+        patch.setattr(flex, "DEVICES", ("cpu",))
+        patch.setattr(torchs_flex, "_validate_device", lambda *_: None)
+        yield MistralModel(MistralConfig(**sizes)).eval()
 
 
 def states(
-    model: MistralModel, packed: Packed, *, mask: Tensor | None = None, positions: Tensor | None = None
+    model: MistralModel, packed: Packed, *, segments: Tensor | None = None, positions: Tensor | None = None
 ) -> Tensor:
+    segments = packed.segments_SL if segments is None else segments
+    flexible = model.config._attn_implementation == "flex_attention"
+    mask = flex.flex_mask(segments) if flexible else block_mask(segments, torch.float32)
     return model(
         input_ids=packed.input_ids_SL,
         position_ids=packed.positions_SL if positions is None else positions,
-        attention_mask=block_mask(packed.segments_SL, torch.float32) if mask is None else mask,
+        attention_mask=mask,
         use_cache=False,
     ).last_hidden_state
 
 
 def alone(model: MistralModel, prefix: Sequence[int], query: Sequence[int]) -> Tensor:
     """The plain way: transformers' own causal mask and positions, one sequence."""
-    return model(input_ids=torch.tensor([[*prefix, *query]]), use_cache=False).last_hidden_state[0]
+    kernel = str(model.config._attn_implementation)
+    if kernel == "flex_attention":
+        model.set_attn_implementation("sdpa")
+    hidden = model(input_ids=torch.tensor([[*prefix, *query]]), use_cache=False).last_hidden_state[0]
+    model.set_attn_implementation(kernel)
+    return hidden
 
 
 def largest_difference(model: MistralModel, hidden: Tensor, packed: Packed) -> float:
@@ -83,7 +99,7 @@ def test_packed_states_equal_unpacked_states(mistral: MistralModel) -> None:
 def test_without_the_block_mask_they_differ(mistral: MistralModel) -> None:
     packed = pack(PREFIXES, QUERIES, PAD)
     one_segment = torch.where(packed.segments_SL > 0, 1, packed.segments_SL)
-    hidden = states(mistral, packed, mask=block_mask(one_segment, torch.float32))
+    hidden = states(mistral, packed, segments=one_segment)
     assert largest_difference(mistral, hidden, packed) > 1e-3
 
 

@@ -195,6 +195,24 @@ def test_small_steps_are_not_lost(folder: Path, make_example: Callable[..., Exam
         assert 0.9e-4 < step.max() < 1.1e-4, name
 
 
+@pytest.mark.parametrize("train", ["lora", "frozen"])
+def test_single_rows_learn_in_float32_beside_16_bits(
+    folder: Path, train: str, make_example: Callable[..., Example]
+) -> None:
+    model = medisee(folder, train=train, train_tokens="new")
+    own, weights = learning(model.mllm), dict(model.mllm.named_parameters())
+    assert {value.dtype for value in own.values()} == {torch.float32}
+    layers = ("lm_head", "model.language_model.embed_tokens")
+    assert {weights[f"{layer}.token_adapter.base_layer.weight"].dtype for layer in layers} == {torch.bfloat16}
+    batch = model.processor([make_example(["Where is the lung?"], answer="It is [SEG] and [BBOX].")])
+    loss = torch.nn.functional.cross_entropy(model(batch).text_logits_NV.float(), batch.labels_N)
+    loss.backward()
+    for layer in layers:
+        rows = own[f"{layer}.token_adapter.trainable_tokens_delta.default"]
+        assert rows.shape[0] == len(CANDIDATES)
+        assert rows.grad is not None and rows.grad.abs().max() > 0
+
+
 @torch.no_grad()
 def test_a_16_bit_base_computes_what_the_float32_one_does(folder: Path, make_example: Callable[..., Example]) -> None:
     exact, coarse = medisee(folder, dtype="float32"), medisee(folder)

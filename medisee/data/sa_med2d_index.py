@@ -1,0 +1,279 @@
+"""The index of SA-Med2D-20M: what the file names say, one image after another, however many there are.
+
+`SAMed2D_v1.json` is one JSON object, {image: [masks]}, of millions of entries. It is read as a stream, and no folder is
+ever listed. What a file shows is in its name: `<modality>_<submodality>--<dataset>--<case>--<axis>_<slice>`, and a mask
+adds `--<class>_<instance>`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ijson
+
+from medisee.data.image_name import ImageName, parse_name
+from medisee.errors import InputError, nearest
+from medisee.fingerprints import Fingerprints, fingerprint
+
+INDEX_FILE = "SAMed2D_v1.json"
+CLASSES_FILE = "SAMed2D_v1_class_mapping_id.json"
+
+_INDEX_FORM = '{"images/<stem>.png": ["masks/<stem>--<class>_<instance>.png", ...]}'
+_CLASSES_FORM = '{"<dataset>": {"<class name>": <class id>}}'
+# Names with no folder in them cannot lead out of the root.
+_IMAGE = re.compile(r"images/[^/\\\0]+\.png")
+_MASK = re.compile(r"masks/[^/\\\0]+\.png")
+_CODE = re.compile(r"([0-9]{1,9})_[0-9]+\.png")
+_UNION = -1  # stands for the class id of all merged regions
+_PIECE = 1 << 16  # bytes that are parsed at a time
+_SHOWN = 5  # of millions of equal problems
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A file that was left out: `reason` is one of a few, for counting; `detail` says what was found."""
+
+    file: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClassMasks:
+    """A class in an image: its id in the data set, its name, and the files of its instances."""
+
+    id: int
+    category: str
+    files: tuple[str, ...]
+
+    @property
+    def target(self) -> str:
+        """The id of the target that it becomes."""
+        return f"{self.id:04d}"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An image of the index.
+
+    Attributes:
+        image: its path relative to the root.
+        name: what its name says.
+        classes: its classes by id, without `union_*`: merged regions, which repeat what the other classes hold.
+        rejects: masks that are left out because of their names.
+        masks: how many masks the index gives it.
+    """
+
+    image: str
+    name: ImageName
+    classes: tuple[ClassMasks, ...]
+    rejects: tuple[Reject, ...]
+    masks: int
+
+    @property
+    def stem(self) -> str:
+        """The image's name without folder and ending."""
+        return self.image.removeprefix("images/").removesuffix(".png")
+
+
+class Index:
+    """The two JSON files of an SA-Med2D-20M folder; each method that returns images reads all of the index."""
+
+    def __init__(self, root: Path, datasets: Collection[str] | None = None) -> None:
+        """Reads the names of the classes, and sees that the index is there.
+
+        Args:
+            root: the folder with the two JSON files.
+            datasets: take only these; None takes all.
+
+        Raises:
+            InputError: a file is missing, that of the classes is not of the expected layout, or a data set is unknown.
+        """
+        self._path = root / INDEX_FILE
+        _opened(self._path).close()
+        self._classes = _read_classes(root / CLASSES_FILE)
+        # Millions of masks share a few codes: {dataset: {"0003_000.png": class id}}.
+        self._codes: defaultdict[str, dict[str, int]] = defaultdict(dict)
+        self._datasets = None if datasets is None else set(datasets)
+        unknown = (self._datasets or set()) - self._classes.keys()
+        if unknown:
+            raise InputError(
+                f"{root / CLASSES_FILE}: expected the data set {name!r}, found none of this name."
+                f"{nearest(name, self._classes) or ' Remove it from the list.'}"
+                for name in sorted(unknown)
+            )
+
+    def categories(self) -> set[str]:
+        """Returns the names of all classes, as targets have them."""
+        chosen = self._classes if self._datasets is None else self._datasets
+        return {_category(name) for dataset in chosen for names in self._classes[dataset].values() for name in names}
+
+    def cases(self) -> set[str]:
+        """Returns all cases, each "<dataset>/<case>"; raises as `entries`."""
+        found = (parse_name(image) for image, _ in _pairs(self._path))
+        return {name.case for name in found if name is not None and self._takes(name)}
+
+    def entries(self) -> Iterator[Entry | Reject]:
+        """Yields each image, or why it is left out, in the order of the index.
+
+        Raises:
+            InputError: the index is missing, is no JSON, has entries of another layout, or has an image twice. What
+                can be read is yielded before.
+        """
+        for image, masks in _pairs(self._path):
+            name = parse_name(image)
+            if name is None:
+                yield Reject(image, "unreadable name", "expected <modality>--<dataset>--<case>--<axis>_<slice>.png")
+            elif self._takes(name):
+                yield self._entry(image, name, masks)
+
+    def _takes(self, name: ImageName) -> bool:
+        return self._datasets is None or name.dataset in self._datasets
+
+    def _entry(self, image: str, name: ImageName, masks: list[str]) -> Entry | Reject:
+        if name.dataset.casefold().startswith("qubiq") and "brain-growth" in name.case.casefold():
+            return Reject(image, "unusable image", "QUBIQ's brain-growth images are not usable")
+        prefix = f"masks/{image.removeprefix('images/').removesuffix('.png')}--"
+        known = self._codes[name.dataset]
+        groups: defaultdict[int, list[str]] = defaultdict(list)
+        rejects: list[Reject] = []
+        for mask in dict.fromkeys(masks):
+            code = mask.removeprefix(prefix)
+            found = known.get(code)
+            if found is None:
+                found = self._look_up(name.dataset, mask, code)
+            if isinstance(found, Reject):
+                rejects.append(found)
+            elif found != _UNION:
+                groups[found].append(mask)
+        names = self._classes.get(name.dataset, {})
+        classes = [ClassMasks(number, _category(names[number][0]), tuple(groups[number])) for number in sorted(groups)]
+        return Entry(image, name, tuple(classes), tuple(rejects), len(masks))
+
+    def _look_up(self, dataset: str, mask: str, code: str) -> int | Reject:
+        """Returns the class id of a mask, whose `code` is what its name adds to the image's. Good codes are kept."""
+        match = _CODE.fullmatch(code)
+        if match is None:
+            return Reject(mask, "unreadable name", "expected its image's name and --<class>_<instance>.png")
+        names = self._classes.get(dataset, {}).get(int(match[1]), [])
+        if len(names) != 1:
+            found = f"{len(names)} names ({', '.join(names)})" if names else "no name"
+            return Reject(mask, "unknown class", f"{dataset} has {found} for class id {match[1]}")
+        self._codes[dataset][code] = _UNION if names[0].startswith("union_") else int(match[1])
+        return self._codes[dataset][code]
+
+
+def _category(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _pairs(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yields the entries of the index that are of its form, and raises at the end if others were met."""
+    problems: list[str] = []
+    number, wrong, image = 0, 0, ""
+    images = Fingerprints()
+    with _opened(path) as handle:
+        try:
+            for image, masks in ijson.kvitems(handle, "", buf_size=_PIECE):
+                number += 1
+                images.add(image)
+                if _is_of_form(image, masks):
+                    yield image, masks
+                    continue
+                wrong += 1
+                if wrong <= _SHOWN:
+                    shown = f"found {image!r}: {masks!r:.100}; correct this entry."
+                    problems.append(f"{path}: entry {number:,}: expected {_INDEX_FORM}, {shown}")
+        except (ijson.JSONError, UnicodeError) as error:
+            after = f"after entry {number:,}, {image!r}" if number else "in the first entry"
+            # The parser's own picture of the place is left out; of bytes that are not UTF-8 it shows a bytes literal.
+            reason = str(error).removeprefix("b'").replace("\\n", "\n").splitlines()[0]
+            problems.append(
+                f"{path}: {after}, and before byte {handle.tell():,}: expected {_INDEX_FORM}, found no valid JSON "
+                f"({reason}); unzip it again."
+            )
+    if wrong > _SHOWN:
+        problems.append(f"{path}: and {wrong - _SHOWN:,} more entries like these.")
+    if repeated := images.repeated():
+        problems += _repeats(path, repeated, last=number)
+    if problems:
+        raise InputError(problems)
+
+
+def _is_of_form(image: str, masks: Any) -> bool:
+    try:
+        return bool(_IMAGE.fullmatch(image)) and type(masks) is list and all(map(_MASK.fullmatch, masks))
+    except TypeError:  # a mask is no text
+        return False
+
+
+def _repeats(path: Path, repeated: frozenset[int], last: int) -> list[str]:
+    """Names the images of some fingerprints that are there twice."""
+    problems: list[str] = []
+    first_seen: dict[str, int] = {}
+    with _opened(path) as handle:
+        for number, (image, _) in enumerate(ijson.kvitems(handle, "", buf_size=_PIECE), 1):
+            if fingerprint(image) in repeated and first_seen.setdefault(image, number) != number:
+                problems.append(
+                    f"{path}: entry {number:,}: {image!r} is also entry {first_seen[image]:,}; "
+                    "expected each image once; join their masks in one entry."
+                )
+            if number == last:  # what follows may be no JSON, which is told already
+                break
+    more = [f"{path}: and {len(problems) - _SHOWN:,} more images that are there twice."]
+    return problems if len(problems) <= _SHOWN else problems[:_SHOWN] + more
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Opens the index at the brace that it begins with."""
+    try:
+        handle = path.open("rb")
+    except OSError as error:
+        raise InputError(_missing(path, _INDEX_FORM, error)) from error
+    start = handle.read(_PIECE).lstrip()[:1]
+    if start and start != b"{":
+        handle.close()
+        raise InputError(
+            f"{path}: byte 0: expected {_INDEX_FORM}, found {start.decode('latin-1')!r} at its start; "
+            "use the data set's own file."
+        )
+    handle.seek(0)
+    return handle
+
+
+def _missing(path: Path, expected: str, error: OSError) -> str:
+    return (
+        f"{path}: expected {expected}, found no such file ({error.strerror}); "
+        "give the unzipped folder SAMed2Dv1, which holds it."
+    )
+
+
+def _read_classes(path: Path) -> dict[str, dict[int, list[str]]]:
+    """Turns {dataset: {name: id}} into {dataset: {id: names}}; an id with two names is told where it is met."""
+    try:
+        mapping: Any = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(_missing(path, _CLASSES_FORM, error)) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected {_CLASSES_FORM}, found no valid JSON ({error}); unzip it again.") from error
+    if not isinstance(mapping, dict):
+        found = type(mapping).__name__
+        raise InputError(f"{path}: expected {_CLASSES_FORM}, found a {found}; use the data set's own file.")
+    wrong = [
+        f"{path}: expected {_CLASSES_FORM}, found {dataset!r}: {names!r:.100}; correct it."
+        for dataset, names in mapping.items()
+        if not isinstance(names, dict) or not all(type(number) is int for number in names.values())
+    ]
+    if wrong:
+        raise InputError(wrong)
+    classes: dict[str, dict[int, list[str]]] = {dataset: {} for dataset in mapping}
+    for dataset, names in mapping.items():
+        for name, number in names.items():
+            classes[dataset].setdefault(number, []).append(name)
+    return classes

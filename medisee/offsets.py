@@ -1,0 +1,67 @@
+"""Where the lines of a long manifest begin, kept beside it, so that it opens without being read.
+
+`<name>.offsets.safetensors` holds an int64 for each line of `<name>.jsonl` that is not blank. It stands for lines that
+were checked, and only for the file of the size and time of change that it names.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from medisee.files import atomic_path
+
+LARGE = 1 << 26
+"""Bytes from which a file's offsets are kept, 64 MiB; a smaller file is checked within seconds."""
+
+
+def file_stamp(path: Path) -> str:
+    """Returns a file's size and time of change, which tell one state of it from another; "" for none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ""
+    return f"{found.st_size} bytes, {found.st_mtime_ns} ns"
+
+
+def keep_offsets(path: Path, offsets: NDArray[np.int64], stamp: str) -> None:
+    """Keeps where the lines of a large file begin; of a small one nothing is kept.
+
+    A folder that cannot be written to is no error: the file is then checked again next time.
+
+    Args:
+        path: the file, whose lines were checked.
+        offsets: the first byte of each line that is not blank.
+        stamp: what `file_stamp` said before the lines were read, or after they were written.
+    """
+    if path.stat().st_size < LARGE:
+        return
+    with suppress(OSError, SafetensorError), atomic_path(_beside(path)) as temporary:
+        save_file({"offsets": offsets}, temporary, metadata={"stamp": stamp})
+
+
+def kept_offsets(path: Path) -> NDArray[np.int64] | None:
+    """Returns where the lines of a file begin; None where that is not known of the file as it is now."""
+    try:
+        with safe_open(_beside(path), framework="numpy") as handle:
+            if (handle.metadata() or {}).get("stamp") != file_stamp(path):
+                return None
+            offsets = handle.get_tensor("offsets")
+    except (OSError, SafetensorError):
+        return None
+    return offsets if _is_sound(offsets, path.stat().st_size) else None
+
+
+def _is_sound(offsets: NDArray[np.int64], size: int) -> bool:
+    if offsets.dtype != np.int64 or offsets.ndim != 1 or not offsets.size:
+        return False
+    return bool(offsets[0] >= 0 and offsets[-1] < size and (offsets[1:] > offsets[:-1]).all())
+
+
+def _beside(path: Path) -> Path:
+    return path.with_suffix(".offsets.safetensors")

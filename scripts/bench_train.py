@@ -1,0 +1,341 @@
+"""Times a training step in the release's way of computing and in ours: the same model, images and questions in one run.
+
+  python scripts/bench_train.py                                          the middle size, float32: minutes
+  python scripts/bench_train.py --size small --repeats 1                 seconds
+
+A step is forward, backward, clipping and AdamW. Each way runs in a process of its own, whose peak memory is taken above
+what the process holds once the model is built. Prints a table, and as the last line the same as JSON. `step_ratio` and
+`lm_ratio` above 1 mean that ours is quicker, a `memory_ratio` below 1 that ours needs less.
+
+Shapes: B images, S sequences, L sequence length, D hidden width, I targets, K candidate tokens, N positions, V vocabulary,
+C channels of the image encoder's features, G their side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from training_ways import WAYS, WayLoss, all_labels, all_logits, input_states, language_states, make_batch
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from medisee.config import Config, config_from, load_config
+from medisee.data.prompts import CANDIDATE_TOKENS, candidate_text
+from medisee.errors import InputError, exit_code, nearest
+from medisee.models.losses import text_loss
+from medisee.models.medisee import MediSee
+from medisee.models.objective import Terms
+from medisee.models.tokenizer import SPECIAL, add_candidate_tokens
+from medisee.optimization import TorchOptimization
+from medisee.plan import plan_training
+from medisee.processing import Batch, Example, Query
+from medisee.workload import TEMPLATE_TOKENS, Lengths, Way, training_workload
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+IMAGES = 4
+PAPER = Path(__file__).parents[1] / "configs" / "medisee_7b.yaml"
+COMPARED = (
+    "release's way: one sequence a query in a padded batch, causal attention without a mask, the vision tower once a query, "
+    "the output layer and the cross-entropy at every position. Ours: one packed sequence an image, the vision tower once "
+    "an image, the output layer at supervised positions only. Both: image encoder once an image, masks' losses at the "
+    "images' size."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What is timed.
+
+    Attributes:
+        model: values of the configuration's model.
+        vocabulary: words of the tokenizer; candidate tokens and `<image>` come on top.
+        image: side of the square images, pixels.
+        plan: whether the paper's run is projected, which takes a minute or more.
+    """
+
+    model: dict[str, Any]
+    vocabulary: int
+    image: int
+    plan: bool
+
+
+SIZES = {
+    "middle": Size(
+        {
+            "mllm": {
+                "size": {"hidden": 512, "layers": 8, "heads": 8, "kv_heads": 8, "intermediate": 2048},
+                "vision_hidden": 256,
+                "vision_layers": 6,
+                "train_projector": False,
+                "lora": {"dropout": 0.0},
+            },
+            "seg_head": {
+                "size": 1024,
+                "sizes": {"width": 192, "depth": 4, "heads": 3, "global_attention": (1, 3)},
+            },
+        },
+        vocabulary=32000,
+        image=512,
+        plan=True,
+    ),
+    "small": Size(
+        {
+            "mllm": {
+                "size": {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate": 64, "initial_std": 0.2},
+                "vision_hidden": 32,
+                "vision_layers": 2,
+                "vision_size": 56,
+                "train_projector": False,
+                "lora": {"dropout": 0.0},
+            },
+            "seg_head": {"vit": "micro", "size": 64},
+            "router_hidden": 16,
+            "box_hidden": 16,
+        },
+        vocabulary=400,
+        image=48,
+        plan=False,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What one way of computing takes.
+
+    Attributes:
+        way: its name.
+        step_s: median seconds of a step.
+        lm_s: median seconds of the language model alone: layers, logits and cross-entropy, forward and backward.
+        head_s: the share of `lm_s` that logits and cross-entropy take.
+        encoders_s: median seconds of both image encoders, which compute forward only.
+        memory: bytes at the steps' peak above the built model.
+        positions: of all sequences, padding included.
+        total_loss, text_loss, gradient_norm: of the first step, before it changes anything.
+    """
+
+    way: str
+    step_s: float
+    lm_s: float
+    head_s: float
+    encoders_s: float
+    memory: int
+    positions: int
+    total_loss: float
+    text_loss: float
+    gradient_norm: float
+
+
+def word_tokenizer(words: int) -> PreTrainedTokenizerBase:
+    """Makes a tokenizer of `words` entries, for which every word is one token, and adds the candidate tokens."""
+    vocabulary = {name: number for number, name in enumerate(SPECIAL)}
+    vocabulary |= {f"word{number}": number for number in range(len(SPECIAL), words)}
+    model = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+    add_candidate_tokens(tokenizer, CANDIDATE_TOKENS)
+    return tokenizer
+
+
+def random_examples(config: Config, size: Size) -> list[Example]:
+    """Makes random images with the questions that a plan assumes of the paper's run, of random words."""
+    rng = np.random.default_rng(0)
+
+    def words(count: int) -> str:
+        return " ".join(f"word{number}" for number in rng.integers(len(SPECIAL), size.vocabulary, count))
+
+    def query(image: int, place: int, lengths: Lengths) -> Query:
+        tokens = candidate_text(CANDIDATE_TOKENS)
+        answer = f"{words(max(1, lengths.answer - len(tokens.split()) - 1))} {tokens} "
+        mask = np.zeros((size.image, size.image), dtype=bool)
+        top, left = rng.integers(0, size.image // 2, 2)
+        mask[top : top + size.image // 3, left : left + size.image // 4] = True
+        question = words(lengths.question + TEMPLATE_TOKENS - 2)
+        return Query(record=f"image{image}", target=f"target{place}", question=question, answer=answer, mask=mask)
+
+    examples = []
+    for image, lengths in enumerate(training_workload(config).images):
+        pixels = rng.integers(0, 256, (size.image, size.image, 3), dtype=np.uint8)
+        queries = tuple(query(image, place, one) for place, one in enumerate(lengths))
+        examples.append(Example(pixels, size.image, size.image, queries))
+    return examples
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    encoders_s: float
+    head_s: float
+    lm_s: float
+
+
+def time_parts(model: MediSee, batch: Batch, way: Way, dtype: torch.dtype) -> _Parts:
+    """Times the image encoders, and the language model alone on inputs that are there already."""
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        started = time.perf_counter()
+        with torch.no_grad():
+            inputs_SLD = input_states(model, batch, model.embed_images(batch))
+        encoders = time.perf_counter() - started
+        inputs_SLD.requires_grad_()  # the embedding learns
+        started = time.perf_counter()
+        hidden_SLD = language_states(model, inputs_SLD, batch, way)
+        head_started = time.perf_counter()
+        states_SLD = hidden_SLD.detach().requires_grad_()
+        if way.all_logits:
+            values_N = text_loss(all_logits(model, states_SLD), all_labels(batch))
+        else:
+            states_ND = states_SLD[batch.supervised_N2[:, 0], batch.supervised_N2[:, 1]]
+            values_N = text_loss(model.text_logits(states_ND), batch.labels_N)
+        loss = values_N.sum() / len(batch.labels_N)
+    loss.backward()
+    head = time.perf_counter() - head_started
+    hidden_SLD.backward(states_SLD.grad)
+    lm = time.perf_counter() - started
+    model.zero_grad()
+    return _Parts(encoders, head, lm)
+
+
+def measure(size: Size, way: Way, *, repeats: int, dtype: torch.dtype) -> Figures:
+    """Takes one step to warm up and `repeats` timed ones, then times the parts as often."""
+    config = config_from(
+        {"model": size.model, "train": {"batch_size": IMAGES, "accumulation": 1, "lr": 1e-6, "warmup": 0}},
+        where=str(Path(__file__).name),
+    )
+    torch.manual_seed(0)
+    model = MediSee(config.model, word_tokenizer(size.vocabulary), weights=False).train()
+    batch = make_batch(model, random_examples(config, size), way)
+    optimization = TorchOptimization(WayLoss(model, config.loss, way, dtype=dtype), config.train)
+    base = _resident()
+    terms, norm = _step(optimization, batch)
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        _step(optimization, batch)
+        seconds.append(time.perf_counter() - started)
+    memory = _resident(peak=True) - base
+    parts = [time_parts(model, batch, way, dtype) for _ in range(repeats)]
+    return Figures(
+        way=way.name,
+        step_s=statistics.median(seconds),
+        lm_s=statistics.median(part.lm_s for part in parts),
+        head_s=statistics.median(part.head_s for part in parts),
+        encoders_s=statistics.median(part.encoders_s for part in parts),
+        memory=memory,
+        positions=batch.input_ids_SL.numel(),
+        total_loss=float(terms.total),
+        text_loss=float(terms.text),
+        gradient_norm=norm,
+    )
+
+
+def _step(optimization: TorchOptimization, batch: Batch) -> tuple[Terms, float]:
+    terms = optimization.losses(batch, masks="full")
+    optimization.backward(terms.total)
+    return terms.detach(), optimization.step()
+
+
+def _resident(*, peak: bool = False) -> int:
+    """Returns this process's resident bytes, now (from where the peak starts again) or at the peak."""
+    # getrusage would also count the process that started this one.
+    if not peak:
+        Path("/proc/self/clear_refs").write_text("5")
+    name = "VmHWM:" if peak else "VmRSS:"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def _in_own_process(name: str, arguments: argparse.Namespace) -> Figures:
+    options = {key: str(getattr(arguments, key)) for key in ("size", "repeats", "threads", "dtype")}
+    command = [sys.executable, __file__, "--way", name]
+    done = subprocess.run(
+        [*command, *(part for key, value in options.items() for part in (f"--{key}", value))],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode:
+        raise InputError(
+            f"--way {name}: its process ended with code {done.returncode}; see above, or take less memory."
+        )
+    return Figures(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _projected_days() -> dict[str, float]:
+    return {cost.way.name: cost.days for cost in plan_training(load_config(PAPER)).ways}
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    print(COMPARED, flush=True)
+    names = ("step s", "lm s", "head s", "encoders s", "peak GiB", "positions", "text loss")
+    print(f"{'':<28}" + "".join(f"{name:>12}" for name in names), flush=True)
+    figures: dict[str, Figures] = {}
+    for name in WAYS:
+        one = figures[name] = _in_own_process(name, arguments)
+        values = (one.step_s, one.lm_s, one.head_s, one.encoders_s, one.memory / 2**30)
+        print(f"{one.way:<28}" + "".join(f"{v:>12.3f}" for v in values) + f"{one.positions:>12}{one.text_loss:>12.6f}")
+    theirs, plain, cached = figures["release"], figures["supervised"], figures["cached"]
+    days = _projected_days() if SIZES[arguments.size].plan else {}
+    for way, value in days.items():
+        print(f"the paper's run on 4 x A6000 by --plan's cost model, {way}: {value:.2f} days")
+    result = {
+        "size": arguments.size,
+        "dtype": arguments.dtype,
+        "repeats": arguments.repeats,
+        "threads": arguments.threads,
+        "torch": torch.__version__,
+        "ways": {name: asdict(one) for name, one in figures.items()},
+        "days": days,
+        "step_ratio": theirs.step_s / cached.step_s,
+        "step_ratio_without_cache": theirs.step_s / plain.step_s,
+        "lm_ratio": theirs.lm_s / plain.lm_s,
+        "memory_ratio": cached.memory / theirs.memory,
+        "memory_ratio_without_cache": plain.memory / theirs.memory,
+    }
+    print(
+        f"a step is {result['step_ratio']:.2f}x faster with cached features, {result['step_ratio_without_cache']:.2f}x "
+        f"without; the language model alone {result['lm_ratio']:.2f}x; peak memory {result['memory_ratio']:.2f}x with "
+        f"cached features, {result['memory_ratio_without_cache']:.2f}x without"
+    )
+    print(json.dumps(result))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="bench_train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", default="middle", help=" or ".join(SIZES))
+    parser.add_argument("--way", choices=list(WAYS), help="measure one way in this process, without comparing")
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps of each way")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="what is computed in")
+    arguments = parser.parse_args(argv)
+    if arguments.size not in SIZES:
+        hint = nearest(arguments.size, SIZES)
+        raise InputError(f"--size {arguments.size}: unknown; expected {' or '.join(SIZES)}.{hint}")
+    if min(arguments.repeats, arguments.threads) < 1:
+        raise InputError("--repeats and --threads: expected 1 or more each.")
+    torch.set_num_threads(arguments.threads)
+    if arguments.way is None:
+        _compare(arguments)
+        return
+    figures = measure(
+        SIZES[arguments.size], WAYS[arguments.way], repeats=arguments.repeats, dtype=DTYPES[arguments.dtype]
+    )
+    print(json.dumps(asdict(figures)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

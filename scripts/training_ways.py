@@ -1,0 +1,114 @@
+"""The ways of computing a training step that bench_train.py compares: same model, same values, different work.
+
+Shapes: B images, S sequences, L sequence length, D hidden width, I targets, K candidate tokens, N positions, V vocabulary,
+C channels of the image encoder's features, G their side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from medisee.config import Loss
+from medisee.geometry import cxcywh_to_xyxy
+from medisee.models.medisee import MaskDetail, MediSee, Output
+from medisee.models.objective import end_to_end_loss
+from medisee.models.packing import block_mask
+from medisee.optimization import TrainingLoss
+from medisee.processing import Batch, Example
+from medisee.workload import CACHED, OURS, RELEASE, Way
+
+PACKED = Way("packed, all logits", all_logits=True)
+WAYS = {
+    "release": replace(RELEASE, name="unpacked, all logits"),
+    "packed": PACKED,
+    "supervised": replace(OURS, name="packed, supervised logits"),
+    "cached": replace(CACHED, name="the same, features cached"),
+}
+IGNORED = -100
+"""Label of a position that is not supervised: cross_entropy leaves it out."""
+
+
+@torch.no_grad()
+def make_batch(model: MediSee, examples: Sequence[Example], way: Way) -> Batch:
+    """Builds the batch that a way of computing reads; cached features are computed here, outside what is timed."""
+    batch = model.processor(examples, packed=way.packed)
+    if way.vision_per_query and batch.vision_B3VV is not None:
+        vision_B3VV = batch.vision_B3VV[batch.image_of_sequence_S]
+        batch = replace(batch, vision_B3VV=vision_B3VV, image_of_sequence_S=torch.arange(len(vision_B3VV)))
+    if way.cached:
+        batch = replace(batch, embedding_BCGG=model.embed_images(batch), pixels_B3FF=None)
+    return batch
+
+
+def language_states(model: MediSee, inputs_SLD: Tensor, batch: Batch, way: Way) -> Tensor:
+    """Runs the language model's layers: (S, L, D) -> (S, L, D)."""
+    language: Any = model.mllm.model.language_model
+    if way.packed:
+        mask = block_mask(batch.segments_SL, inputs_SLD.dtype)
+        given = {"position_ids": batch.positions_SL, "attention_mask": mask}
+    else:
+        # Padding stands behind, where no causal position sees it: the kernel needs no mask, and is quicker without.
+        given = {}
+    return language(inputs_embeds=inputs_SLD, use_cache=False, **given).last_hidden_state
+
+
+def all_logits(model: MediSee, hidden_SLD: Tensor) -> Tensor:
+    """Returns the logits at every position, (S L, V): all of MediSee.text_logits but `<image>`, which is the last."""
+    # Overwriting its logits, as MediSee does, would copy their gradient, which is large here.
+    return F.linear(hidden_SLD.flatten(0, 1), model.mllm.lm_head.weight[: model.processor.image_id])
+
+
+def all_labels(batch: Batch) -> Tensor:
+    """Returns a label for every position, (S L,): IGNORED where nothing is supervised."""
+    labels_SL = torch.full_like(batch.input_ids_SL, IGNORED)
+    labels_SL[batch.supervised_N2[:, 0], batch.supervised_N2[:, 1]] = batch.labels_N
+    return labels_SL.flatten()
+
+
+class WayLoss(TrainingLoss):
+    """Model and loss, computed in one of the ways; the values are the same in all of them."""
+
+    def __init__(self, model: MediSee, weights: Loss, way: Way, *, dtype: torch.dtype) -> None:
+        super().__init__(model, weights, dtype=dtype, world=1)
+        self.way = way
+
+    def forward(self, batch: Batch, *, masks: MaskDetail) -> tuple[Tensor, ...]:
+        """See TrainingLoss."""
+        if not self.way.all_logits:
+            return super().forward(batch, masks=masks)
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            output = self._output(batch)
+            # end_to_end_loss divides by the number of labels, and only some of these are supervised.
+            labels_N = all_labels(batch)
+            share = len(labels_N) / len(batch.labels_N)
+            weights = self.weights.model_copy(update={"text": self.weights.text * share})
+            terms = end_to_end_loss(output, replace(batch, labels_N=labels_N), weights)
+        total, text, others = terms.total, terms.text.detach() * share, terms.detach()
+        return total, text, others.bce, others.dice, others.l1, others.giou, others.similarity
+
+    def _output(self, batch: Batch) -> Output:
+        """Computes what MediSee.forward does, with the logits of every position."""
+        model = self.model
+        embedding_BCGG = model.embed_images(batch)
+        inputs_SLD = input_states(model, batch, embedding_BCGG)
+        hidden_SLD = language_states(model, inputs_SLD, batch, self.way)
+        tokens_IKD = hidden_SLD[batch.sequence_of_target_I[:, None], batch.candidates_IK].to(model.head_dtype)
+        centred_I4 = model.box_decoder(model.box_router(tokens_IKD))
+        segmentation_ID = model.seg_router(tokens_IKD)
+        return Output(
+            boxes_I4=cxcywh_to_xyxy(centred_I4),
+            masks_Jhh=model.decode_masks(batch, embedding_BCGG, segmentation_ID, centred_I4),
+            text_logits_NV=all_logits(model, hidden_SLD),
+            similarity_IT=model._similarity(batch, hidden_SLD, segmentation_ID),
+        )
+
+
+def input_states(model: MediSee, batch: Batch, embedding_BCGG: Tensor) -> Tensor:
+    """Returns what the language model reads, (S, L, D), image tokens included."""
+    return model._embed_inputs(batch.input_ids_SL, batch.image_of_sequence_S, batch, embedding_BCGG)
