@@ -65,9 +65,9 @@ def test_no_minute_holds_more_than_the_limits(rpm: float, tpm: float, sizes: lis
         window = [size for at, size in sent if start <= at < start + 60]
         assert len(window) <= rpm + max(1.0, rpm / 60) + 1e-6
         assert sum(window) <= tpm + max(1.0, tpm / 60) + max(sizes) + 1e-6
-    assert clock.now - 100 <= max(len(sizes) * 60 / rpm, sum(sizes) * 60 / tpm) + 0.002 * len(sizes), (
-        "and no slower than they allow"
-    )
+    # While it waits for one bucket the other may run over, so the two times add up at worst.
+    slowest = len(sizes) * 60 / rpm + sum(sizes) * 60 / tpm + 0.002 * len(sizes)
+    assert clock.now - 100 <= slowest, "and no slower than they allow"
 
 
 def test_what_was_not_needed_is_given_back() -> None:
