@@ -43,6 +43,7 @@ def keep_offsets(path: Path, offsets: NDArray[np.int64], stamp: str) -> None:
         return
     with suppress(OSError, SafetensorError), atomic_path(_beside(path)) as temporary:
         save_file({"offsets": offsets}, temporary, metadata={"stamp": stamp})
+        temporary.chmod(path.stat().st_mode)  # or only its writer could read it
 
 
 def kept_offsets(path: Path) -> NDArray[np.int64] | None:

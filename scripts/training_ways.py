@@ -7,7 +7,7 @@ C channels of the image encoder's features, G their side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from medisee.config import Loss
 from medisee.geometry import cxcywh_to_xyxy
 from medisee.models.medisee import MaskDetail, MediSee, Output
-from medisee.models.objective import end_to_end_loss
+from medisee.models.objective import Terms, end_to_end_loss
 from medisee.models.packing import block_mask
 from medisee.optimization import TrainingLoss
 from medisee.processing import Batch, Example
@@ -89,8 +89,8 @@ class WayLoss(TrainingLoss):
             share = len(labels_N) / len(batch.labels_N)
             weights = self.weights.model_copy(update={"text": self.weights.text * share})
             terms = end_to_end_loss(output, replace(batch, labels_N=labels_N), weights)
-        total, text, others = terms.total, terms.text.detach() * share, terms.detach()
-        return total, text, others.bce, others.dice, others.l1, others.giou, others.similarity
+        others = replace(terms.detach(), text=terms.text.detach() * share)
+        return tuple(getattr(terms if field.name == "total" else others, field.name) for field in fields(Terms))
 
     def _output(self, batch: Batch) -> Output:
         """Computes what MediSee.forward does, with the logits of every position."""
@@ -105,7 +105,8 @@ class WayLoss(TrainingLoss):
             boxes_I4=cxcywh_to_xyxy(centred_I4),
             masks_Jhh=model.decode_masks(batch, embedding_BCGG, segmentation_ID, centred_I4),
             text_logits_NV=all_logits(model, hidden_SLD),
-            similarity_IT=model._similarity(batch, hidden_SLD, segmentation_ID),
+            similarity_IT=model._similarity(batch.sequence_of_target_I, hidden_SLD, segmentation_ID),
+            plain_similarity_QT=None,
         )
 
 
