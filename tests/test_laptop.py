@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from tiny_gguf import TEXTS, tiny_llama, write_gguf
 
 from medisee.config import Config, load_config
 from medisee.eval import main as evaluate
@@ -15,9 +15,6 @@ from medisee.models.tokenizer import train_tokenizer
 from medisee.train import train
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "tests" / "models"))
-
-from tiny_gguf import TEXTS, tiny_llama, write_gguf  # noqa: E402
 
 
 def overrides(tiny_manifest: Path, folder: Path) -> list[str]:

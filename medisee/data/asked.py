@@ -126,9 +126,11 @@ def _manifests(records: Path, root: Path | None) -> dict[Split, Manifest]:
             f"{path}: expected a manifest, found no such file; name a folder that prepare_data.py sa-med2d wrote."
             for path in lacking
         )
-    found = {split: Manifest(path, root) for split, path in paths.items() if split != "val" or _has_lines(path)}
+    found: dict[Split, Manifest] = {
+        split: Manifest(path, root) for split, path in paths.items() if split != "val" or _has_lines(path)
+    }
     owner: dict[str, Split] = {}
-    shared = {
+    shared: dict[str, Split] = {
         record.case: split
         for split, manifest in found.items()
         for record in manifest

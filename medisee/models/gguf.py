@@ -109,7 +109,8 @@ def _convert(path: Path, target: Path) -> None:
         # transformers' tokenizer classes may bring a token of their own that the file's vocabulary lacks.
         llava.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         for layer in (llava.get_input_embeddings(), llava.get_output_embeddings()):
-            layer.weight.data[rows:] = layer.weight.data[:rows].mean(dim=0)
+            weight: torch.Tensor = layer.weight.data  # type: ignore[assignment]
+            weight[rows:] = weight[:rows].mean(dim=0)
     with atomic_path(target) as temporary:
         temporary.mkdir()
         llava.save_pretrained(temporary)

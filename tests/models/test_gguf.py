@@ -83,9 +83,10 @@ def test_embedding_and_output_layer_are_equal_first_and_learn_apart(
     file: Path, make_example: Callable[..., Example]
 ) -> None:
     model = medisee(file)
-    embedding, head = model.mllm.get_input_embeddings().weight, model.mllm.get_output_embeddings().weight
+    whole: Any = model.mllm
+    embedding, head = whole.get_input_embeddings().weight, whole.get_output_embeddings().weight
     assert embedding is not head and torch.equal(embedding, head)
-    assert not model.mllm.config.text_config.tie_word_embeddings
+    assert not whole.config.text_config.tie_word_embeddings
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert {"mllm.model.language_model.embed_tokens.weight", "mllm.lm_head.weight"} <= set(names)
     batch = model.processor([make_example(["Which organ?"], answer=ANSWER)])
@@ -167,7 +168,7 @@ def package(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_package_s_file_is_found_without_importing_it(package: str, tmp_path: Path) -> None:
     assert gguf_file(package) == tmp_path / "site" / "tiny_language" / "tiny.gguf"
     found = load_pretrained(mllm(package, converted=str(tmp_path / "converted")))
-    assert found.llava.config.text_config.hidden_size == 32
+    assert found.llava.config.get_text_config().hidden_size == 32
 
 
 @pytest.mark.parametrize(

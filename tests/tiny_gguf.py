@@ -78,7 +78,7 @@ def write_gguf(path: Path, text: LlamaForCausalLM, tokenizer: PreTrainedTokenize
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, *, ends: bool) -> None:
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]  # type: ignore[attr-defined]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
-    special = {tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token}
+    special = {str(one) for one in (tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token)}
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.CONTROL if one in special else gguf.TokenType.NORMAL for one in tokens])
