@@ -59,10 +59,10 @@ class Answers:
         return {**shared, "messages": [*shared["messages"], *json.loads(prompt)]}
 
     def find(self, key: str) -> Answer | None:
-        """Returns the last attempt's answer to a request: the good one where there is any."""
+        """Returns the first good answer to a request, on which all later ones build; else the last attempt's."""
         rows = self._store.read(
             "SELECT attempt, verdict, status, text, usage_in, usage_cached, usage_out, price, sends, why "
-            "FROM answers WHERE key=? ORDER BY attempt DESC LIMIT 1",
+            "FROM answers WHERE key=? ORDER BY status='ok' DESC, CASE status WHEN 'ok' THEN attempt ELSE -attempt END LIMIT 1",
             (key,),
         )
         if not rows:
@@ -79,6 +79,10 @@ class Answers:
             why=why,
         )
         return Answer(reply, attempt, None if verdict is None else tuple(Fault(*each) for each in json.loads(verdict)))
+
+    def attempts(self, key: str) -> int:
+        """Returns how often a request was answered."""
+        return self._store.read("SELECT coalesce(max(attempt), 0) FROM answers WHERE key=?", (key,))[0][0]
 
     def store(self, key: str, answer: Answer) -> Future[None]:
         """Stores an answer, or adds the verdict to one that is there; the future is done when it is on the disk."""
@@ -124,8 +128,19 @@ class Answers:
     # Sums
 
     def spent(self) -> float:
-        """Returns the price of all answers so far, in US dollars."""
-        return self._store.read("SELECT total(price) FROM answers")[0][0]
+        """Returns the price of all answers so far and what `charge` was told, in US dollars."""
+        return self._store.read(
+            "SELECT (SELECT total(price) FROM answers) + (SELECT total(value) FROM facts WHERE name='charged')"
+        )[0][0]
+
+    def charge(self, price: float) -> Future[None]:
+        """Adds what a call may have cost whose answer never came, in US dollars."""
+        return self._store.submit(
+            lambda connection: connection.execute(
+                "INSERT INTO facts VALUES('charged', ?) ON CONFLICT(name) DO UPDATE SET value = value + excluded.value",
+                (price,),
+            )
+        )
 
     def counts(self) -> list[Count]:
         """Returns what each stage asked of each model, ordered by stage and model."""

@@ -140,7 +140,7 @@ class Asker:
 
 def is_final(answer: Answer, attempts: int) -> bool:
     """Returns whether a request with this last answer is not to be sent again."""
-    return answer.reply.status == "ok" or answer.attempt >= attempts
+    return answer.reply.status in ("ok", "rejected") or answer.attempt >= attempts
 
 
 def judge(stage: Stage, mode: Mode, reply: Reply, *, attempt: int, check: Check | None) -> Answer:
@@ -161,5 +161,5 @@ def answered(request: Request, answer: Answer) -> Answered:
     reply = answer.reply
     faults = answer.verdict or ()
     if reply.status != "ok":
-        return Answered(None, reply.text, faults, again=reply.status not in ("refused", "filtered"))
+        return Answered(None, reply.text, faults, again=reply.status not in ("refused", "filtered", "rejected"))
     return Answered(read_answer(request.stage, reply.text, request.mode), reply.text, faults)

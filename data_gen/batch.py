@@ -20,18 +20,19 @@ import openai
 
 from data_gen.answers import Answers
 from data_gen.asking import Answered, Check, Pending, answered, is_final, judge
-from data_gen.calls import Answer, Reply, Request
-from data_gen.limits import Purse, StopRun
+from data_gen.calls import Answer, Request
+from data_gen.limits import ErrorBudget, Purse, StopRun
 from data_gen.pixels import with_pixels
 from data_gen.prices import Price, size_of
 from data_gen.schemas import Mode
-from data_gen.wire import ANOTHER_TIME, NoCompletion, Server, api_key, client_for, hide, reply_from
+from data_gen.wire import NoCompletion, Server, api_key, client_for, is_lasting, rejection, reply_from, told
 
 ENDPOINT = "/v1/chat/completions"
 MOST_REQUESTS = 20_000  # of one batch; OpenAI takes 50,000 and 200 MB
 MOST_BYTES = 90_000_000
 _ENDED = ("completed", "expired", "cancelled", "failed")
 _TOKEN = "medisee"
+_MOMENT = 5.0  # seconds until a batch that was just created is listed for sure
 
 
 class Waves:
@@ -85,6 +86,8 @@ class BatchServer:
         price: what the model costs.
         purse: the money of the ledger.
         mode: how the server is held to the schemas.
+        attempts: see `data_gen.asking.Asker`.
+        budget: of requests that bring nothing.
         poll: seconds between two looks at a batch.
         say: is told what goes on.
     """
@@ -95,6 +98,8 @@ class BatchServer:
     price: Price
     purse: Purse
     mode: Mode
+    attempts: int = 4
+    budget: ErrorBudget = field(default_factory=ErrorBudget)
     poll: float = 30.0
     say: Callable[[str], None] = print
     _client: openai.AsyncOpenAI = field(init=False)
@@ -127,19 +132,38 @@ class BatchServer:
                         await self._create(token, handle)
                 except openai.APIError as error:
                     raise StopRun(
-                        f"stopped: the server takes no batch ({self._hide(error)}); run again to go on."
+                        f"stopped: the server takes no batch ({self._told(error.message)}); run again to go on."
                     ) from error
                 self.say(f"submitted a batch of {count:,} requests")
 
     async def _create(self, token: str, handle: IO[bytes]) -> None:
-        uploaded = await self._client.files.create(file=(f"{token}.jsonl", handle), purpose="batch")
-        created = await self._client.batches.create(
-            completion_window="24h",
-            endpoint=ENDPOINT,
-            input_file_id=uploaded.id,
-            metadata={_TOKEN: token},
-        )
-        self.answers.mark_batch(token, created.id, "submitted")
+        try:
+            uploaded = await self._client.files.create(file=(f"{token}.jsonl", handle), purpose="batch")
+        except openai.APIError:
+            self.answers.mark_batch(token, None, "abandoned")
+            raise
+        # Not sent again by the client: one that fails may have been created all the same, and a twin is paid for, too.
+        client = self._client.with_options(max_retries=0)
+        for left in reversed(range(self.server.sends)):
+            try:
+                created = await client.batches.create(
+                    completion_window="24h",
+                    endpoint=ENDPOINT,
+                    input_file_id=uploaded.id,
+                    metadata={_TOKEN: token},
+                )
+                identity = created.id
+            except openai.APIError as error:
+                if isinstance(error, openai.APIStatusError) and is_lasting(error.status_code):
+                    self.answers.mark_batch(token, None, "abandoned")
+                    raise
+                identity = await self._find(token)
+                if identity is None and not left:
+                    self.answers.mark_batch(token, None, "abandoned")
+                    raise
+            if identity is not None:
+                self.answers.mark_batch(token, identity, "submitted")
+                return
 
     def _lines(self, keys: list[str]) -> Iterator[bytes]:
         for key in keys:
@@ -163,16 +187,20 @@ class BatchServer:
                 self.answers.mark_batch(token, identity, "submitted")
                 count += await self._collect(token, identity)
         except openai.APIError as error:
-            raise StopRun(f"stopped: the server cannot be asked ({self._hide(error)}); run again to go on.") from error
+            raise StopRun(
+                f"stopped: the server cannot be asked ({self._told(error.message)}); run again to go on."
+            ) from error
         self.purse.release(self._held, 0)
         self._held = 0.0
         return count
 
     async def _find(self, token: str) -> str | None:
-        """Looks for a batch whose id was never stored: the run ended between its creation and that."""
-        async for batch in self._client.batches.list(limit=100):
-            if (batch.metadata or {}).get(_TOKEN) == token:
-                return batch.id
+        """Looks for a batch whose id was never stored: the run or the connection ended between its creation and that."""
+        for pause in (0.0, _MOMENT):
+            await asyncio.sleep(pause)
+            async for batch in self._client.batches.list(limit=100):
+                if (batch.metadata or {}).get(_TOKEN) == token:
+                    return batch.id
         return None
 
     async def _collect(self, token: str, identity: str) -> int:
@@ -185,38 +213,78 @@ class BatchServer:
         if batch.status == "failed":
             self.answers.mark_batch(token, identity, "failed")
             why = "; ".join(error.message or "" for error in (batch.errors.data if batch.errors else None) or [])
-            raise StopRun(
-                f"stopped: the server refused the batch ({why or 'no reason given'}); mend that, then run again."
-            )
-        found: list[tuple[str, Answer]] = []
+            why = self._told(why) or "no reason given"
+            raise StopRun(f"stopped: the server refused the batch ({why}); mend that, then run again.")
+        found: dict[str, Answer] = {}
+        empty: list[str] = []
+        stops: list[StopRun] = []
         for file in (batch.output_file_id, batch.error_file_id):
-            if file is not None:
-                text = (await self._client.files.content(file)).text
-                found += [each for line in text.splitlines() if (each := self._answer(line)) is not None]
-        for _, answer in found:
+            content = (await self._client.files.content(file)).content if file is not None else b""
+            # Not splitlines: texts may hold other ends of lines, as U+2028, as they are.
+            for line in filter(str.strip, content.decode("utf-8", "replace").split("\n")):
+                try:
+                    key, answer = self._answer(line)
+                    found.setdefault(key, answer)
+                except NoCompletion as error:
+                    empty.append(str(error))
+                except StopRun as error:
+                    stops.append(error)
+        for answer in found.values():
             self.purse.release(0, answer.reply.price)
-        self.answers.collect_batch(token, found)
+        self.answers.collect_batch(token, list(found.items()))
+        if empty:
+            self.say(f"{len(empty):,} lines of the batch hold no answer, as the first: {self._told(empty[0])}")
+        if stops:  # only now, when the others are stored
+            raise stops[0]
+        self._note(found)
         return len(found)
 
-    def _answer(self, text: str) -> tuple[str, Answer] | None:
-        """Reads one line of an output or error file; None when it answers nothing: the request stays open."""
-        line: Any = json.loads(text)
-        key, response = line.get("custom_id"), line.get("response") or {}
-        stage, status = self.answers.stage(key), response.get("status_code") or 0
-        if stage is None:
-            return None
-        if 400 <= status < 500 and status not in ANOTHER_TIME:
-            reply = Reply(status="refused", text="", why=f"the server does not take the request (status {status})")
-        else:
-            try:
-                reply = reply_from(response.get("body"), self.price, batch=True)
-            except NoCompletion:
-                return None
-        before = self.answers.find(key)
-        return key, judge(stage, self.mode, reply, attempt=before.attempt + 1 if before else 1, check=None)
+    def _answer(self, text: str) -> tuple[str, Answer]:
+        """Reads one line of an output or error file.
 
-    def _hide(self, error: openai.APIError) -> str:
-        return hide(" ".join(str(error.message).split())[:300], self._key)
+        Raises:
+            NoCompletion: it answers nothing; the request stays open.
+            StopRun: it says that no request can succeed.
+        """
+        try:
+            line: Any = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise NoCompletion(f"it is not JSON ({error})") from error
+        key = line.get("custom_id") if isinstance(line, dict) else None
+        stage = self.answers.stage(key) if isinstance(key, str) and key.isascii() else None
+        if key is None or stage is None:
+            raise NoCompletion("it answers nothing that was asked")
+        response = line.get("response")
+        if not isinstance(response, dict):
+            raise NoCompletion(_error(line)[1] or "it holds no response")
+        status, body = response.get("status_code"), response.get("body")
+        reply = None
+        if isinstance(status, int) and status >= 400:
+            code, message = _error(body)
+            why = self._told(f"status {status}: {message}")
+            reply = rejection(status, code, why, self.server)
+            if reply is None:
+                raise NoCompletion(why)
+        reply = reply or reply_from(body, self.price, batch=True)
+        return key, judge(stage, self.mode, reply, attempt=self.answers.attempts(key) + 1, check=None)
+
+    def _note(self, found: dict[str, Answer]) -> None:
+        # Keys are hashes: in their order good and bad are mixed, while the server puts all bad ones at the end.
+        for _, answer in sorted(found.items()):
+            if answer.reply.status == "ok":
+                self.budget.good()
+            elif is_final(answer, self.attempts):
+                self.budget.bad(f"{answer.reply.status}: {answer.reply.why}")
+
+    def _told(self, text: str) -> str:
+        return told(text, self.server, self._key)
+
+
+def _error(value: Any) -> tuple[str, str]:
+    """Returns code and message of the error that an object holds, empty where it has none."""
+    error = value.get("error") if isinstance(value, dict) else None
+    found = error if isinstance(error, dict) else {}
+    return str(found.get("code") or ""), str(found.get("message") or "")
 
 
 def _files(lines: Iterator[bytes], folder: Path) -> Iterator[tuple[Path, int]]:

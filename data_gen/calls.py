@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from data_gen.schemas import Mode, Stage
 
-Status = Literal["ok", "malformed", "truncated", "refused", "filtered"]
+Status = Literal["ok", "malformed", "truncated", "refused", "filtered", "rejected"]
 
 IMAGE_PREFIX = "image:"
 
@@ -55,8 +55,8 @@ class Reply:
     """What came back.
 
     Attributes:
-        status: "ok", or why it is of no use: not the JSON asked for, cut off, refused by the model, or kept back by
-            the server's content filter.
+        status: "ok", or why it is of no use: not the JSON asked for, cut off, refused by the model, kept back by the
+            server's content filter, or the request was rejected, as it would be whenever it is sent.
         text: the answer as it came; of a refusal its words.
         usage_in: tokens of the prompt, the cached among them.
         usage_cached: tokens of the prompt that the server had cached.

@@ -128,6 +128,7 @@ def questions(entry: Entry) -> list[Question]:
             perspective=last.perspective,
             length=last.length,
             history=tuple(Turn(turn.question, turn.answer) for turn in earlier),
+            author=last.author,
         )
         for *earlier, last in talks
     ]

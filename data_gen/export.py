@@ -41,10 +41,11 @@ from data_gen.splits import SPLITS
 from data_gen.summary import Made, Source, read_sources, summary
 from medisee.data.mlmr_sd import write_splits
 from medisee.errors import InputError
-from medisee.files import atomic_path, inside, write_json, write_text
+from medisee.files import atomic_path, inside, is_new_or_earlier, write_json, write_text
 from medisee.records import Record
 
 SUMMARY = "data.json"
+_OWN_KEY = "screening"  # in no other data.json
 
 
 def export(
@@ -68,16 +69,17 @@ def export(
         The content of data.json.
 
     Raises:
-        InputError: nothing is left to export, `out` holds something else, or images or masks are missing or wrong; all
-            of these are named.
+        InputError: nothing is left to export, `out` holds something else, the ledger or its images, or images or masks
+            are missing or wrong; all of these are named.
     """
-    check_out(out, SUMMARY)
+    check_out(out, SUMMARY, _OWN_KEY)
     candidates, decisions = ledger.pairs(), ledger.decisions()
     screening = screen(candidates, decisions, screened_only=screened_only)
     listed = entries(ledger.items(), screening.pairs, seed)
     if not listed:
         wanted = "a pair that a person accepted" if screened_only else "a pair"
         raise InputError(f"{ledger.path}: expected {wanted}, found none among {len(candidates)}; go on with the run.")
+    _check_apart(out, ledger)
     models: dict[str, list[str]] = {}
     for count in ledger.counts():
         models.setdefault(count.stage, []).append(count.model)
@@ -107,17 +109,32 @@ def export(
     return found
 
 
-def check_out(out: Path, sign: str) -> None:
-    """Refuses a folder that holds something else than an earlier result, which `sign`, a file in it, tells.
+def check_out(out: Path, sign: str, key: str) -> None:
+    """Refuses a folder that holds something else than an earlier result: a JSON file `sign` with a key of our own.
 
     Raises:
         InputError: it does.
     """
-    if out.exists() and not (out.is_dir() and ((out / sign).is_file() or not any(out.iterdir()))):
+    if not is_new_or_earlier(out, sign, key):
         raise InputError(
-            f"--out {out}: exists and holds something else; expected a new or empty folder, or one with {sign}; "
-            "name another."
+            f"--out {out}: exists and holds something else; expected a new or empty folder, or an earlier result with "
+            f"{sign}; name another."
         )
+
+
+def _check_apart(out: Path, ledger: Ledger) -> None:
+    """Refuses a folder whose replacement would take away what the export is made from."""
+    root, place = ledger.root(), out.resolve()
+    needed = {"the ledger": ledger.path, "the folder of the images": root}
+    for item in ledger.items() if place.is_relative_to(root.resolve()) else ():
+        files = {"image": item.image} | ({"mask": item.mask} if isinstance(item.mask, str) else {})
+        needed |= {f"{kind} {file!r}": root / file for kind, file in files.items()}
+    for what, path in needed.items():
+        if path.resolve().is_relative_to(place):
+            raise InputError(
+                f"--out {out}: holds {what} ({path}), which the export would replace; expected a folder apart from the "
+                "ledger and its images; name another."
+            )
 
 
 def _write_pictures(listed: Sequence[Entry], root: Path, folder: Path) -> None:
@@ -153,7 +170,7 @@ def _categories(listed: Sequence[Entry], names: Names) -> dict[str, list[str]]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Exports a data set from the command line."""
     arguments = _parser().parse_args(argv)
-    check_out(arguments.out, SUMMARY)
+    check_out(arguments.out, SUMMARY, _OWN_KEY)
     sources = read_sources(*([arguments.sources] if arguments.sources else []))
     with Ledger(arguments.ledger) as ledger:
         if not ledger.settled():

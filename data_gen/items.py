@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from medisee.errors import InputError
+from medisee.files import sha256
 from medisee.manifest import Manifest
 from medisee.masks import Box, MaskFiles, Rle, encode_mask, mask_box
 from medisee.records import Record, Target
@@ -52,6 +53,8 @@ class Item:
         entities: all labelled objects of the image, the target among them.
         width: of the image, in pixels.
         height: of the image, in pixels.
+        image_sha256: of the image file; empty in ledgers that were begun before it was noted, and then not checked.
+        mask_sha256: of the mask file; empty for an RLE too.
     """
 
     id: str
@@ -67,6 +70,8 @@ class Item:
     entities: tuple[Entity, ...]
     width: int
     height: int
+    image_sha256: str = ""
+    mask_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +195,8 @@ def _item(manifest: Manifest, record: Record, target: Target) -> Item:
         entities=tuple(entities),
         width=width,
         height=height,
+        image_sha256=sha256(manifest.image_path(record)),
+        mask_sha256=sha256(manifest.root / target.mask) if isinstance(target.mask, str) else "",
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
@@ -330,14 +331,15 @@ _DECISION = "pair, reviewer, verdict, reason, question, answer"
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     """Makes the tables of a new file, or refuses one that is not ours."""
     version = connection.execute("PRAGMA user_version").fetchone()[0]
-    has_tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-    if version == VERSION:
-        return
-    if version or has_tables:
-        raise InputError(
-            f"{path}: is an SQLite file of version {version}; expected a ledger of version {VERSION}; name another file."
-        )
+    found = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
     tables = _TABLES.read_text(encoding="utf-8")
+    if version == VERSION and found.issuperset(re.findall(r"CREATE TABLE (\w+)", tables)):
+        return
+    if version or found:
+        raise InputError(
+            f"{path}: is another program's SQLite file or a ledger of another version ({version}); expected a ledger of "
+            f"version {VERSION}; name another file."
+        )
     connection.executescript(f"BEGIN EXCLUSIVE; {tables} PRAGMA user_version={VERSION}; COMMIT;")
 
 

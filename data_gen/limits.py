@@ -8,6 +8,8 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+from data_gen.answers import Answers
+
 _LEAST_SLEEP = 0.001  # seconds; a rest too small for the clock would be waited for in vain
 
 
@@ -131,10 +133,12 @@ class Purse:
     Attributes:
         limit: what all may cost; None is no limit.
         spent: by now, in this run and those before.
+        answers: of the ledger, which keeps what `lose` was told for the runs to come.
     """
 
     limit: float | None = None
     spent: float = 0.0
+    answers: Answers | None = None
     _held: float = 0.0
 
     def hold(self, most: float) -> None:
@@ -154,3 +158,9 @@ class Purse:
         """Pays for a call and frees what was set aside for it."""
         self._held = max(0.0, self._held - held)
         self.spent += price
+
+    def lose(self, held: float) -> None:
+        """Pays all that was set aside for a call: its answer never came, but it may be charged for."""
+        self.release(held, held)
+        if self.answers is not None and held:
+            self.answers.charge(held)

@@ -23,9 +23,10 @@ from medisee.errors import InputError
 NAMES_FILE = Path(__file__).with_name("names.yaml")
 SIDES = ("left", "right")
 
-_KEYS = ("names", "labels", "hints", "sided")
-_FORM = "{names: [...], labels: [...], hints: [...], sided: true}"
+_KEYS = ("names", "labels", "hints", "stems", "sided")
+_FORM = "{names: [...], labels: [...], hints: [...], stems: [...], sided: true}"
 _WORD = re.compile(r"[^\W_]+(?:['’]s\b)?")
+_DOTTED = re.compile(r"(?<![\w.])[^\W\d_](?:\.[^\W\d_])+(?!\w)\.?")  # "I.V.C."
 # The British stem and the American one; words are compared in the American spelling.
 _SPELLINGS = tuple(
     (re.compile(british), american)
@@ -94,12 +95,14 @@ class Entry:
         names: nouns that name it; the first is the one that answers use.
         labels: what data sets call it, besides; too general to be found in a text.
         hints: words that give it away in a description, though they do not name it.
+        stems: parts of words that give it away in any word that holds them, as "splen" in "splenectomy".
         sided: there is a left and a right one.
     """
 
     names: tuple[str, ...]
     labels: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
+    stems: tuple[str, ...] = ()
     sided: bool = False
 
 
@@ -181,7 +184,8 @@ class Names:
                 return " ".join(texts[mention.start : mention.stop])
         entry = self._entries.get(base) or Entry((base,))
         table = _some_forms((base, *entry.hints))  # a name within a longer one betrays too: "liver" in "liver tumor"
-        return next((" ".join(texts[i:j]) for i in range(len(texts)) for j, _ in table.at(texts, i)), None)
+        hint = next((" ".join(texts[i:j]) for i in range(len(texts)) for j, _ in table.at(texts, i)), None)
+        return hint or next((word for word in texts if any(stem in word for stem in entry.stems)), None)
 
 
 def load_names(extra: str | None = None, source: str = "the further names") -> Names:
@@ -245,6 +249,7 @@ def _entry(source: str, category: str, fields: Any, problems: list[str]) -> Entr
         or not isinstance(fields.get("sided", False), bool)
         or not all(isinstance(fields.get(key, []), list) for key in lists)
         or not all(isinstance(name, str) and words(name) for key in lists for name in fields.get(key, []))
+        or not all(len(words(stem)) == 1 for stem in fields.get("stems", []))
     ):
         problems.append(f"{source}: {category}: holds {fields!r:.80}; expected {_FORM}, any of them; correct it.")
         return Entry((category,))
@@ -252,6 +257,7 @@ def _entry(source: str, category: str, fields: Any, problems: list[str]) -> Entr
         names=(category, *fields.get("names", [])),
         labels=tuple(fields.get("labels", [])),
         hints=tuple(fields.get("hints", [])),
+        stems=tuple(words(stem)[0].text for stem in fields.get("stems", [])),
         sided=fields.get("sided", False),
     )
 
@@ -265,9 +271,13 @@ def _sided(entries: Mapping[str, Entry]) -> Iterator[tuple[str, Entry]]:
 
 @lru_cache(maxsize=4096)
 def words(text: str) -> tuple[Word, ...]:
-    """Returns the words of a text as they are compared: lower case, no accents, American spelling, no possessive."""
+    """Returns the words of a text as they are compared: lower case, no accents, American spelling, no possessive.
+
+    An abbreviation with dots is one word: "I.V.C." is "ivc".
+    """
     plain = unicodedata.normalize("NFKD", text.lower())
     plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
+    plain = _DOTTED.sub(lambda match: match.group().replace(".", ""), plain)
     found = [match.group() for match in _WORD.finditer(plain)]
     return tuple(Word(_american(re.sub(r"['’]s$", "", word)), word.endswith(("'s", "’s"))) for word in found)
 

@@ -7,12 +7,16 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
 
 from data_gen.captions import read_captions
 from data_gen.names import load_names, read_names
 from data_gen.prices import FREE, Price, find_price, load_prices
 from data_gen.prompts import MOST_VARIANTS
 from data_gen.recipe import OFFLINE, Recipe
+from data_gen.wire import CAPTION_KEY, KEY, is_same
 from medisee.errors import InputError
 from medisee.files import sha256
 from medisee.manifest import Manifest
@@ -49,13 +53,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the drawn targets and wordings (default: 0)")
     add("--names", type=Path, metavar="FILE", help="further names of categories, in the form of data_gen/names.yaml")
     add = parser.add_argument_group("by whom").add_argument
-    add("--model", metavar="NAME", help="the model that writes, as gpt-4o; its key is read from OPENAI_API_KEY")
+    add("--model", metavar="NAME", help=f"the model that writes, as gpt-4o; its key is read from {KEY}")
     add("--author", choices=(OFFLINE,), help="instead of a model: what the package knows by itself, free of charge")
     add("--base-url", metavar="URL", help="another OpenAI-compatible server, as http://127.0.0.1:8000/v1")
     add("--schema", choices=_SCHEMAS, default="strict", help="how the server is held to the JSON (default: strict)")
     add("--temperature", type=float, metavar="T", help="of the model (default: the server's)")
     add("--captioner", metavar="NAME", help=f"a vision model for captions, or {LOCAL}FOLDER of a Llava (default: none)")
-    add("--caption-url", metavar="URL", help="the captioner's server (default: as --base-url)")
+    add(
+        "--caption-url",
+        metavar="URL",
+        help=f"the captioner's server, whose key is read from {CAPTION_KEY} (default: as --base-url, with the same key)",
+    )
     add("--caption-schema", choices=_SCHEMAS, help="the same for the captioner (default: as --schema)")
     add("--captions", type=Path, metavar="FILE", help="given captions: JSON Lines of record and caption")
     add = parser.add_argument_group("at which price").add_argument
@@ -74,7 +82,7 @@ def make(arguments: argparse.Namespace) -> Made:
     manifest = Manifest(arguments.records, arguments.root)
     model = OFFLINE if arguments.author else arguments.model
     names = read_names(arguments.names) if arguments.names else None
-    is_openai = arguments.base_url is None
+    is_openai = is_same(arguments.base_url, None)
     recipe = Recipe(
         model=model,
         names=load_names(names, str(arguments.names)),
@@ -101,6 +109,9 @@ def fixed_settings(arguments: argparse.Namespace, recipe: Recipe) -> dict[str, A
         "seed": recipe.seed,
         "model": recipe.model,
         "schema": recipe.mode,
+        "caption_schema": recipe.caption_mode,
+        # By `limit_name` alone, so that one may go from one server of one's own to another.
+        "base_url": "OpenAI's" if recipe.limit_name == "max_completion_tokens" else "another",
         "again": recipe.again,
         "variants": recipe.variants,
         "parameters": dict(recipe.parameters),
@@ -145,6 +156,11 @@ def _check(arguments: argparse.Namespace) -> None:
         problems.append("--author offline asks nobody; leave out --captioner and --base-url.")
     if arguments.captions and arguments.captioner:
         problems.append("expected either --captions or --captioner; leave one out.")
+    problems += [
+        f"{name} {url!r}: expected an address as http://127.0.0.1:8000/v1; correct it."
+        for name, url in (("--base-url", arguments.base_url), ("--caption-url", arguments.caption_url))
+        if url is not None and not _is_address(url)
+    ]
     bounds = {"variants": (1, MOST_VARIANTS), "again": (0, 10), "limit": (1, None), "temperature": (0, 2)}
     for name, (least, most) in bounds.items():
         value = getattr(arguments, name)
@@ -153,3 +169,12 @@ def _check(arguments: argparse.Namespace) -> None:
             problems.append(f"--{name} is {value}; expected {expected}; correct it.")
     if problems:
         raise InputError(problems)
+
+
+def _is_address(url: str) -> bool:
+    try:
+        httpx2.URL(url)  # which is what is sent to; it takes "http://[" for the name of a host
+        parsed = urlsplit(url)
+        return parsed.scheme in ("http", "https") and bool(parsed.hostname) and parsed.port != 0
+    except (httpx2.InvalidURL, ValueError):
+        return False

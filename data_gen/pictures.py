@@ -16,7 +16,7 @@ from PIL import Image
 from data_gen.items import Item
 from medisee.data.images import read_image
 from medisee.errors import InputError
-from medisee.files import inside
+from medisee.files import inside, sha256
 from medisee.manifest import read_mask
 from medisee.masks import Rle, decode_mask
 
@@ -30,14 +30,16 @@ def item_image(item: Item, root: Path) -> NDArray[np.uint8]:
     """Reads an item's image (H, W, 3), RGB.
 
     Raises:
-        InputError: it is missing, cannot be read, leaves the root or has another size than the item says.
+        InputError: it is missing, cannot be read, leaves the root, or is not the one that the item was made from.
     """
-    image = read_image(inside(root, item.image, f"item {item.id!r}"))
+    path = inside(root, item.image, f"item {item.id!r}")
+    image = read_image(path)
     if image.shape[:2] != (item.height, item.width):
         raise InputError(
             f"item {item.id!r}: image {item.image!r} is {image.shape[1]} x {image.shape[0]} (width x height); expected "
             f"{item.width} x {item.height}, as when the ledger was begun; put the old file back."
         )
+    _check_content(path, item.image_sha256, f"item {item.id!r}: image {item.image!r}")
     return image
 
 
@@ -45,11 +47,15 @@ def item_mask(item: Item, root: Path) -> NDArray[np.bool_]:
     """Reads an item's mask (H, W).
 
     Raises:
-        InputError: it is missing, cannot be read, leaves the root or has another size than the image.
+        InputError: it is missing, cannot be read, leaves the root, has another size than the image, or is not the one
+            that the item was made from.
     """
     where, size = f"item {item.id!r}", (item.height, item.width)
     if isinstance(item.mask, str):
-        return read_mask(inside(root, item.mask, where), f"{where}: mask {item.mask!r}", root, size)
+        path = inside(root, item.mask, where)
+        mask = read_mask(path, f"{where}: mask {item.mask!r}", root, size)
+        _check_content(path, item.mask_sha256, f"{where}: mask {item.mask!r}")
+        return mask
     mask = decode_mask(Rle(item.mask.size, item.mask.counts))
     if mask.shape != size:
         raise InputError(
@@ -57,6 +63,14 @@ def item_mask(item: Item, root: Path) -> NDArray[np.bool_]:
             f"{item.width} x {item.height}; start a new ledger from a correct manifest."
         )
     return mask
+
+
+def _check_content(path: Path, expected: str, where: str) -> None:
+    if expected and (found := sha256(path)) != expected:
+        raise InputError(
+            f"{where} has the SHA-256 {found[:12]}...; expected {expected[:12]}..., as when the ledger was begun; put the "
+            "old file back or start a new ledger."
+        )
 
 
 def image_png(item: Item, root: Path) -> bytes:

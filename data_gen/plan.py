@@ -6,7 +6,8 @@
 The real prompts of up to 200 images are built and measured; in place of answers stand texts of the length that is asked
 for. Tokens are counted as characters over 3.8, which is right within a tenth or two for English. "USD" is when every
 answer keeps the rules, "at most USD" when every one is asked for again as often as --again allows; calls that fail and
-the last pass over near-duplicates come on top. `run --max-cost` holds a run to an amount.
+the last pass over near-duplicates come on top. Captions are asked for at once even in a run with --batch, at the usual
+price. `run --max-cost` holds a run to an amount.
 """
 
 from __future__ import annotations
@@ -25,10 +26,9 @@ from pydantic import BaseModel
 from data_gen.asking import Answered, Check
 from data_gen.calls import Fault, Request
 from data_gen.items import Item, items_from_manifest
-from data_gen.options import LOCAL, Made, add_options, make
+from data_gen.options import Made, add_options, make
 from data_gen.prices import CHARACTERS, Price, size_of
 from data_gen.prompts import ask_again
-from data_gen.recipe import OFFLINE
 from data_gen.schemas import ANSWERS, CELLS, Stage
 from data_gen.stages import make as make_pairs
 from medisee.manifest import Manifest
@@ -140,9 +140,8 @@ def report(stages: dict[Stage, StagePlan], made: Made, count: int, pairs: int) -
     ]
     sums = [0.0] * 6
     for stage, plan in stages.items():
-        model = recipe.captioner if stage == "caption" else recipe.model
         price = made.caption_price if stage == "caption" else made.price
-        row = _row(plan, price, live_only=bool(model and model.startswith((LOCAL, OFFLINE))))
+        row = _row(plan, price, live_only=stage == "caption")
         sums = [total + value for total, value in zip(sums, row, strict=True)]
         lines.append(_line(stage, row))
     return "\n".join([*lines, _line("all", sums)])

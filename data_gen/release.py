@@ -2,8 +2,9 @@
 
 The release's loaders name two kinds of files but come without any: `image -> {mask: class}` as JSON, and the test
 questions as JSON Lines. The keys of a line are therefore ours: id, image, mask, category, question, answer,
-perspective, length, and in a conversation `history`, the earlier turns. We write both kinds for all three splits. Questions and
-answers are bare here: the request for a mask and the candidate tokens are added when they are read.
+perspective, length, author ("offline" or a model's name), and in a conversation `history`, the earlier turns. We write
+both kinds for all three splits. Questions and answers are bare here: the request for a mask and the candidate tokens are
+added when they are read.
 """
 
 from __future__ import annotations

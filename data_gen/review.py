@@ -4,9 +4,9 @@
   python -m data_gen review --ledger data/mlmr_sd/ledger.sqlite --reviewer ben --share 0.1     a tenth of the images
 
 Open the address that it prints. Every decision is in the ledger before the page goes on, so stop whenever you like and
-start again with the same name. Two reviewers with the same --share and --seed see the same pairs, neither sees what
-the other said, and the page shows how far they agree (raw and Cohen's kappa). `python -m data_gen export` says what
-becomes of pairs that they see differently.
+start again with the same name. Shown are the pairs whose words are final, as a run leaves them at its end. Two
+reviewers with the same --share and --seed see the same pairs, neither sees what the other said, and the page shows how
+far they agree (raw and Cohen's kappa). `python -m data_gen export` says what becomes of pairs that they see differently.
 
 Keys: a accept, r reject with a reason, e edit, u undo, arrows move, m and b hide mask and box, ? help.
 
@@ -64,15 +64,21 @@ class ReviewDesk:
             seed: of the choice.
 
         Raises:
-            InputError: the ledger holds no pair.
+            InputError: the ledger holds no pair whose words are final.
         """
         self._ledger, self._reviewer, self._names = ledger, reviewer, ledger.names()
         self._root = ledger.root()
         self._lock = threading.Lock()
         self._of_item: dict[str, list[Pair]] = {}
-        for pair in ledger.pairs():
+        # The others may still be put in other words, under the same id.
+        for pair in ledger.pairs_in("kept"):
             self._of_item.setdefault(pair.item, []).append(pair)
         items = [item for item in ledger.items() if item.id in self._of_item]
+        if not items and not ledger.settled():
+            raise InputError(
+                f"{ledger.path}: its pairs have not been compared with each other, so their words may change; let the "
+                "same `python -m data_gen run` come to its end first."
+            )
         if not items:
             raise InputError(f"{ledger.path}: holds no pair to review; make some with `python -m data_gen run`.")
         ranked = sorted(items, key=lambda item: hashlib.sha256(f"{seed} {item.id}".encode()).hexdigest())

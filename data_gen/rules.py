@@ -6,13 +6,14 @@ What is not checked here is whether a statement is true in medicine; people scre
 - `words`: a description or a question has 5-15 words (short) or 10-20 (long), an answer about 15, from 8 to 25.
 - `names_target`: a description, a question or an early turn holds the target's name, a synonym, plural, abbreviation
   or a word that gives it away.
-- `names_other`: it asks for another labelled object ("which spleen", "find the spleen", "the spleen, which ...").
-  Another object as a landmark is allowed: "the organ to the right of the spleen".
-- `coordinates`: numbers that are positions: brackets of numbers, shares, percentages, pixels.
+- `names_other`: it is about another labelled object ("which spleen", "find the spleen", "the spleen, which ...", "this
+  organ is the spleen"). Another object as a landmark is allowed: "the organ to the right of the spleen".
+- `coordinates`: numbers that are positions: lists of numbers, rows and columns, shares, percentages, pixels.
 - `position`: it places the target in a half of the image where its box does not reach.
 - `question`: a description is a question, or a question is neither one nor a request.
-- `answer_names_label`: the answer does not name the target, or names another labelled object before it.
-- `same_target`: the short and the long text of a perspective contradict each other.
+- `answer_names_label`: the answer does not name the target, denies it ("not the liver"), names another labelled object
+  before it, or says that it is something else ("it is the pancreas, beside the liver").
+- `same_target`: the short and the long description, or question, of a perspective contradict each other.
 - `duplicate`: see `data_gen.duplicates`.
 """
 
@@ -25,7 +26,7 @@ from itertools import product
 from typing import Literal, TypeAlias
 
 from data_gen.items import Item, Length
-from data_gen.names import Names, words
+from data_gen.names import Mention, Names, Word, words
 from data_gen.positions import claims, contradiction
 
 RuleName: TypeAlias = Literal[
@@ -45,11 +46,18 @@ ANSWER_WORDS = (8, 25)
 TURN_WORDS = (2, 40)
 
 _NUMBER = r"-?\d*[.,]?\d+"
+# What stands before a list of numbers that are no positions: "areas 1, 2 and 3".
+_NUMBERED = "areas segments grades levels stages types ribs zones nerves groups vertebrae chromosomes ages"
+_LIST = (
+    r"(?<![\w.,])(?<!\d, )" + "".join(rf"(?<!\b{noun} )" for noun in _NUMBERED.split()) + r"\d+(?:\.\d+)?"
+    r"(?:\s*,\s+|,(?!\d{3}(?!\d)))\d"  # "1,500" is one number
+)
 _COORDINATES = re.compile(
     rf"[\[(<]\s*{_NUMBER}\s*(?:(?:[,;:x]\s*|\s){_NUMBER}\s*)+[\])>]"  # (0.1, 0.2), [12, 40, 90, 80]
     rf"|\b[xyXY][0-2]?\s*(?:=|≈|:|is|from|between)\s*{_NUMBER}"  # x = 12, y0: 0.4
-    rf"|{_NUMBER}\s*(?:px|pixels?)\b|\bpixels?\s+{_NUMBER}"
-    r"|(?<![\w.])0?\.\d+"  # a share
+    rf"|{_NUMBER}\s*(?:px|pixels?)\b|\bpixels?\s+{_NUMBER}|{_LIST}"  # 120, 45, 200, 90
+    r"|\b(?:rows?|columns?) (?:number |no\.? )?\d|\b\d+[snrt][tdh] (?:row|column)\b"
+    r"|(?<![\w.])0?\.\d+|(?<![\w.,])0,\d+"  # a share
     rf"|\d+\s*(?:%|per ?cent)\s+(?:of|from|to|down|up|across|along|in)\b[^.;]*?"
     r"\b(?:image|picture|slice|scan|width|height|left|right|top|bottom|edge|border)"
     r"|\b(?:the|these|those|its|with|at|of|pixel|image|box) coordinates?\b|\bcoordinates? (?:of|are|is|at)\b|\bxyxy\b|\bbbox\b|\bbounding box\w*\s+(?:is|at|of|with|=|:)?\s*[\[(\d]",
@@ -63,12 +71,39 @@ _VERBS = (
 )
 _QUALITY = r"(?:left|right|upper|lower|whole|entire|visible|shown|large|small|big|healthy|normal|[a-z]+(?:ish|al|ed)) "
 _FILL = rf"(?:(?:me|us|out|to|at|where|is|are|the|a|an|this|that|these|those) |{_QUALITY})"
+# A word like these before "is the spleen" makes the spleen a landmark: "whose neighbour is the spleen".
+_AWAY = (
+    "whose|that|which|where|whom|what|and|but|if|when|as|of|to|from|by|with|above|below|behind|beside|under|over|near|"
+    "next|between|before|after|neighbor|border|edge|wall|roof|floor|side|landmark"
+)
+_NOUN = rf"(?:(?!(?:{_AWAY})\b)[a-z0-9]+ |of (?:the|this) (?:image|picture|slice|scan|body|belly|abdomen|brain|chest) )"
+# What may follow a name that a sentence ends with or goes on about: "is the spleen in this image", "the spleen, which".
+_THEN = (
+    r"(?= (?:in|on|at|within|inside|here|seen|shown|visible|located|lying|which|that|who|where|because|since|as|so|but|not|"
+    "beside|near|next|behind|above|below|under|between)\\b|$)"
+)
+_CALLED = r"(?:known as|called|named|termed|labell?ed(?: as)?|referred to as|identified as)"
+# "it is the spleen", "this organ is the spleen", "the organ known as the spleen"
+_SAID = (
+    r"^(?:yes |here |so |well )?(?:(?:it(?: is)?|(?:this|that|these|those|they) (?:is|are)|"
+    rf"(?:the|this|that|an?|these|those) {_NOUN}{{1,4}}(?:(?:that|which) )?(?:is|are)) (?:{_CALLED} )?{_FILL}{{0,3}}OTHER{_THEN}"
+    rf"|(?:the|this|that|an?|these|those) {_NOUN}{{1,4}}{_CALLED} {_FILL}{{0,3}}OTHER(?! (?:OWNS|NEXT)))"
+)
+_LIES = "lie|sit|appear|rest|reside|stand|show up|show"
 # "which spleen" asks, "against which the spleen" does not; "where the spleen ends" neither.
 _ASKED = re.compile(
     rf"(?:\b(?:which|what) (?:{_QUALITY}){{0,3}}|\b(?:which|what|where) (?:is|are) {_FILL}{{0,4}}"
     rf"|\bwhere (?:do you see|can i (?:find|see)) {_FILL}{{0,4}}|\b(?:{_VERBS}) {_FILL}{{0,4}})OTHER(?! (?:OWNS|NEXT))"
+    rf"|\bwhere (?:in|on|within|inside) {_NOUN}{{1,4}}(?:is|are) {_FILL}{{0,3}}OTHER{_THEN}"
+    rf"|\bwhere (?:does|do|did|can|could|will|would) {_FILL}{{0,3}}OTHER (?:{_LIES})(?= (?:in|on|within|here)\b|$)"
+    rf"|\b(?:which|what)(?: one)?(?: of)? {_NOUN}{{1,7}}(?:is|are) (?:{_CALLED} )?{_FILL}{{0,3}}OTHER{_THEN}"
+    rf"|{_SAID}"
 )
-_TOLD = re.compile(rf"^(?:it |this |here |that )?(?:is |are |shows )?{_FILL}{{0,3}}OTHER(?! (?:OWNS|NEXT))")
+_TOLD = re.compile(rf"^(?:it |this |here |that )?(?:is |are |shows )?{_FILL}{{0,3}}OTHER(?! (?:OWNS|NEXT))|{_SAID}")
+_ANSWERED = re.compile(_SAID)
+_DENIED = re.compile(
+    rf"\b(?:not|[a-z]+n t|no|neither|nor|never|rather than|instead of|unlike) {_FILL}{{0,3}}OTHER(?! (?:OWNS|NEXT))"
+)
 # Behind another object's name these make it a part of a larger phrase: "the liver edge", "the spleen-sided organ".
 _PARTS = (
     "side sided edge border margin surface neighbor neighboring neighbors adjacent region area like tip contact fissure "
@@ -111,7 +146,7 @@ def check_description(text: str, length: Length, item: Item, names: Names) -> li
     return [
         *_words(text, "the description", *TEXT_WORDS[length]),
         *_riddle(text, item, names),
-        *_names_other(text, item, names, _TOLD, "begins with"),
+        *_names_other(text, item, names, _TOLD, "is about"),
         *(
             [Breach("question", "the description is a question; write a phrase without a question mark")]
             if "?" in text
@@ -199,18 +234,20 @@ def _where(text: str, item: Item) -> Iterator[Breach]:
 
 def _names_other(text: str, item: Item, names: Names, pattern: re.Pattern[str], does: str) -> Iterator[Breach]:
     spoken = words(text)
-    target = names.canonical(item.category)
+    others = _labelled(item, names) - {names.canonical(item.category)}
     for mention in names.find(spoken, _categories(item)):
-        if mention.category == target or mention.category not in {names.canonical(e.category) for e in item.entities}:
-            continue
-        owns = ["OWNS"] if spoken[mention.stop - 1].owns else []
-        behind = [word.text for word in spoken[mention.stop :]]
-        behind[:1] = ["NEXT" if word in _NEXT else word for word in behind[:1]]
-        masked = " ".join([*(word.text for word in spoken[: mention.start]), "OTHER", *owns, *behind])
-        if pattern.search(masked):
+        if mention.category in others and pattern.search(_masked(spoken, mention)):
             reason = f"the text {does} the {mention.category}, another labelled object; it may only be a landmark"
             yield Breach("names_other", reason)
             return
+
+
+def _masked(spoken: tuple[Word, ...], mention: Mention) -> str:
+    """Returns a text with one of its names as OTHER, and with a sign for what makes it a part of a larger phrase."""
+    owns = ["OWNS"] if spoken[mention.stop - 1].owns else []
+    behind = [word.text for word in spoken[mention.stop :]]
+    behind[:1] = ["NEXT" if word in _NEXT else word for word in behind[:1]]
+    return " ".join([*(word.text for word in spoken[: mention.start]), "OTHER", *owns, *behind])
 
 
 def _asks(question: str) -> Iterator[Breach]:
@@ -225,12 +262,24 @@ def _asks(question: str) -> Iterator[Breach]:
 
 
 def _names_label(answer: str, item: Item, names: Names) -> Iterator[Breach]:
-    target = names.canonical(item.category)
-    first = names.first(answer, _categories(item))
-    if target not in names.mentions(answer, _categories(item)):
+    target, spoken = names.canonical(item.category), words(answer)
+    mentions = names.find(spoken, _categories(item))
+    if target not in {mention.category for mention in mentions}:
         yield Breach("answer_names_label", f'the answer does not name the target; write "{target}"')
-    elif first != target and first in {names.canonical(entity.category) for entity in item.entities}:
-        yield Breach("answer_names_label", f"the answer names the {first} before the {target}; name the target first")
+        return
+    first = mentions[0]
+    if first.category != target and (
+        first.category in _labelled(item, names) or _ANSWERED.search(_masked(spoken, first))
+    ):
+        yield Breach(
+            "answer_names_label", f"the answer names the {first.category} before the {target}; name the target first"
+        )
+    elif any(_DENIED.search(_masked(spoken, mention)) for mention in mentions if mention.category == target):
+        yield Breach("answer_names_label", f"the answer says what is not the {target}; say only that it is the target")
+
+
+def _labelled(item: Item, names: Names) -> set[str]:
+    return {names.canonical(entity.category) for entity in item.entities}
 
 
 def _categories(item: Item) -> Iterable[str]:

@@ -7,7 +7,8 @@
   python -m data_gen run ... --captioner local:FOLDER                                     LLaVA-Med describes the images
 
 All is in the ledger before anything is built on it. Stop a run however you like and start the same line again: what has
-an answer is not asked again. The key of OpenAI's servers is read from OPENAI_API_KEY and written nowhere.
+an answer is not asked again. The key of the model's server is read from OPENAI_API_KEY, that of a captioner's own server
+(--caption-url) from MEDISEE_CAPTION_KEY; they are written nowhere.
 
 Ends with 0 when all images are done, 1 when the run stopped before that (it says why), 2 when the input is wrong.
 """
@@ -21,6 +22,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -35,8 +37,9 @@ from data_gen.ledger import Ledger
 from data_gen.limits import ErrorBudget, Purse, RateLimit, StopRun
 from data_gen.options import LOCAL, Made, add_options, fixed_settings, make
 from data_gen.plan import count_items
+from data_gen.prices import Price
 from data_gen.recipe import OFFLINE
-from data_gen.wire import Server, Wire, api_key
+from data_gen.wire import CAPTION_KEY, KEY, Server, Wire, api_key, is_same
 from medisee.errors import InputError
 
 
@@ -46,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check(arguments)
     made = make(arguments)
     if not arguments.author:
-        api_key(_server(arguments, arguments.base_url))
+        api_key(_server(arguments))
+        api_key(_caption_server(arguments))
     with Ledger(arguments.ledger, create=True) as ledger, _alone(arguments.ledger):
         free = {"style": made.recipe.style, "limit": arguments.limit, "batch": arguments.batch}
         number = ledger.start_run(fixed_settings(arguments, made.recipe), free)
@@ -73,33 +77,32 @@ def main(argv: Sequence[str] | None = None) -> None:
 async def _run(ledger: Ledger, made: Made, arguments: argparse.Namespace, signals: Signals) -> None:
     """Connects what answers, and works until all is done or the run stops."""
     recipe = made.recipe
-    job = Job(ledger, recipe, arguments.limit, workers=1 if arguments.batch else arguments.concurrency)
+    job = Job(ledger, recipe, arguments.limit, workers=arguments.concurrency)
     rate = RateLimit(arguments.rpm, arguments.tpm)
-    purse = Purse(arguments.max_cost, ledger.answers.spent())
+    purse = Purse(arguments.max_cost, ledger.answers.spent(), ledger.answers)
+    budget = ErrorBudget(arguments.max_failures)
     open_wires: list[Wire | BatchServer] = []
 
-    def connect(url: str | None, is_captioner: bool) -> Author:
-        price = made.caption_price if is_captioner else made.price
-        wire = Wire(_server(arguments, url), root=recipe.root, price=price, rate=rate, purse=purse)
+    def connect(server: Server, price: Price) -> Author:
+        wire = Wire(server, root=recipe.root, price=price, rate=rate, purse=purse)
         open_wires.append(wire)
         return wire
 
-    author = _offline(recipe.seed) if recipe.model == OFFLINE else connect(arguments.base_url, False)
+    author = _offline(recipe.seed) if recipe.model == OFFLINE else connect(_server(arguments), made.price)
     captioner = author
     if recipe.captioner and recipe.captioner.startswith(LOCAL):
         captioner = _local(arguments.captioner, recipe.root)
     elif recipe.captioner not in (None, OFFLINE):
-        captioner = connect(arguments.caption_url or arguments.base_url, True)
-    asker = Asker(
-        ledger.answers, author, captioner, attempts=arguments.attempts, budget=ErrorBudget(arguments.max_failures)
-    )
+        captioner = connect(_caption_server(arguments), made.caption_price)
+    asker = Asker(ledger.answers, author, captioner, attempts=arguments.attempts, budget=budget)
     try:
         with signals.heeded(asker):
             if not arguments.batch:
+                _check_batches(ledger)
                 await run_live(job, asker)
                 return
             waves = Waves(ledger.answers, attempts=arguments.attempts)
-            server = _batch_server(ledger, made, arguments, purse)
+            server = _batch_server(ledger, made, arguments, purse=purse, budget=budget)
             open_wires.append(server)
 
             async def ask(request: Request, check: Check) -> Answered:
@@ -112,18 +115,43 @@ async def _run(ledger: Ledger, made: Made, arguments: argparse.Namespace, signal
             await wire.close()
 
 
-def _server(arguments: argparse.Namespace, url: str | None) -> Server:
-    return Server(base_url=url, concurrency=arguments.concurrency, timeout=arguments.timeout, sends=arguments.sends)
+def _check_batches(ledger: Ledger) -> None:
+    """What a batch will answer would be asked, and paid for, a second time."""
+    if count := len(ledger.answers.open_batches()):
+        raise StopRun(
+            f"stopped: the answers of {count} batches that were begun have not been collected; run the same line with "
+            "--batch to the end; to be rid of a batch cancel it at the server, then run with --batch."
+        )
 
 
-def _batch_server(ledger: Ledger, made: Made, arguments: argparse.Namespace, purse: Purse) -> BatchServer:
+def _server(arguments: argparse.Namespace) -> Server:
+    return Server(
+        base_url=arguments.base_url,
+        concurrency=arguments.concurrency,
+        timeout=arguments.timeout,
+        sends=arguments.sends,
+    )
+
+
+def _caption_server(arguments: argparse.Namespace) -> Server:
+    """Another server than the model's is not told the model's key."""
+    url = arguments.caption_url or arguments.base_url
+    name = KEY if is_same(url, arguments.base_url) else CAPTION_KEY
+    return replace(_server(arguments), base_url=url, key_name=name)
+
+
+def _batch_server(
+    ledger: Ledger, made: Made, arguments: argparse.Namespace, *, purse: Purse, budget: ErrorBudget
+) -> BatchServer:
     return BatchServer(
-        server=_server(arguments, arguments.base_url),
+        server=_server(arguments),
         root=made.recipe.root,
         answers=ledger.answers,
         price=made.price,
         purse=purse,
         mode=made.recipe.mode,
+        attempts=arguments.attempts,
+        budget=budget,
         poll=arguments.poll,
         say=tqdm.write,
     )

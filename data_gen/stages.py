@@ -183,12 +183,15 @@ async def _transform(item: Item, recipe: Recipe, ask: Ask, fields: dict[str, Any
     def judge(value: BaseModel, good: dict[str, Any]) -> list[Fault]:
         if faults := _judge_cells([each.cell for each in cast(CellPairs, value).pairs], cells):
             return faults
-        return [
+        pairs: dict[str, CellPair] = {**parts(value), **good}
+        faults = [
             Fault(cell, breach.rule, breach.reason)
-            for cell, pair in parts(value).items()
+            for cell, pair in pairs.items()
             if cell not in good
             for breach in rules.check_pair(pair.question, pair.answer, length_of(cell), item, recipe.names)
         ]
+        asked = {cell: pair.question for cell, pair in pairs.items()}
+        return [*faults, *_judge_same_target(asked, good, item, recipe.names)]
 
     asked = request_of("transform", fields, recipe, item)
     return await fill(asked, cells, judge, parts, ask=ask, again=recipe.again)
@@ -202,13 +205,19 @@ def _judge_cells(found: list[Cell], wanted: list[str]) -> list[Fault]:
 
 
 def _judge_texts(texts: dict[str, str], good: dict[str, Any], item: Item, names: Names) -> list[Fault]:
-    """Returns the faults of descriptions that are not good already; the long one answers for what two say apart."""
+    """Returns the faults of descriptions that are not good already."""
     faults = [
         Fault(cell, breach.rule, breach.reason)
         for cell, text in texts.items()
         if cell not in good
         for breach in rules.check_description(text, length_of(cell), item, names)
     ]
+    return [*faults, *_judge_same_target(texts, good, item, names)]
+
+
+def _judge_same_target(texts: dict[str, str], good: dict[str, Any], item: Item, names: Names) -> list[Fault]:
+    """Returns where short and long texts contradict each other; the long one answers for it, unless it is good already."""
+    faults: list[Fault] = []
     for perspective in PERSPECTIVES:
         short, long = f"{perspective}-short", f"{perspective}-long"
         if short in texts and long in texts and not {short, long} <= good.keys():

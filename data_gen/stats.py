@@ -36,7 +36,7 @@ STATS = "stats.json"
 def main(argv: Sequence[str] | None = None) -> None:
     """Draws the statistics from the command line."""
     arguments = _parser().parse_args(argv)
-    check_out(arguments.out, STATS)
+    check_out(arguments.out, STATS, "balance")
     if arguments.ledger is not None:
         with Ledger(arguments.ledger) as ledger:
             found = statistics_of_ledger(ledger)

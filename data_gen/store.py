@@ -29,8 +29,6 @@ def _connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
         )
     else:
         connection = sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False, isolation_level=None)
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
     return connection
 
 
@@ -51,7 +49,9 @@ class Store:
         self._lock = threading.Lock()
         self._connection = _connect(path)
         try:
-            prepare(self._connection)
+            prepare(self._connection)  # first of all: a file of somebody else stays as it is
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=FULL")
             self._reader = _connect(path, read_only=True)
         except BaseException:
             self._connection.close()
@@ -78,6 +78,8 @@ class Store:
     def submit(self, operation: Operation) -> Future[Any]:
         """Hands in an operation; its result or its InputError is the future's."""
         future: Future[Any] = Future()
+        # It is done in any case, so whoever gives up waiting must not cancel it: its result could not be set then.
+        future.set_running_or_notify_cancel()
         self._jobs.put((operation, future))
         return future
 

@@ -7,7 +7,7 @@ import json
 import os
 import random
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from functools import cache
 from pathlib import Path
@@ -23,12 +23,14 @@ from data_gen.pixels import with_pixels
 from data_gen.prices import Price, size_of
 from medisee.errors import InputError
 
-KEY = "OPENAI_API_KEY"
+OPENAI = "https://api.openai.com/v1"
+KEY, CAPTION_KEY = "OPENAI_API_KEY", "MEDISEE_CAPTION_KEY"
 _NO_KEY = "none"  # what servers of one's own are sent
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between two sends of one request; doubles from send to send
 _LONGEST_PAUSE = 600.0  # seconds; a server that asks for more than that is down
 _HOPELESS = (401, 403, 404)
-ANOTHER_TIME = (408, 409, 425, 429)
+_ANOTHER_TIME = (408, 409, 425, 429)
+_LONGEST_TOLD = 300  # characters of a server's message
 
 
 class Unreachable(Exception):
@@ -41,28 +43,39 @@ class Server:
 
     Attributes:
         base_url: as "http://127.0.0.1:8000/v1"; None is OpenAI.
+        key_name: the environment variable that holds its key.
         concurrency: most requests under way at once.
         timeout: seconds to wait for an answer.
         sends: how many times a request is sent when the server or the net fails.
     """
 
     base_url: str | None = None
+    key_name: str = KEY
     concurrency: int = 64
     timeout: float = 120.0
     sends: int = 8
 
 
+def is_same(first: str | None, second: str | None) -> bool:
+    """Returns whether two base URLs name one server; None is OpenAI."""
+    return (first or OPENAI).rstrip("/") == (second or OPENAI).rstrip("/")
+
+
 def api_key(server: Server) -> str:
-    """Returns the key from the environment; servers of one's own need none.
+    """Returns the server's key from the environment; servers of one's own need none.
 
     Raises:
-        InputError: there is none, and the server is OpenAI's.
+        InputError: there is none, and the server is OpenAI's; or it is no key.
     """
-    key = os.environ.get(KEY, "").strip()
-    if not key and server.base_url is None:
+    key = os.environ.get(server.key_name, "").strip()
+    if not key and is_same(server.base_url, None):
         raise InputError(
-            f"{KEY} is not set; expected the key of your account in the environment; set it, name your own server "
-            "with --base-url, or take --author offline, which needs none."
+            f"{server.key_name} is not set; expected the key of your account in the environment; set it, name your own "
+            "server with --base-url, or take --author offline, which needs none."
+        )
+    if not all("!" <= character <= "~" for character in key):
+        raise InputError(
+            f"{server.key_name}: holds characters that no key has; expected printable ASCII without spaces; set it anew."
         )
     return key or _NO_KEY
 
@@ -71,7 +84,7 @@ def client_for(server: Server, key: str, retries: int = 0) -> openai.AsyncOpenAI
     """Returns a client; by default it does not send again: `Wire` does, within the limits that all calls share."""
     return openai.AsyncOpenAI(
         api_key=key,
-        base_url=server.base_url or "https://api.openai.com/v1",
+        base_url=server.base_url or OPENAI,
         max_retries=retries,
         http_client=openai.DefaultAsyncHttpxClient(
             timeout=httpx2.Timeout(server.timeout, pool=None),
@@ -101,7 +114,7 @@ class Wire:
             purse: the money that all calls share.
 
         Raises:
-            InputError: there is no key.
+            InputError: there is no key, or it is none.
         """
         self._server, self._root, self._price = server, root, price
         self._rate, self._purse = rate, purse
@@ -139,7 +152,7 @@ class Wire:
         why = ""
         for sends in range(1, self._server.sends + 1):
             self._purse.hold(held)
-            paid = 0.0
+            paid, is_lost = 0.0, False
             try:
                 await self._rate.take(tokens)
                 reply = await self._post(client, body, sends)
@@ -148,18 +161,21 @@ class Wire:
                 return reply
             except openai.APITimeoutError:
                 # The server may have worked and may charge for it; nobody will ever tell.
-                why, paid = f"no answer within {self._server.timeout:g} s", held
+                why, is_lost = f"no answer within {self._server.timeout:g} s", True
             except openai.APIConnectionError as error:
-                why = self._hidden(f"the connection failed ({error.__cause__ or error})")
+                why = told(f"the connection failed ({error.__cause__ or error})", self._server, self._key)
             except openai.APIStatusError as error:
-                why = self._hidden(f"status {error.status_code}: {_message(error)}")
-                if error.status_code not in ANOTHER_TIME and error.status_code < 500:
-                    return self._refusal(error, why, sends)
+                why = told(f"status {error.status_code}: {_message(error)}", self._server, self._key)
+                if reply := rejection(error.status_code, error.code, why, self._server):
+                    return replace(reply, sends=sends)
                 self._obey(error)
             except NoCompletion as error:
-                why = self._hidden(str(error))
+                why = told(str(error), self._server, self._key)
             finally:
-                self._purse.release(held, paid)
+                if is_lost:
+                    self._purse.lose(held)
+                else:
+                    self._purse.release(held, paid)
             if sends < self._server.sends:
                 wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (sends - 1))
                 await asyncio.sleep(wait * random.uniform(0.75, 1.25))
@@ -171,23 +187,8 @@ class Wire:
         response = await client.post("/chat/completions", cast_to=httpx2.Response, body=body)
         return _reply(response.content, self._price, sends)
 
-    def _hidden(self, text: str) -> str:
-        return hide(text, self._key)
-
-    def _refusal(self, error: openai.APIStatusError, why: str, sends: int) -> Reply:
-        """Judges a status that will not change: of this request only, or of all."""
-        if error.status_code in _HOPELESS:
-            raise StopRun(f"stopped: the server answers {why}; check {KEY}, --model and --base-url, then run again.")
-        if error.code == "content_filter" or "content management policy" in why:
-            return Reply(status="filtered", text="", sends=sends, why="the server's content filter kept it back")
-        if any(word in why for word in ("response_format", "json_schema", "guided", "grammar")):
-            raise StopRun(f"stopped: the server takes no strict schema ({why}); run with --schema json_object or none.")
-        return Reply(status="refused", text="", sends=sends, why=f"the server does not take the request ({why})")
-
     def _obey(self, error: openai.APIStatusError) -> None:
         """Pauses all calls when the server asks for it."""
-        if error.code == "insufficient_quota":
-            raise StopRun("stopped: the account's quota is used up; add credit or wait, then run again to go on.")
         seconds = retry_after(error.response.headers)
         if seconds > _LONGEST_PAUSE:
             raise StopRun(f"stopped: the server asks to wait {seconds:.0f} s; run again after that to go on.")
@@ -195,9 +196,49 @@ class Wire:
             self._rate.pause(seconds)
 
 
-def hide(text: str, key: str) -> str:
-    """Takes the key out of a text: some servers repeat it in their errors."""
-    return text if key == _NO_KEY else text.replace(key, f"[{KEY}]")
+def told(text: str, server: Server, key: str) -> str:
+    """Returns what a server said, short, on one line and without the key, which some repeat in their errors."""
+    line = _storable(" ".join(text.split()))
+    return (line if key == _NO_KEY else line.replace(key, f"[{server.key_name}]"))[:_LONGEST_TOLD]
+
+
+def is_lasting(status: int) -> bool:
+    """Returns whether a status is about the request, so that sending it once more would not help."""
+    return 400 <= status < 500 and status not in _ANOTHER_TIME
+
+
+def rejection(status: int, code: str | None, why: str, server: Server) -> Reply | None:
+    """Judges a status that is no success, of a call or of a batch's line.
+
+    Args:
+        status: of HTTP.
+        code: of the error, as OpenAI calls them.
+        why: what the server said; see `told`.
+        server: which said it.
+
+    Returns:
+        The reply that the request has for good; None when it can be sent again.
+
+    Raises:
+        StopRun: no request can succeed.
+    """
+    if code == "insufficient_quota":
+        raise StopRun("stopped: the account's quota is used up; add credit or wait, then run again to go on.")
+    if not is_lasting(status):
+        return None
+    if status in _HOPELESS:
+        what = f"{server.key_name}, the model's name and the server's address"
+        raise StopRun(f"stopped: the server answers {why}; check {what}, then run again.")
+    if code == "content_filter" or "content management policy" in why:
+        return Reply(status="rejected", text="", why="the server's content filter kept it back")
+    if any(word in why for word in ("response_format", "json_schema", "guided", "grammar")):
+        raise StopRun(f"stopped: the server takes no strict schema ({why}); run with --schema json_object or none.")
+    return Reply(status="rejected", text="", why=f"the server does not take the request ({why})")
+
+
+def _storable(text: str) -> str:
+    """Replaces halves of surrogate pairs, which UTF-8 has no bytes for."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 class NoCompletion(Exception):
@@ -221,13 +262,13 @@ def retry_after(headers: httpx2.Headers) -> float:
 def _message(error: openai.APIStatusError) -> str:
     body: Any = error.body
     message = body.get("message") if isinstance(body, dict) else None
-    return " ".join(str(message or error.message).split())[:300]
+    return str(message or error.message)
 
 
 def _reply(content: bytes, price: Price, sends: int) -> Reply:
     try:
         completion = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise NoCompletion(f"the answer is not JSON ({error})") from error
     return reply_from(completion, price, sends=sends)
 
@@ -245,7 +286,7 @@ def reply_from(completion: Any, price: Price, *, sends: int = 1, batch: bool = F
         usage = completion.get("usage") or {}
         tokens_in, tokens_out = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
         cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise NoCompletion(f"the answer is no chat completion ({type(error).__name__}: {error})") from error
     status: Status = "ok"
     why = ""
@@ -259,9 +300,7 @@ def reply_from(completion: Any, price: Price, *, sends: int = 1, batch: bool = F
         status, why = "malformed", "the answer holds no text"
     return Reply(
         status=status,
-        text=str(refusal or text or "")
-        .encode("utf-8", "replace")
-        .decode("utf-8"),  # half a surrogate pair cannot be stored
+        text=_storable(str(refusal or text or "")),
         usage_in=tokens_in,
         usage_cached=cached,
         usage_out=tokens_out,

@@ -1,9 +1,11 @@
-"""Turns whole models into checkpoint folders of ours. Run it as
+"""Turns whole models into checkpoint folders of ours, and a checkpoint's SAM into transformers'. Run it as
 
-  python scripts/convert_checkpoint.py from-release --weights MediSee --config configs/medisee_7b.yaml --out converted
+  python scripts/convert_checkpoint.py from-release --weights weights/medisee --config configs/medisee_7b.yaml --out converted
   python scripts/convert_checkpoint.py merge --checkpoint runs/medisee_7b/checkpoint --out merged
+  python scripts/convert_checkpoint.py export-sam --checkpoint runs/medisee_7b/checkpoint --out sam
 
-What is written holds all its weights (but LiteMedSAM's, which come with a package) and is loaded like any checkpoint.
+What the first two write holds all its weights (but LiteMedSAM's, which come with a package) and is loaded like any
+checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from medisee.config import load_config
 from medisee.errors import InputError, exit_code
 from medisee.files import atomic_path, write_json
-from medisee.model_config import LanguageSize, Mllm, Model
+from medisee.model_config import PLACING, LanguageSize, Mllm, Model
 from medisee.models.checkpoints import (
     WEIGHTS,
     check_replaceable,
@@ -37,6 +39,8 @@ from medisee.models.checkpoints import (
 from medisee.models.llava_format import original_tokenizer
 from medisee.models.medisee import MediSee
 from medisee.models.release import RELEASE_TOKENS, PlacedTensor, Report, place, read_placed, release_key
+from medisee.models.sam_format import write_transformers
+from medisee.models.seg_head import vit_sizes
 from medisee.models.shards import (
     SAFETENSORS_INDEX,
     Shard,
@@ -53,7 +57,7 @@ from medisee.models.tokenizer import IMAGE_TOKEN, add_candidate_tokens, token_id
 FROM_RELEASE = """Converts the authors' checkpoint, strictly: every tensor has its place, or the command says which has not.
 The weights are read file by file; nothing in them is executed.
 
-  python scripts/convert_checkpoint.py from-release --weights MediSee --config configs/medisee_7b.yaml --out converted
+  python scripts/convert_checkpoint.py from-release --weights weights/medisee --config configs/medisee_7b.yaml --out converted
 
 Sizes come from the configuration and are compared with the weights. The model computes as the release does
 (compat=release), since its weights were trained so; add compat=none, or single settings such as model.box_frame=resized,
@@ -65,6 +69,13 @@ and computes the same.
   python scripts/convert_checkpoint.py merge --checkpoint runs/medisee_7b/checkpoint --out merged
 
 The whole model is held in memory. Weights of 16 bits stay so, which rounds what is folded into them.
+"""
+EXPORT = """Writes the SAM or MedSAM of a checkpoint, with its trained mask decoder, as a folder of transformers' SamModel,
+which model.seg_head.checkpoint takes as well.
+
+  python scripts/convert_checkpoint.py export-sam --checkpoint runs/medisee_7b/checkpoint --out sam
+
+LoRA on its image encoder is folded in. The whole model is held in memory.
 """
 
 
@@ -228,16 +239,43 @@ def merge(checkpoint: Path, out: Path) -> None:
     save_checkpoint(model, out, {**read_run(folder), "merged": True})
 
 
+def export_sam(checkpoint: Path, out: Path) -> None:
+    """Writes a checkpoint's seg head as a folder of transformers' SamModel.
+
+    Args:
+        checkpoint: a checkpoint folder.
+        out: a new folder.
+
+    Raises:
+        InputError: no checkpoint; a seg head of another kind; `out` is there already.
+    """
+    if out.exists():
+        raise InputError(f"{out}: is there already; name a new folder.")
+    folder = local_checkpoint(checkpoint)
+    model = load_checkpoint(folder, _in_full)
+    head = model.config.seg_head
+    if head.kind != "sam":
+        raise InputError(
+            f"{folder}: model.seg_head.kind is {head.kind!r}, which transformers' SamModel is not; expected 'sam'; "
+            "give another checkpoint."
+        )
+    merge_adapters(model)
+    with atomic_path(out) as temporary:
+        write_transformers(model.seg_head.state_dict(), vit_sizes(head), head.size, temporary)
+
+
 def _in_full(config: Model, tokenizer: PreTrainedTokenizerBase) -> MediSee:
     # Layers of 4 bits, or on a disk, cannot take up LoRA.
-    mllm = config.mllm.model_copy(update=dict.fromkeys(("bits", "device_map", "max_memory", "offload_folder")))
+    mllm = config.mllm.model_copy(update=dict.fromkeys(PLACING))
     return MediSee(config.model_copy(update={"mllm": mllm}), tokenizer)
 
 
 def _standalone(model: MediSee, folder: Path) -> Model:
     """Describes a merged model by sizes alone."""
     mllm, llava = model.config.mllm, model.mllm
+    stored = {value.dtype for value in llava.parameters() if not value.requires_grad}
     changes: dict[str, Any] = {
+        "dtype": next((name for name in ("bfloat16", "float16") if getattr(torch, name) in stored), "float32"),
         "train": "frozen" if mllm.train == "lora" else mllm.train,
         "train_tokens": "all",
         "train_projector": any(p.requires_grad for p in llava.model.multi_modal_projector.parameters()),
@@ -297,13 +335,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Converts from the command line."""
     arguments = _parser().parse_args(argv)
     arguments.run(arguments)
-    print(f"done: the checkpoint is in {arguments.out}")
+    print(f"done: the {'SAM' if arguments.command == 'export-sam' else 'checkpoint'} is in {arguments.out}")
 
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="convert_checkpoint.py", description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="from-release|merge")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="from-release|merge|export-sam")
     release = commands.add_parser(
         "from-release", help="the authors' checkpoint", description=FROM_RELEASE, formatter_class=raw
     )
@@ -319,6 +357,10 @@ def _parser() -> argparse.ArgumentParser:
     add = merged.add_argument
     add("--checkpoint", type=Path, required=True, help="checkpoint folder, or hub id")
     add("--out", type=Path, required=True, help="checkpoint folder to write")
+    sam = commands.add_parser("export-sam", help="a checkpoint's SAM", description=EXPORT, formatter_class=raw)
+    sam.set_defaults(run=_export_sam)
+    sam.add_argument("--checkpoint", type=Path, required=True, help="checkpoint folder, or hub id")
+    sam.add_argument("--out", type=Path, required=True, help="folder to write")
     return parser
 
 
@@ -331,6 +373,10 @@ def _from_release(arguments: argparse.Namespace) -> None:
 
 def _merge(arguments: argparse.Namespace) -> None:
     merge(arguments.checkpoint, arguments.out)
+
+
+def _export_sam(arguments: argparse.Namespace) -> None:
+    export_sam(arguments.checkpoint, arguments.out)
 
 
 if __name__ == "__main__":

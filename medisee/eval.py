@@ -33,6 +33,7 @@ from medisee.files import atomic_path, write_json
 from medisee.manifest import Manifest
 from medisee.masks import decode_mask
 from medisee.metrics import score
+from medisee.model_config import PLACING, Mllm
 from medisee.models.checkpoints import load_checkpoint
 from medisee.models.medisee import MediSee
 from medisee.naming import named_category, read_categories
@@ -220,23 +221,27 @@ def load_model(folder: Path, expected: Config | None) -> MediSee:
 
     Args:
         folder: the checkpoint.
-        expected: a run whose model section must be the checkpoint's; None takes the checkpoint's own.
+        expected: a run whose model section must be the checkpoint's, but for `bits` and `device_map`, which are the
+            run's where it has them; None takes the checkpoint's own.
 
     Raises:
         InputError: a bad checkpoint, or one of another model.
     """
-    model = load_checkpoint(folder, MediSee)
+    asked = expected.model.mllm if expected is not None else Mllm()
+    model = load_checkpoint(folder, MediSee, bits=asked.bits, device_map=asked.device_map)
     if expected is not None:
         own, wanted = _flat(model.config.model_dump()), _flat(expected.model.model_dump())
         differing = [
-            f"{key} = {wanted[key]!r} but the checkpoint has {own[key]!r}" for key in own if own[key] != wanted[key]
+            f"{key} = {wanted.get(key)!r} but the checkpoint has {own.get(key)!r}"
+            for key in own | wanted
+            if own.get(key) != wanted.get(key) and not {*key.split(".")} & {*PLACING}
         ]
         if differing:
             raise InputError(
                 f"{folder}: was trained with another model section than the configuration's: "
                 f"{'; '.join(differing[:5])}; give the configuration of its training."
             )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.placed(model.pinned_device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "model") -> dict[str, Any]:
@@ -365,25 +370,19 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluates from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--checkpoint", type=Path, help="folder that training wrote, such as runs/demo/checkpoint")
     add("--predictions", type=Path, help="instead of a checkpoint: predictions of any system, JSON Lines")
-    add(
-        "--records",
-        type=Path,
-        action="append",
-        required=True,
-        help="manifest to score on; again for more splits, each named like its file; the gallery shows the first",
-    )
+    again = "manifest to score on; again for more splits, each named like its file; the gallery shows the first"
+    add("--records", type=Path, action="append", required=True, help=again)
     add("--root", type=Path, help="folder that paths in the manifests are relative to (default: the manifest's own)")
     add("--out", type=Path, required=True, help="folder for the results; an earlier evaluation there is replaced")
     add("--config", help="YAML run; its data.train brings the references, data.categories the names of categories")
     add("--decode", choices=DECODED, help="which answers of a checkpoint to score (default: both)")
     add("--limit", type=int, help="score only this many records of each manifest, taken evenly")
-    add("overrides", nargs="*", help="dotted overrides, such as eval.batch_size=4")
+    add("overrides", nargs="*", help="dotted overrides, such as eval.batch_size=4, or with --config model.mllm.bits=4")
     arguments = parser.parse_intermixed_args(argv)
     if (arguments.checkpoint is None) == (arguments.predictions is None):
         raise InputError("expected either --checkpoint or --predictions; give one of them.")

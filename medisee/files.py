@@ -79,6 +79,21 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def is_new_or_earlier(folder: Path, file: str, key: str) -> bool:
+    """Tells whether a folder is missing, empty or an earlier result: it has a JSON file with a key that tells whose."""
+    if not folder.exists():
+        return True
+    if not folder.is_dir():
+        return False
+    try:
+        found = json.loads((folder / file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return not any(folder.iterdir())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and key in found
+
+
 def sha256(path: Path | str) -> str:
     """Returns the hex SHA-256 of a file, read in 1 MiB pieces."""
     digest = hashlib.sha256()

@@ -192,9 +192,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     images: list[Path] = arguments.image
     folders = _folders(arguments.out, images, len(arguments.query))
     device = _check(arguments, [folder for its in folders for folder in its])
-    facts = _facts(arguments, device)
     started = time.perf_counter()
-    model = MediSee.from_pretrained(arguments.checkpoint, device=device)
+    chosen = {"bits": arguments.bits, "device_map": arguments.device_map}
+    model = MediSee.from_pretrained(arguments.checkpoint, device=arguments.device, **chosen)
+    if arguments.device is None:
+        device = model.pinned_device or device
+        model.placed(device)
+    facts = _facts(arguments, device)
     marked = 0
     several = None if len(images) > 1 else True  # None: a bar on a terminal only
     for image, its in zip(tqdm(images, desc="images", unit="image", disable=several), folders, strict=True):
@@ -229,6 +233,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--decode", choices=get_args(Decode), default="generate", help="who writes the answer (default: generate)")
     add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help=f"default: {MAX_NEW_TOKENS}")
     add("--device", help="as cpu or cuda:1 (default: the first GPU, else the CPU)")
+    published = "for checkpoints that build on published weights (default: as in training)"
+    add(
+        "--bits",
+        type=int,
+        choices=(4, 8),
+        help=f"hold the language model in 4 or 8 bits, on an NVIDIA GPU; {published}",
+    )
+    add("--device-map", choices=("auto",), help=f"spread its layers over all GPUs and main memory; {published}")
     add("--plan", action="store_true", help="print memory and arithmetic instead, see --plan --help")
     return parser
 
@@ -305,6 +317,8 @@ def _facts(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any
         "queries": arguments.query,
         "decode": arguments.decode,
         "max_new_tokens": arguments.max_new_tokens,
+        "bits": arguments.bits,
+        "device_map": arguments.device_map,
     }
     return run_facts(settings, seed=0, device=device)
 

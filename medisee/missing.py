@@ -10,10 +10,12 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from medisee.config import Config
+from medisee.errors import InputError
 from medisee.model_config import Model
 from medisee.models.checkpoints import is_hub_id
 from medisee.models.gguf import find_gguf, gguf_fix
 from medisee.models.llava_format import CONFIG
+from medisee.models.shards import shard_paths
 
 _DOWNLOAD = "python scripts/download_weights.py"
 _HEADS = {"sam": "medsam (or sam)", "sam_med2d": "sam-med2d"}
@@ -35,7 +37,7 @@ class Missing:
 
 
 def missing_weights(model: Model) -> list[Missing]:
-    """Lists the published weights that are neither at their path nor in the hub's cache."""
+    """Lists the published weights that are neither at their path nor in the hub's cache, with all their files."""
     found = []
     mllm, head = model.mllm, model.seg_head
     if mllm.source is not None and mllm.is_gguf:
@@ -43,6 +45,9 @@ def missing_weights(model: Model) -> list[Missing]:
             found.append(Missing("model.mllm.source", mllm.source, gguf_fix(mllm.source)))
     elif mllm.source is not None and not _is_here(mllm.source, CONFIG):
         found.append(Missing("model.mllm.source", mllm.source, f"{_DOWNLOAD} llava-med (15 GB), or name its folder"))
+    if mllm.source is not None and mllm.vision_source is not None and not _is_here(mllm.vision_source, CONFIG):
+        source = f"{_DOWNLOAD} clip (2 GB), or name its folder"
+        found.append(Missing("model.mllm.vision_source", mllm.vision_source, source))
     if head.checkpoint is not None and not _is_here(head.checkpoint, CONFIG):
         source = f"{_DOWNLOAD} {_HEADS.get(head.kind, head.kind)}, or name its file"
         found.append(Missing("model.seg_head.checkpoint", head.checkpoint, source))
@@ -81,6 +86,15 @@ def _roots(config: Config) -> Iterator[tuple[str, str | None]]:
 
 
 def _is_here(source: str, member: str) -> bool:
-    if Path(source).exists():
-        return True
-    return is_hub_id(source) and source.count("/") == 1 and isinstance(try_to_load_from_cache(source, member), str)
+    path = Path(source)
+    if path.exists():
+        return path.is_file() or _is_whole(path, member)
+    cached = try_to_load_from_cache(source, member) if is_hub_id(source) and source.count("/") == 1 else None
+    return isinstance(cached, str) and _is_whole(Path(cached).parent, member)
+
+
+def _is_whole(folder: Path, member: str) -> bool:
+    try:
+        return (folder / member).is_file() and bool(shard_paths(folder))
+    except InputError:
+        return False

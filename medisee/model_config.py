@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PACKAGE = "package:"
 """Begins a source that is a file inside an installed PyPI package."""
+PLACING = ("bits", "device_map", "max_memory", "offload_folder")
+"""Settings of `Mllm` that say how and where its layers are held, not which model it is."""
 
 
 class Section(BaseModel):
@@ -67,7 +69,7 @@ class Mllm(Section):
     converted: str | None = None
     """Folder in which converted checkpoints are kept, each as large as its source (a GGUF file's: in 32 bits); null:
     beside the hub's cache."""
-    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
     """Precision in which the language model's weights are held; `auto`: as `source` stores them, float32 without one.
     What learns is always held in float32."""
     bits: Literal[4, 8] | None = None

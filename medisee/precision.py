@@ -26,12 +26,19 @@ def is_mixed(model: nn.Module) -> bool:
 
 
 def to_training_precision(model: nn.Module, dtype: torch.dtype) -> None:
-    """Stores what learns in float32, where small steps count; frozen 16-bit weights stay if the run computes in them.
+    """Stores what learns in float32, where small steps count; frozen 16-bit weights stay so in a 16-bit run.
+
+    Frozen float16 weights become bfloat16 in a bfloat16 run: beside it, float16 would make float32 of every sum. Packed
+    weights of 4 or 8 bits, which are integers, stay as they are.
 
     Args:
         model: changed in place.
         dtype: what the run computes in.
     """
     for parameter in model.parameters():
+        if not parameter.is_floating_point():
+            continue
         if parameter.requires_grad or dtype == torch.float32:
             parameter.data = parameter.data.float()
+        elif parameter.dtype == torch.float16 and dtype == torch.bfloat16:
+            parameter.data = parameter.data.bfloat16()

@@ -148,7 +148,7 @@ def _prepare(
         print(describe_batch(settings, place.world), flush=True)
         recover_folder(out / CHECKPOINT)
     _seed(settings.seed)
-    model = build_model(config, manifests).to(place.device)
+    model = build_model(config, manifests).placed(place.device)
     cache = _features(config, model, [*manifests, *([val] if val else [])], place)
     dtype = compute_dtype(settings.dtype, place.device)
     to_training_precision(model, dtype)

@@ -21,8 +21,10 @@ from medisee import MediSee
 from medisee.config import config_from, load_config
 from medisee.convert import main
 from medisee.errors import InputError, exit_code
+from medisee.model_config import SegHeadConfig
 from medisee.models.mllm import load_tokenizer
 from medisee.models.release import our_values, release_key
+from medisee.models.seg_head import sam_head
 from medisee.models.tokenizer import add_candidate_tokens, train_tokenizer
 from medisee.processing import Example, Query
 
@@ -288,14 +290,14 @@ def adapted(original: MediSee, tmp_path: Path) -> Path:
     return adapt(tmp_path)
 
 
-def adapt(tmp_path: Path, **mllm: Any) -> Path:
-    """Makes what `adapted` returns, with other settings of the language model."""
+def adapt(tmp_path: Path, *, stored: torch.dtype = torch.float32, **mllm: Any) -> Path:
+    """Makes what `adapted` returns, with other settings of the language model, or stored in 16 bits."""
     source = tmp_path / "llava"
     plain = random_model({**MODEL, "mllm": {**MODEL["mllm"], "train": "frozen"}}, seed=1)
     train_tokenizer(TEXTS, 300).save_pretrained(source)
     tokens = len(plain.tokenizer) - 3
     plain.mllm.resize_token_embeddings(tokens + 20)
-    plain.mllm.save_pretrained(source)
+    plain.mllm.to(stored).save_pretrained(source)  # pyright: ignore[reportArgumentType]: see load_mllm
     values = {**MODEL, "mllm": {**MODEL["mllm"], "source": str(source), "attention": "eager", **mllm}}
     config = config_from({"model": values}, where="test").model
     torch.manual_seed(2)
@@ -325,6 +327,24 @@ def test_merging_makes_a_checkpoint_of_its_own(adapted: Path, tmp_path: Path) ->
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["run"]["merged"] is True
     kept = load_file(tmp_path / "merged" / "model.safetensors")
     assert "mllm.model.language_model.layers.0.self_attn.q_proj.weight" in kept
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_a_merged_model_of_16_bits_stays_so(tmp_path: Path, stored: torch.dtype) -> None:
+    adapted = adapt(tmp_path, stored=stored)
+    before = MediSee.from_pretrained(adapted)
+    expected = outputs(before)["boxes_I4"]
+    main(["merge", "--checkpoint", str(adapted), "--out", str(tmp_path / "merged")])
+    shutil.rmtree(tmp_path / "llava")
+    merged = MediSee.from_pretrained(tmp_path / "merged")
+    assert f"torch.{merged.config.mllm.dtype}" == str(stored)
+    kept = load_file(tmp_path / "merged" / "model.safetensors")
+    found = merged.state_dict()
+    assert {name: value.dtype for name, value in found.items()} == {name: value.dtype for name, value in kept.items()}
+    assert found["mllm.model.language_model.layers.0.self_attn.q_proj.weight"].dtype == stored
+    assert found["mllm.lm_head.weight"].dtype == torch.float32
+    # LoRA is rounded to 16 bits with the weights.
+    torch.testing.assert_close(outputs(merged)["boxes_I4"], expected, rtol=0, atol=0.05)
 
 
 def test_merging_changes_what_lora_adapts_and_nothing_else(adapted: Path, tmp_path: Path) -> None:
@@ -378,6 +398,12 @@ def test_a_demo_model_merges_into_itself(tiny_checkpoint: Path, tmp_path: Path) 
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
+def forget_bases(checkpoint: Path) -> None:
+    """Takes out what a checkpoint says of the published weights, so that others are accepted."""
+    described = checkpoint / "config.json"
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"frozen": []}))
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
@@ -396,8 +422,25 @@ def test_a_language_model_of_another_kind_is_not_merged(
     else:
         text[setting] = value
     described.write_text(json.dumps(content))
+    forget_bases(adapted)
     with pytest.raises(InputError, match=message):
         main(["merge", "--checkpoint", str(adapted), "--out", str(tmp_path / "merged")])
+
+
+def test_a_seg_head_is_exported_for_transformers(tmp_path: Path) -> None:
+    values = {**MODEL, "seg_head": {**MODEL["seg_head"], "lora": {"rank": 2, "dropout": 0.0}}}
+    model = random_model(values)
+    model.save_pretrained(tmp_path / "checkpoint")
+    command = ["export-sam", "--checkpoint", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "sam")]
+    main(command)
+    exported = sam_head(SegHeadConfig(vit="micro", size=64, checkpoint=str(tmp_path / "sam"))).eval()
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(exported.encode(pixels), model.seg_head.encode(pixels), rtol=1e-4, atol=1e-5)
+    trained = model.seg_head.mask_decoder.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in exported.mask_decoder.state_dict().items())
+    with pytest.raises(InputError, match="sam: is there already"):
+        main(command)
 
 
 def test_no_checkpoint_to_merge(tmp_path: Path) -> None:

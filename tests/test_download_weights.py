@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 
 from medisee import download_weights
+from medisee.config import load_config
 from medisee.download_weights import MANIFEST, SETS, WEIGHTS, check, main, read_manifest, wanted
 from medisee.errors import InputError, exit_code
 
 Hub = dict[str, dict[str, bytes]]
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @pytest.fixture
@@ -151,6 +154,19 @@ def test_several_bad_names_are_told_together() -> None:
 def test_a_model_of_two_sets_is_fetched_once() -> None:
     names = [one.name for one in wanted(["medisee-7b", "llava-7b", "medsam"])]
     assert sorted(names) == sorted({*SETS["medisee-7b"], *SETS["llava-7b"]})
+
+
+def test_configs_name_what_the_download_writes() -> None:
+    files = [path for path in CONFIGS.rglob("*.yaml") if "laptop" not in path.name]
+    found: dict[str, set[Path]] = {}
+    for file in files:
+        model = load_config(file).model
+        named = (model.mllm.source, model.mllm.vision_source, model.seg_head.checkpoint)
+        found[file.name] = {Path(path) for path in named if path is not None}
+    written = {Path("weights", name, weights.manual) for name, weights in WEIGHTS.items()}
+    assert set().union(*found.values()) <= written
+    assert found["medisee_7b.yaml"] == {Path("weights", name) for name in SETS["medisee-7b"]}
+    assert found["sam_med2d.yaml"] >= {Path("weights/sam-med2d/sam-med2d_b.pth")}
 
 
 def test_sets_name_known_models() -> None:

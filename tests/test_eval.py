@@ -396,6 +396,15 @@ def test_decode_chooses_the_answers(
     assert summary["mean_mask"] is None
 
 
+def test_bits_are_those_of_the_configuration(
+    tiny_run: Path, tiny_checkpoint: Path, tiny_manifest: Path, tmp_path: Path
+) -> None:
+    inputs = ["--checkpoint", str(tiny_checkpoint), "--records", str(tiny_manifest), "--out", str(tmp_path / "out")]
+    chosen = ["model.mllm.source=lab/none", "model.mllm.train=frozen", "model.mllm.bits=4"]
+    (problem,) = problems_of(lambda: main(["--config", str(tiny_run), *inputs, *chosen]))
+    assert "holds all of its language model, so bits cannot be chosen" in problem
+
+
 @pytest.mark.parametrize("says", [["--config", "CONFIG"], []])
 def test_refuses_another_models_configuration(
     says: list[str], tiny_run: Path, tiny_checkpoint: Path, tiny_manifest: Path, tmp_path: Path

@@ -295,6 +295,16 @@ def test_nothing_is_fetched_for_other_bad_input_but_a_missing_folder_is_told(
     assert len(said) == 2 and f"{tmp_path / 'no'}: no such folder" in said[1]
 
 
+@pytest.mark.parametrize("choice", [("--bits", "4"), ("--device-map", "auto")])
+def test_bits_and_devices_are_chosen_for_published_models_only(
+    tiny_checkpoint: Path, images: dict[str, Path], tmp_path: Path, capsys: Capture, choice: tuple[str, str]
+) -> None:
+    said = refused(capsys, [*command(tiny_checkpoint, tmp_path / "out", [images["grey"]], "Where?"), *choice])
+    name = choice[0].removeprefix("--").replace("-", "_")
+    assert len(said) == 1 and f"holds all of its language model, so {name} cannot be chosen" in said[0]
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_image_is_not_replaced_by_its_own_mask(
     tiny_checkpoint: Path, images: dict[str, Path], tmp_path: Path, capsys: Capture
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from medisee.model_config import Model
 from medisee.parameters import meta_model, parameter_counts, quantised_weights, stand_in_tokenizer
 
 CONFIG_7B = Path(__file__).parents[1] / "configs" / "medisee_7b.yaml"
+README = Path(__file__).parents[1] / "README.md"
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE, ROWS = 4096, 32, 32, 8, 14336, 32000 + 3
 KEYS = HIDDEN // HEADS * KV_HEADS
@@ -88,6 +90,38 @@ def test_counts_of_the_paper_follow_from_its_sizes(model_7b: Model) -> None:
     assert {one.part: (one.total, one.trainable) for one in counts} == EXPECTED
     assert sum(one.total for one in counts) == pytest.approx(7.70e9, rel=0.001)
     assert sum(one.trainable for one in counts) == pytest.approx(306.6e6, rel=0.001)
+
+
+ROWS_OF_README = {
+    "language model": ("language model",),
+    "its LoRA": ("LoRA",),
+    "embedding, output layer": ("embedding", "output layer"),
+    "vision tower, projector": ("vision tower", "projector"),
+    "two routers": ("routers",),
+    "box decoder, text projection": ("box decoder", "text projection"),
+    "MedSAM: image encoder, prompt encoder": ("image encoder", "prompt encoder"),
+    "mask decoder": ("mask decoder",),
+    "**together**": tuple(EXPECTED),
+}
+"""Rows of the table and the parts that they join."""
+
+
+def test_the_readmes_table_holds_these_counts() -> None:
+    section = README.read_text(encoding="utf-8").split("## Full size, with published weights")[1].split("\n## ")[0]
+    table = section.split("| million parameters | all | learning |")[1].split("\n\n")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    found = {name: (total, learning) for name, total, learning in lines}
+
+    def millions(counts: Iterable[int], mark: str) -> str:
+        count = sum(counts)
+        return f"{mark}{count / 1e6:,.2f}{mark}" if count else ""
+
+    expected = {}
+    for name, parts in ROWS_OF_README.items():
+        mark = "**" if name.startswith("**") else ""
+        totals, learning = zip(*(EXPECTED[part] for part in parts), strict=True)
+        expected[name] = (millions(totals, mark), millions(learning, mark))
+    assert found == expected
 
 
 def test_the_build_takes_no_memory_and_no_file(model_7b: Model, monkeypatch: pytest.MonkeyPatch) -> None:

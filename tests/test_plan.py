@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,22 @@ def test_missing_files_are_named_all_at_once() -> None:
     assert expected | {"data.train[0].records", "data.train[1].records"} < set(found)
     assert "download_weights.py llava-med" in found["model.mllm.source"].source
     assert sum(one.path == "data/SAMed2Dv1" for one in found.values()) == 1
+
+
+def test_a_folder_is_there_when_all_its_shards_are(tmp_path: Path) -> None:
+    values = {"source": "lab/none", "vision_source": str(tmp_path), "vision_size": 28}
+    model = config_from({"model": {"mllm": values}}, "test").model
+
+    def missing() -> set[str]:
+        return {one.setting for one in missing_weights(model)}
+
+    assert missing() == {"model.mllm.source", "model.mllm.vision_source"}
+    shard = tmp_path / "model-00001-of-00001.safetensors"
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard.name}}))
+    assert missing() == {"model.mllm.source", "model.mllm.vision_source"}
+    shard.write_bytes(b"")
+    assert missing() == {"model.mllm.source"}
 
 
 def test_nothing_is_missing_where_all_is_there(run: Config) -> None:

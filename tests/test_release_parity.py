@@ -26,7 +26,7 @@ from medisee.models.release import our_name, our_values
 
 GOLDEN = Path(os.environ.get("MEDISEE_GOLDEN", Path(__file__).parent / "golden"))
 RELEASES = sorted(GOLDEN.glob("release_*.json"))
-NOISE = 1e-6
+EPS = torch.finfo(torch.float32).eps
 MASKS = ("gt_mask", "pred_mask")
 
 
@@ -177,7 +177,7 @@ def test_gradients(case: Case, packed: bool) -> None:
         gradient, theirs = parameters[str(name)].grad, norms.get(key, 0.0)
         norm = 0.0 if gradient is None else float(gradient.double().norm())
         # Gradients that cancel out (softmax does not see a bias of the keys) are rounding noise of their layer.
-        noise = NOISE * norms.get(key.replace(".bias", ".weight"), 0.0)
+        noise = EPS * parameters[str(name)].numel() ** 0.5 * norms.get(f"{key.removesuffix('.bias')}.weight", 0.0)
         error = max(0.0, abs(norm - theirs) - noise) / max(theirs, 1e-30)
         groups["gradient norms"] = max(error, groups.get("gradient norms", 0.0))
         assert error <= TOLERANCE, f"{key}: {norm}, expected {theirs}"

@@ -19,11 +19,12 @@ from medisee.data.brain import PLANES, STRUCTURES, Slice, Split, block_number, b
 from medisee.data.query_bank import load_bank, split_bank
 from medisee.data.questions import ask_held_out, ask_seen, ask_training
 from medisee.errors import InputError
-from medisee.files import atomic_path, sha256, write_json
+from medisee.files import atomic_path, is_new_or_earlier, sha256, write_json
 from medisee.masks import encode_mask, mask_box
 from medisee.records import Record, Target, write_records
 
 SUMMARY = "data.json"
+_OWN_KEY = "versions"  # in no other data.json
 NOTE = (
     "These slices show ONE averaged brain. Held-out slices lie at least 4 mm from training slices of their plane, but "
     "they are not held-out people, and training slices of the other two planes cross them. Held-out questions use "
@@ -112,7 +113,7 @@ def _check(out: Path, settings: Mapping[str, int | None]) -> None:
         for name, value in settings.items()
         if value is not None and value < least[name]
     ]
-    if out.exists() and not (out.is_dir() and ((out / SUMMARY).is_file() or not any(out.iterdir()))):
+    if not is_new_or_earlier(out, SUMMARY, _OWN_KEY):
         problems.append(f"{out}: exists and is no demo data set; expected a new or empty folder; name another.")
     if problems:
         raise InputError(problems)

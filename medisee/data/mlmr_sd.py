@@ -7,6 +7,7 @@ The hub's form is `data/<split>-*.parquet`, one row for each image, pictures inc
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +29,8 @@ from medisee.records import QA, Length, Perspective, Record, Target, Turn, write
 SPLITS: tuple[Split, ...] = get_args(Split)
 _HUB_NAMES = {"train": "train", "val": "validation", "test": "test"}
 _PICTURE = re.compile(r"[\w-][\w.-]*\.(png|jpe?g|tiff?)", re.ASCII | re.IGNORECASE)
+_KINDS = ("image", "mask")
+_PAIR_KEYS = ("id", "question", "answer", "perspective", "length", "conversation")
 _COLUMNS = ("id", "target", "image", "mask", "category", "box", "modality", "source", "case", "qa")
 
 
@@ -45,6 +48,7 @@ class Question:
         perspective: "attribute" or "location".
         length: "short" or "long".
         history: the earlier turns of a conversation, oldest first.
+        author: "offline" or the name of the model that wrote it; empty when it is not known.
     """
 
     id: str
@@ -56,6 +60,50 @@ class Question:
     perspective: Perspective
     length: Length
     history: tuple[Turn, ...] = ()
+    author: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """What is read of one question of a hub's row."""
+
+    id: str
+    question: str
+    answer: str
+    perspective: str
+    length: str
+    conversation: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One row of a hub's file, but for its two pictures."""
+
+    id: str
+    target: str
+    category: str
+    box: list[float]
+    modality: str
+    source: str
+    case: str
+    qa: list[_Pair]
+
+
+@dataclass(frozen=True, slots=True)
+class _Unpacking:
+    """What the rows of all files share.
+
+    Attributes:
+        out: the folder that pictures go to.
+        seed: draws the words around questions and answers.
+        saved: the SHA-256 of each picture that has been written, by its path in small letters.
+        problems: what is wrong with the rows.
+    """
+
+    out: Path
+    seed: int
+    saved: dict[str, str]
+    problems: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +178,8 @@ def prepare(root: Path | str, out: Path | str, *, seed: int = 0) -> dict[str, in
             f"{root}: expected train.json, val.json or test.json ({{image: {{mask: class}}}}), there or in release/, or "
             "data/train-*.parquet; found none; name the data set's folder."
         )
-    unpacked = {split: [r for file in files for r in _unpack(file, out, seed)] for split, files in packed.items()}
+    unpacking = _Unpacking(out, seed, {}, [])
+    unpacked = {split: [r for file in files for r in _unpack(file, unpacking)] for split, files in packed.items()}
     return write_splits(out, unpacked)
 
 
@@ -202,6 +251,7 @@ def _questions(path: Path, problems: list[str]) -> Iterator[tuple[str, Question]
             perspective=fields.choice("perspective", get_args(Perspective)),
             length=fields.choice("length", get_args(Length)),
             history=tuple(Turn(each.text("question"), each.text("answer")) for each in fields.objects("history", Turn)),
+            author=fields.text("author") if fields.has("author") else "",
         )
         if len(problems) == wrong:
             yield line.where, question
@@ -225,7 +275,8 @@ def _record(image: str, masks: dict[str, str], asked: dict[tuple[str, str], list
     )
 
 
-def _unpack(path: Path, out: Path, seed: int) -> Iterator[Record]:
+def _unpack(path: Path, unpacking: _Unpacking) -> Iterator[Record]:
+    """Yields the rows of a file as records; at its end all that is wrong with its rows is told."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -239,67 +290,110 @@ def _unpack(path: Path, out: Path, seed: int) -> Iterator[Record]:
                     f"{path}: lacks the columns {', '.join(missing)}; expected {', '.join(_COLUMNS)}, as "
                     "`python -m data_gen export` writes them; take its hub/ folder."
                 )
-            total = file.metadata.num_rows
-            with tqdm(total=total, desc=path.name, unit=" images", disable=None) as bar:
+            number = 0
+            with tqdm(total=file.metadata.num_rows, desc=path.name, unit=" images", disable=None) as bar:
                 for batch in file.iter_batches(batch_size=64, columns=list(_COLUMNS)):
                     for row in batch.to_pylist():
-                        yield _unpacked(row, path, out, seed)
+                        number += 1
+                        yield from _unpacked(row, f"{path}: row {number}", unpacking)
                     bar.update(batch.num_rows)
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{path}: cannot be read ({error}); expected a Parquet file; download it again.") from error
+    if unpacking.problems:
+        raise InputError(unpacking.problems)
 
 
-def _unpacked(row: dict[str, Any], path: Path, out: Path, seed: int) -> Record:
-    image, mask = (_save(row[kind], path, out / f"{kind}s") for kind in ("image", "mask"))
-    questions = _hub_questions(row, image, mask)
-    x0, y0, x1, y1 = row["box"]
+def _unpacked(row: dict[str, Any], where: str, unpacking: _Unpacking) -> Iterator[Record]:
+    """Yields the record of a row, or none when something is wrong with it."""
+    problems, wrong = unpacking.problems, len(unpacking.problems)
+    record = _hub_record(Fields(_known(row), _Row, where, "", problems), unpacking.seed)
+    pictures = {kind: _picture(row[kind], kind, where, problems) for kind in _KINDS}
+    if len(problems) > wrong:
+        return
+    for kind, (name, content) in pictures.items():
+        _save(content, f"{kind}s/{name}", where, unpacking)
+    if len(problems) == wrong:
+        image, mask = (f"{kind}s/{pictures[kind][0]}" for kind in _KINDS)
+        (target,) = record.targets
+        yield replace(record, image=image, targets=(replace(target, mask=mask),))
+
+
+def _known(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns what is read of a row besides its pictures; a pair may have more keys, as "screening"."""
+    pairs = row["qa"]
+    if isinstance(pairs, list):
+        pairs = [{k: pair[k] for k in _PAIR_KEYS if k in pair} if isinstance(pair, dict) else pair for pair in pairs]
+    return {name: row[name] for name in _COLUMNS if name not in _KINDS} | {"qa": pairs}
+
+
+def _hub_record(fields: Fields, seed: int) -> Record:
+    """Reads what a row says besides its pictures, whose paths are left empty."""
+    expected = "four pixels x0, y0, x1, y1 with 0 <= x0 < x1 and 0 <= y0 < y1"
+    fix = "take a file that `python -m data_gen export` wrote"
+    x0, y0, x1, y1 = fields.numbers("box", 4, expected, fix) or (0, 0, 1, 1)
+    if not (0 <= x0 < x1 and 0 <= y0 < y1):
+        fields.refuse("box", expected, fix)
+    category = fields.text("category")
+    target = Target(
+        id=fields.text("target"),
+        category=category,
+        mask="",
+        box=(x0, y0, x1, y1),
+        qa=tuple(worded(question, seed) for question in _hub_questions(fields, category)),
+    )
     return Record(
-        id=row["id"],
-        image=image,
-        modality=row["modality"],
-        source=row["source"],
-        case=row["case"],
-        targets=(
-            Target(
-                id=row["target"],
-                category=row["category"],
-                mask=mask,
-                box=(x0, y0, x1, y1),
-                qa=tuple(worded(question, seed) for question in questions),
-            ),
-        ),
+        id=fields.text("id"),
+        image="",
+        modality=fields.text("modality"),
+        source=fields.text("source"),
+        case=fields.text("case"),
+        targets=(target,),
     )
 
 
-def _hub_questions(row: dict[str, Any], image: str, mask: str) -> list[Question]:
+def _hub_questions(fields: Fields, category: str) -> list[Question]:
     """The pairs come in the order of conversations and turns; a turn is history for those that follow it."""
-    talks: dict[str, list[dict[str, Any]]] = {}
-    for pair in row["qa"]:
-        talks.setdefault(pair["conversation"] or pair["id"], []).append(pair)
-    return [
-        Question(
-            id=last["id"],
-            image=image,
-            mask=mask,
-            category=row["category"],
-            question=last["question"],
-            answer=last["answer"],
-            perspective=last["perspective"],
-            length=last["length"],
-            history=tuple(Turn(turn["question"], turn["answer"]) for turn in earlier),
+    talks: dict[str, list[Question]] = {}
+    for pair in fields.objects("qa", _Pair):
+        question = Question(
+            id=pair.text("id"),
+            question=pair.text("question"),
+            answer=pair.text("answer"),
+            image="",
+            mask="",
+            category=category,
+            perspective=pair.choice("perspective", get_args(Perspective)),
+            length=pair.choice("length", get_args(Length)),
         )
+        talk = pair.text("conversation") if pair.has("conversation") else question.id
+        talks.setdefault(talk, []).append(question)
+    return [
+        replace(last, history=tuple(Turn(turn.question, turn.answer) for turn in earlier))
         for *earlier, last in talks.values()
     ]
 
 
-def _save(picture: dict[str, Any], path: Path, folder: Path) -> str:
-    """Writes a picture under its own name, which must be a plain one: the file may be anybody's."""
-    name, content = picture["path"] or "", picture["bytes"]
-    if not _PICTURE.fullmatch(name) or content is None:
-        raise InputError(
-            f"{path}: holds a picture named {name!r}; expected a plain file name as 'slice.png' and its bytes; "
-            "take a file that `python -m data_gen export` wrote."
+def _picture(cell: Any, kind: str, where: str, problems: list[str]) -> tuple[str, bytes]:
+    """Returns the name of a picture, which must be a plain one (the file may be anybody's), and its bytes."""
+    name, content = (cell.get("path"), cell.get("bytes")) if isinstance(cell, dict) else (None, None)
+    if isinstance(name, str) and _PICTURE.fullmatch(name) and isinstance(content, bytes):
+        return name, content
+    problems.append(
+        f"{where}: the {kind} holds a picture named {name!r}; expected a plain file name as 'slice.png' and its bytes; "
+        "take a file that `python -m data_gen export` wrote."
+    )
+    return "", b""
+
+
+def _save(content: bytes, name: str, where: str, unpacking: _Unpacking) -> None:
+    """Writes a picture; another one of the same name is a problem."""
+    digest = hashlib.sha256(content).hexdigest()
+    # In small letters, since some file systems hold "A.png" and "a.png" for the same.
+    if unpacking.saved.setdefault(name.lower(), digest) != digest:
+        unpacking.problems.append(
+            f"{where}: {name} has the name of another picture; expected a name of its own for each; rename one of them."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_bytes(content)
-    return f"{folder.name}/{name}"
+        return
+    path = unpacking.out / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)

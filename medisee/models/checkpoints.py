@@ -1,8 +1,10 @@
 """A checkpoint: a folder of config.json, tokenizer, the trained tensors as safetensors, and what the frozen bases are.
 
 Frozen weights that come from a published file are not copied: the folder holds their name and SHA-256, and loading
-fails when the file at hand is another one. A model that is built from sizes has no such base: its folder holds all of
-it. The tensors lie in one file, or in several with an index.
+fails when the file at hand is another one. Of a language model in a folder or in the hub's cache, the SHA-256 is that of
+config.json and of its weights' headers (names, types, shapes, places) and sizes: other values in the same places are not
+noticed. A model that is built from sizes has no such base: its folder holds all of it. The tensors lie in one file, or in
+several with an index.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]: of whichever library it uses
 from peft.tuners.lora import LoraLayer
 from peft.utils import TrainableTokensWrapper
@@ -26,12 +28,12 @@ from transformers import AutoTokenizer
 from medisee.config import config_from
 from medisee.errors import InputError
 from medisee.files import atomic_path, sha256, write_json
-from medisee.model_config import Model
+from medisee.model_config import PLACING, Mllm, Model
 from medisee.models.gguf import gguf_file
 from medisee.models.lite_medsam import packaged_weights
 from medisee.models.model_card import CARD, model_card
 from medisee.models.sam_format import weights_file
-from medisee.models.shards import SAFETENSORS_INDEX, shard_paths
+from medisee.models.shards import SAFETENSORS_INDEX, shard_paths, shards_digest
 
 if TYPE_CHECKING:
     from medisee.models.medisee import MediSee
@@ -52,7 +54,7 @@ class FrozenBase:
         prefix: the model's tensors that come from it.
         source: file name or hub id.
         revision: hub revision, None for a file.
-        sha256: of a file, None for a hub id.
+        sha256: of a file, or of what `shards_digest` reads of a folder; None for a hub id that is not in the cache.
     """
 
     prefix: str
@@ -69,10 +71,19 @@ def frozen_bases(config: Model) -> list[FrozenBase]:
         path = weights_file(head.checkpoint) if head.checkpoint else packaged_weights()
         bases.append(FrozenBase("seg_head.", str(head.checkpoint or path.name), sha256=_sha256(path)))
     if config.mllm.source is not None:
-        file = gguf_file(config.mllm.source) if config.mllm.is_gguf else None
-        digest = sha256(file) if file is not None else None
+        digest = _source_digest(config.mllm, config.mllm.source)
         bases.append(FrozenBase("mllm.", config.mllm.source, config.mllm.revision, digest))
     return bases
+
+
+def _source_digest(config: Mllm, source: str) -> str | None:
+    if config.is_gguf:
+        return sha256(gguf_file(source))
+    folder = Path(source)
+    if not folder.exists() and is_hub_id(source) and source.count("/") == 1:
+        cached = try_to_load_from_cache(source, CONFIG, revision=config.revision)
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    return shards_digest(folder)
 
 
 def _sha256(path: Path) -> str:
@@ -136,19 +147,22 @@ def write_description(folder: Path, config: Model, run: dict[str, Any]) -> None:
     write_json(folder / CONFIG, content)
 
 
-def load_checkpoint(folder: Path, build: Any) -> MediSee:
+def load_checkpoint(folder: Path, build: Any, *, bits: int | None = None, device_map: str | None = None) -> MediSee:
     """Loads a checkpoint strictly.
 
     Args:
         folder: a folder written by `save_checkpoint`.
         build: MediSee, passed in to keep this module below it.
+        bits: as `Mllm.bits`, in the place of the checkpoint's own; None keeps that.
+        device_map: as `Mllm.device_map`, likewise.
 
     Raises:
         InputError: no checkpoint, foreign or truncated files, another frozen base, missing, left-over or misshapen
-            tensors.
+            tensors; bits or a device map for a checkpoint that holds all of its language model.
     """
     content = _read_config(folder)
     config = config_from({"model": content["model"]}, where=str(folder / CONFIG)).model
+    config = _placed(config, folder, bits, device_map)
     _check_bases(content.get("frozen", []), config, folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -165,6 +179,21 @@ def load_checkpoint(folder: Path, build: Any) -> MediSee:
     model = build(config, tokenizer)
     load_trained(model, state, folder / WEIGHTS)
     return model
+
+
+def _placed(config: Model, folder: Path, bits: int | None, device_map: str | None) -> Model:
+    asked = {name: value for name, value in (("bits", bits), ("device_map", device_map)) if value is not None}
+    if not asked:
+        return config
+    if config.mllm.source is None:
+        raise InputError(
+            f"{folder}: holds all of its language model, so {' and '.join(asked)} cannot be chosen; expected a checkpoint "
+            "that builds on published weights (model.mllm.source); leave it out."
+        )
+    # Each takes the place of the other.
+    mllm = config.mllm.model_dump() | dict.fromkeys(("bits", "device_map")) | asked
+    where = f"{folder / CONFIG} with {', '.join(f'{name}={value}' for name, value in asked.items())}"
+    return config_from({"model": config.model_dump() | {"mllm": mllm}}, where=where).model
 
 
 def _read_state(folder: Path) -> dict[str, Tensor]:
@@ -209,7 +238,7 @@ def without_bases(config: Model) -> Model:
 
     The sizes must already be the model's own. LiteMedSAM, which comes with a package, stays where it is.
     """
-    named = ("source", "revision", "vision_source", "converted", "bits", "device_map", "max_memory", "offload_folder")
+    named = ("source", "revision", "vision_source", "converted", *PLACING)
     mllm = config.mllm.model_copy(update=dict.fromkeys(named))
     head = config.seg_head
     if head.kind != "lite_medsam":
@@ -329,7 +358,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _check_bases(saved: list[dict[str, Any]], config: Model, folder: Path) -> None:
     for base in frozen_bases(config):
         known = [entry for entry in saved if entry.get("prefix") == base.prefix]
-        if known and known[0].get("sha256") != base.sha256:
+        # Checkpoints of earlier versions have none for a folder.
+        saved_digest = known[0].get("sha256") if known else None
+        if None not in (saved_digest, base.sha256) and saved_digest != base.sha256:
             raise InputError(
                 f"{folder / CONFIG}: was trained on {known[0].get('source')} with SHA-256 {known[0].get('sha256')}, "
                 f"but {base.source} here has {base.sha256}; install the same weights."

@@ -13,11 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AddedToken, CLIPVisionConfig, LlamaConfig, LlavaConfig, MistralConfig, PreTrainedTokenizerFast
+from transformers import (
+    AddedToken,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    MistralConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from medisee.errors import InputError
 from medisee.models.shards import TensorFacts, read_json, some
-from medisee.models.tokenizer import sentencepiece_tokenizer
+from medisee.models.tokenizer import as_legacy, sentencepiece_tokenizer
 
 CONFIG = "config.json"
 
@@ -103,7 +111,8 @@ def llava_config(path: Path, settings: Mapping[str, Any], vision: CLIPVisionConf
         "mm_projector_type": settings.get("mm_projector_type") not in ("mlp2x_gelu",),
         "mm_use_im_start_end": bool(settings.get("mm_use_im_start_end")),
         "tie_word_embeddings": bool(settings.get("tie_word_embeddings")),
-        "mm_vision_select_feature": settings.get("mm_vision_select_feature", "patch") not in ("patch", "cls_patch"),
+        # cls_patch has a token for the class in front of those of the patches, which prompts have no place for.
+        "mm_vision_select_feature": settings.get("mm_vision_select_feature", "patch") != "patch",
     }
     problems += [
         f"{path}: {key} = {settings.get(key)!r} is not supported; give LLaVA-Med v1.5 or LLaVA v1.5."
@@ -134,7 +143,7 @@ def llava_config(path: Path, settings: Mapping[str, Any], vision: CLIPVisionConf
         image_token_index=settings["vocab_size"],
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,  # type: ignore[operator]
         vision_feature_layer=settings.get("mm_vision_select_layer", -2),
-        vision_feature_select_strategy="full" if settings.get("mm_vision_select_feature") == "cls_patch" else "default",
+        vision_feature_select_strategy="default",
         tie_word_embeddings=False,
         architectures=["LlavaForConditionalGeneration"],
     )
@@ -189,7 +198,7 @@ def vision_config(
     )
 
 
-def original_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def original_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Builds the tokenizer of an original checkpoint: tokenizer.model, or tokenizer.json where that is all there is.
 
     Raises:
@@ -202,7 +211,8 @@ def original_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         file = folder / "tokenizer.json"
         if not file.exists():
             raise InputError(f"{folder}: holds neither tokenizer.model nor tokenizer.json; fetch the checkpoint again.")
-        return PreTrainedTokenizerFast(tokenizer_file=str(file), unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+        found = PreTrainedTokenizerFast(tokenizer_file=str(file), unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+        return as_legacy(found)
     tokenizer = sentencepiece_tokenizer(model, legacy=settings.get("legacy") is not False)
     extra = folder / "added_tokens.json"
     added = {int(number): token for token, number in (read_json(extra) if extra.exists() else {}).items()}

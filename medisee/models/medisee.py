@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedTokenizerBase
 
+from medisee.errors import InputError
 from medisee.geometry import boxes_to_frame, cxcywh_to_xyxy
 from medisee.model_config import Model
 from medisee.models.checkpoints import load_checkpoint, local_checkpoint, push_checkpoint, save_checkpoint
@@ -25,6 +26,7 @@ from medisee.models.heads import BoxDecoder, Router, TextProjection
 from medisee.models.lite_medsam import lite_medsam_head
 from medisee.models.mllm import load_mllm, seg_head_tokens
 from medisee.models.packing import block_mask
+from medisee.models.pretrained import pinned_device
 from medisee.models.sam_med2d import sam_med2d_head
 from medisee.models.seg_head import Prompts, SamHead, sam_head
 from medisee.models.tokenizer import decode
@@ -260,20 +262,53 @@ class MediSee(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder_or_hub_id: str | Path, *, revision: str | None = None, device: torch.device | str | None = None
+        cls,
+        folder_or_hub_id: str | Path,
+        *,
+        revision: str | None = None,
+        device: torch.device | str | None = None,
+        bits: int | None = None,
+        device_map: str | None = None,
     ) -> MediSee:
         """Loads a checkpoint, strictly, in evaluation mode.
 
         Args:
             folder_or_hub_id: what `save_pretrained` or training wrote, or the hub id that it was pushed to.
             revision: branch, tag or commit of a hub id.
-            device: where the model goes; None leaves it on the CPU.
+            device: where the model goes; None leaves it on the CPU, or with a language model that cannot be moved.
+            bits: 4 or 8 holds the layers of a published language model in so many bits, which needs an NVIDIA GPU and
+                bitsandbytes; None: as the checkpoint says.
+            device_map: "auto" spreads those layers over all GPUs and main memory; None: as the checkpoint says.
 
         Raises:
-            InputError: neither a folder nor a hub repository, or what it holds does not fit; see `load_checkpoint`.
+            InputError: neither a folder nor a hub repository, or what it holds does not fit; see `load_checkpoint` and
+                `placed`.
         """
         folder = local_checkpoint(folder_or_hub_id, revision)
-        return load_checkpoint(folder, cls).to(device or "cpu").eval()
+        return load_checkpoint(folder, cls, bits=bits, device_map=device_map).placed(device).eval()
+
+    @property
+    def pinned_device(self) -> torch.device | None:
+        """Where the whole model must be since its language model cannot be moved; None where it can."""
+        return pinned_device(self.mllm)
+
+    def placed(self, device: torch.device | str | None) -> MediSee:
+        """Moves the model; layers of 4 or 8 bits, or spread over devices, stay, and all else goes to their inputs.
+
+        Args:
+            device: None: the CPU, or where such a language model takes its inputs.
+
+        Raises:
+            InputError: another device than that.
+        """
+        pinned = self.pinned_device
+        wanted = torch.device(device or pinned or "cpu")
+        if pinned is not None and (wanted.type != pinned.type or wanted.index not in (None, pinned.index)):
+            raise InputError(
+                f"device = {wanted}: the language model is held in 4 or 8 bits, or spread over devices, and takes its "
+                f"inputs on {pinned}; leave the device out, or choose GPUs by CUDA_VISIBLE_DEVICES."
+            )
+        return self.to(pinned or wanted)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a checkpoint folder atomically; an older checkpoint there is replaced as a whole.

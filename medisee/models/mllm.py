@@ -39,6 +39,7 @@ POSITION_FREQUENCIES = 16
 
 _ADAPTED = r".*language_model.*\.(q_proj|v_proj)"
 _VOCABULARY = ("model.language_model.embed_tokens", "lm_head")
+_HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_tokenizer(config: Mllm, candidate_tokens: tuple[str, ...]) -> PreTrainedTokenizerBase:
@@ -71,8 +72,8 @@ def load_mllm(
     if config.source is None:
         llava = LlavaForConditionalGeneration(_llava_config(config, tokenizer, seg))
         llava.set_attn_implementation(general_kernel(config))
-        if config.dtype == "bfloat16":
-            llava.to(torch.bfloat16)  # pyright: ignore[reportArgumentType]: transformers' wrapper hides torch's overloads
+        if config.dtype in _HALVES:
+            llava.to(_HALVES[config.dtype])  # pyright: ignore[reportArgumentType]: transformers' wrapper hides torch's overloads
     else:
         loaded = load_pretrained(config)
         llava = loaded.llava
@@ -226,12 +227,26 @@ def _seg_token_width(config: Mllm, seg: SegHeadSpec) -> int:
 
 
 def _check_vision(llava: LlavaForConditionalGeneration, config: Mllm) -> None:
-    vision: Any = llava.config.vision_config
-    size = vision.image_size
-    if config.image_tokens == "vision_tower" and size != config.vision_size:
-        raise InputError(
-            f"model.mllm.vision_size = {config.vision_size}: {config.source} was trained at {size}; set it to {size}."
+    if config.image_tokens != "vision_tower":
+        return
+    settings: Any = llava.config
+    vision, kind = settings.vision_config, settings.vision_feature_select_strategy
+    sizes = {
+        "vision_size": (config.vision_size, vision.image_size),
+        "vision_patch": (config.vision_patch, vision.patch_size),
+    }
+    problems = [
+        f"model.mllm.{name} = {own}: {config.source} was trained at {size}; set it to {size}."
+        for name, (own, size) in sizes.items()
+        if own != size
+    ]
+    if kind != "default":
+        problems.append(
+            f"{config.source}: vision_feature_select_strategy is {kind!r}; expected 'default', a token for each patch and "
+            "none for the class; give LLaVA-Med v1.5 or LLaVA v1.5."
         )
+    if problems:
+        raise InputError(problems)
 
 
 def image_token_count(config: Mllm) -> int:

@@ -28,13 +28,18 @@ from medisee.models.checkpoints import is_hub_id
 from medisee.models.conversion import converted, vocabulary_problems
 from medisee.models.gguf import gguf_folder
 from medisee.models.llava_format import CONFIG, is_original, original_tokenizer
-from medisee.models.shards import check_shards, read_json, some
+from medisee.models.shards import check_shards, read_json, shard_paths, some
 from medisee.models.tokenizer import as_legacy
 
 SKIPPED = ("lm_head", "model.multi_modal_projector", "model.vision_tower")
 """What stays in 16 or 32 bits beside a language model of 4 or 8; transformers compares the beginnings of whole names."""
 
-_DTYPES: dict[str, Any] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES: dict[str, Any] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,7 @@ def load_pretrained(config: Mllm) -> Pretrained:
             f"{folder / CONFIG}: describes {settings.get('model_type')!r}, which is no Llava; give a transformers Llava "
             "or an original LLaVA(-Med) checkpoint."
         )
+    _check_format(folder)
     check_shards(folder)
     llava = _load(folder, config, quantization)
     embedding: Any = llava.get_input_embeddings()
@@ -89,6 +95,14 @@ def load_pretrained(config: Mllm) -> Pretrained:
     if problems := vocabulary_problems(folder, rows=embedding.num_embeddings, stated=stated, tokens=tokens):
         raise InputError(problems)
     return Pretrained(llava, tokens)
+
+
+def _check_format(folder: Path) -> None:
+    if others := {path.name for path in shard_paths(folder) if path.suffix != ".safetensors"}:
+        raise InputError(
+            f"{folder}: holds a transformers Llava as {some(others)}; expected .safetensors files, which run no code; "
+            "fetch a revision that has them, or write them by save_pretrained of transformers."
+        )
 
 
 def _load(folder: Path, config: Mllm, quantization: BitsAndBytesConfig | None) -> LlavaForConditionalGeneration:
@@ -176,7 +190,7 @@ def quantization_config(config: Mllm) -> BitsAndBytesConfig:
         llm_int8_skip_modules=list(SKIPPED),
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32 if config.dtype == "float32" else torch.bfloat16,
+        bnb_4bit_compute_dtype=torch.bfloat16 if config.dtype == "auto" else _DTYPES[config.dtype],
     )
 
 
@@ -244,3 +258,8 @@ def _pin(llava: LlavaForConditionalGeneration) -> None:
         return llava
 
     llava._apply = stay
+
+
+def pinned_device(llava: LlavaForConditionalGeneration) -> torch.device | None:
+    """Returns where a language model takes its inputs if it cannot be moved: of 4 or 8 bits, or spread over devices."""
+    return next(llava.get_input_embeddings().parameters()).device if "_apply" in vars(llava) else None

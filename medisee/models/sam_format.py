@@ -17,9 +17,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import SamConfig, SamModel
 
 from medisee.errors import InputError
 from medisee.hub import fetch
+from medisee.model_config import SamSizes
 
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 FILE_TYPES = (".safetensors", ".pth", ".pt", ".bin")
@@ -70,6 +72,36 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed = {transformers_name(name): value for name, value in state.items()}
     renamed[TIED_POSITIONS] = renamed[SHARED_POSITIONS]
     return renamed
+
+
+def write_transformers(state: Mapping[str, Tensor], sizes: SamSizes, size: int, folder: Path) -> None:
+    """Writes a whole SAM as a folder of transformers' SamModel, for frames of side `size`."""
+    settings = SamConfig(
+        vision_config={
+            "hidden_size": sizes.width,
+            "num_hidden_layers": sizes.depth,
+            "num_attention_heads": sizes.heads,
+            "global_attn_indexes": list(sizes.global_attention),
+            "window_size": sizes.window,
+            "image_size": size,
+            "output_channels": sizes.channels,
+            "num_pos_feats": sizes.channels // 2,
+        },
+        prompt_encoder_config={
+            "hidden_size": sizes.channels,
+            "image_size": size,
+            "mask_input_channels": sizes.mask_hidden,
+        },
+        mask_decoder_config={
+            "hidden_size": sizes.channels,
+            "num_attention_heads": sizes.decoder_heads,
+            "mlp_dim": sizes.decoder_mlp,
+            "iou_head_hidden_dim": sizes.iou_hidden,
+        },
+    )
+    sam = SamModel(settings)
+    sam.load_state_dict(to_transformers(state))
+    sam.save_pretrained(folder)
 
 
 def is_transformers(state: Mapping[str, Any]) -> bool:

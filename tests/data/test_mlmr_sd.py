@@ -118,7 +118,8 @@ def test_wrong_files_are_named(release: Path, tmp_path: Path) -> None:
     assert "found none; name the data set's folder" in problems_of(tmp_path / "empty", tmp_path / "out")
 
 
-def write_parquet(root: Path, **changes: Any) -> None:
+def write_parquet(root: Path, *, more: tuple[dict[str, Any], ...] = (), **changes: Any) -> None:
+    """Writes one row with changes, and for each of `more` a further one with these."""
     parquet = pytest.importorskip("pyarrow.parquet")
     pyarrow = pytest.importorskip("pyarrow")
     (root / "data").mkdir(parents=True, exist_ok=True)
@@ -140,7 +141,9 @@ def write_parquet(root: Path, **changes: Any) -> None:
         **pictures,
         **changes,
     }
-    parquet.write_table(pyarrow.Table.from_pylist([row]), root / "data/test-00000-of-00001.parquet")
+    parquet.write_table(
+        pyarrow.Table.from_pylist([row, *({**row, **each} for each in more)]), root / "data/test-00000-of-00001.parquet"
+    )
 
 
 def test_a_hubs_files_are_unpacked(tmp_path: Path) -> None:
@@ -164,6 +167,49 @@ def test_a_picture_with_another_name_than_a_plain_one_is_refused(tmp_path: Path,
     write_parquet(tmp_path / "hub", image={"bytes": b"x", "path": name})
     assert "expected a plain file name" in problems_of(tmp_path / "hub", tmp_path / "out")
     assert not list(tmp_path.rglob("evil*"))
+
+
+PAIR = {**{key: LINE[key] for key in ("id", "question", "answer", "perspective", "length")}, "conversation": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"image": None}, "row 2: the image holds a picture named None; expected a plain file name"),
+        ({"mask": {"bytes": None, "path": "m.png"}}, "row 2: the mask holds a picture named 'm.png'"),
+        ({"box": None}, "row 2: box is null; expected four pixels"),
+        ({"box": [3, 4]}, "row 2: box is [3, 4]; expected four pixels"),
+        ({"box": [9, 4, 3, 12]}, "row 2: box is [9, 4, 3, 12]; expected four pixels"),
+        ({"qa": None}, "row 2: qa is null; expected a list"),
+        ({"qa": [None]}, "row 2: qa[0] is null; expected an object"),
+        ({"qa": [{**PAIR, "perspective": "colour"}]}, 'row 2: qa[0].perspective is "colour"; expected one of'),
+        ({"qa": [{**PAIR, "length": None}]}, "row 2: qa[0].length is null; expected a string"),
+        ({"category": None}, "row 2: category is null; expected a string"),
+        (
+            {"image": {"bytes": b"another", "path": "CASE1.png"}},
+            "row 2: images/CASE1.png has the name of another picture",
+        ),
+    ],
+)
+def test_wrong_cells_of_a_hubs_file_are_named(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    write_parquet(tmp_path / "hub", more=({"id": "r2", **changes},))
+    assert told in problems_of(tmp_path / "hub", tmp_path / "out")
+    assert not (tmp_path / "out/test.jsonl").exists()
+
+
+def test_wrong_cells_of_all_rows_are_told_at_once(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "hub", more=({"id": "r2", "box": None}, {"id": "r3"}, {"id": "r4", "qa": None}))
+    with pytest.raises(InputError) as error:
+        prepare(tmp_path / "hub", tmp_path / "out")
+    assert [problem.partition("; ")[0].partition("row ")[2] for problem in error.value.problems] == [
+        "2: box is null",
+        "4: qa is null",
+    ]
+
+
+def test_two_rows_may_share_one_picture(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "hub", more=({"id": "r2"},))
+    assert prepare(tmp_path / "hub", tmp_path / "out")["test"] == 2
 
 
 def test_wrong_parquet_files_are_named(tmp_path: Path) -> None:

@@ -95,6 +95,10 @@ class FakeServer:
         self.batches: dict[str, dict[str, Any]] = {}
         self.batch_looks = 1  # so many looks at a batch find it under way
         self.batch_errors: set[int] = set()  # lines of a batch that fail with status 500
+        self.batch_rejects: dict[int, tuple[int, str]] = {}  # lines that fail with another status and message
+        self.batch_noise = b""  # stands before the lines of an output file
+        self.batch_refusal = ""  # why batches fail as a whole
+        self.batch_failures: list[int] = []  # statuses of the next creations, which create nothing
         self.fail_after_batch = False  # creates a batch and drops the connection
         self._random = random.Random(settings.seed)
         self._faults: Counter[str] = Counter()
@@ -170,6 +174,8 @@ class FakeServer:
             connection.send(401, _error("wrong key: " + connection.authorization, "invalid_api_key"))
         elif fault == "400":
             connection.send(400, _error("too long", "context_length_exceeded"))
+        elif fault == "echo":  # half a surrogate pair, then the key where a long message is cut
+            connection.send(400, _error("\ud800" + "x" * 280 + connection.authorization, None))
         elif fault == "html":
             connection.send(200, b"<html>a proxy's page</html>")
         elif not self.settings.strict and (body.get("response_format") or {}).get("type") == "json_schema":
@@ -193,6 +199,8 @@ class FakeServer:
                 "purpose": "batch",
             }
             return 200, json.dumps({**made, "status": "processed"}).encode()
+        if (method, path) == ("POST", "/v1/batches") and self.batch_failures:
+            return self.batch_failures.pop(0), _error("no batch today", None)
         if (method, path) == ("POST", "/v1/batches"):
             batch = self._make_batch(json.loads(data))
             if self.fail_after_batch:
@@ -205,7 +213,8 @@ class FakeServer:
             batch = self.batches[found[1]]
             batch["looks"] += 1
             if batch["looks"] > self.batch_looks:
-                batch["status"] = "completed"
+                batch["status"] = "failed" if self.batch_refusal else "completed"
+                batch["errors"] = {"data": [{"message": self.batch_refusal}]}
             return 200, json.dumps(batch).encode()
         if found := re.fullmatch(r"/v1/files/(\S+)/content", path):
             return 200, self.files[found[1]]
@@ -216,13 +225,20 @@ class FakeServer:
         for number, text in enumerate(self.files[wanted["input_file_id"]].decode().splitlines()):
             line = json.loads(text)
             self.bodies.append(line["body"])
-            fails = number in self.batch_errors
-            response = {"status_code": 500 if fails else 200, "body": completion(line["body"], None, self.settings)}
-            outputs[fails].append(json.dumps({"custom_id": line["custom_id"], "response": response}))
-        self.batch_errors = set()
+            rejects = {**dict.fromkeys(self.batch_errors, (500, "internal")), **self.batch_rejects}
+            fails = number in rejects
+            response: dict[str, Any] = {"status_code": 200, "body": completion(line["body"], None, self.settings)}
+            if fails:
+                status, message = rejects[number]
+                response = {"status_code": status, "body": {"error": {"message": message, "code": None}}}
+            # Its id holds an end of line that JSON lets stand as it is.
+            made = {"id": "a\u2028b", "custom_id": line["custom_id"], "response": response}
+            outputs[fails].append(json.dumps(made, ensure_ascii=False))
+        self.batch_errors, self.batch_rejects = set(), {}
         identity = f"batch-{len(self.batches)}"
         for fails, lines in outputs.items():
-            self.files[f"{identity}-{fails}"] = "\n".join(lines).encode()
+            noise = b"" if fails else self.batch_noise
+            self.files[f"{identity}-{fails}"] = noise + "\n".join(lines).encode()
         batch = {
             "id": identity,
             "object": "batch",

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from fake_server import FakeServer
+from PIL import Image
 
 from data_gen import batch, run
+from data_gen.answers import Answers
 from data_gen.batch import Waves
 from data_gen.ledger import Ledger
 from data_gen.limits import StopRun
@@ -18,6 +20,13 @@ from medisee.errors import exit_code
 
 Records = Callable[[int], Path]
 Serve = Callable[..., FakeServer]
+SECRET = "sk-a-secret-key-of-batches-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.setattr(batch, "_MOMENT", 0.01)
 
 
 def options(path: Path, server: FakeServer, ledger: Path, *more: str) -> list[str]:
@@ -75,6 +84,17 @@ def test_captions_are_asked_live(records: Records, serve: Serve, tmp_path: Path)
     assert len(server.batches) >= 3
 
 
+def test_captions_of_a_wave_are_asked_many_at_once(records: Records, serve: Serve, tmp_path: Path) -> None:
+    path, server = records(4), serve(delay=0.3)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for number, line in enumerate(lines):
+        Image.new("L", (48, 32), number).save(path.with_name(f"{number}.png"))
+        line["image"] = f"{number}.png"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.main(in_batches(path, server, tmp_path / "l.sqlite", "--captioner", "v"))
+    assert server.count == 4 and server.most_at_once > 1
+
+
 def test_a_batch_is_half_the_price(
     records: Records, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,7 +111,11 @@ def test_a_batch_is_half_the_price(
 
 
 def test_a_run_that_ends_while_a_batch_is_under_way_collects_it_later(
-    records: Records, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    records: Records,
+    serve: Serve,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path, server, ledger = records(3), serve(), tmp_path / "l.sqlite"
     server.batch_looks = 3
@@ -103,6 +127,9 @@ def test_a_run_that_ends_while_a_batch_is_under_way_collects_it_later(
         patch.setattr(batch.asyncio, "sleep", leave)
         assert ends(in_batches(path, server, ledger)) == 1
     assert len(server.batches) == 1
+    count = server.count
+    assert ends(options(path, server, ledger)) == 1 and server.count == count, "what is paid for is not asked live"
+    assert "--batch" in capsys.readouterr().err
     with Ledger(ledger) as found:
         ((token, identity),) = found.answers.open_batches()
         assert identity == "batch-0" and token
@@ -110,15 +137,44 @@ def test_a_run_that_ends_while_a_batch_is_under_way_collects_it_later(
     assert each_once(server)
 
 
-def test_a_batch_whose_id_was_never_stored_is_found(records: Records, serve: Serve, tmp_path: Path) -> None:
+def test_a_batch_whose_creation_was_never_confirmed_has_no_twin(records: Records, serve: Serve, tmp_path: Path) -> None:
     path, server, ledger = records(3), serve(), tmp_path / "l.sqlite"
     server.fail_after_batch = True
-    assert ends([*in_batches(path, server, ledger), "--sends", "1"]) == 1
-    assert len(server.batches) == 2, "the client tries once more, and both were created"
-    server.fail_after_batch = False
     assert ends(in_batches(path, server, ledger)) == 0
-    asked = [json.dumps(body) for body in server.bodies]
-    assert len(asked) - len(set(asked)) == 6, "the twin that the lost connection made is the only thing asked twice"
+    assert each_once(server) and server.batches
+
+
+def test_a_batch_whose_id_was_never_stored_is_found(
+    records: Records, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, server, ledger = records(3), serve(), tmp_path / "l.sqlite"
+
+    def die(*_: object) -> None:
+        raise StopRun("the run ended here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Answers, "mark_batch", die)
+        assert ends(in_batches(path, server, ledger)) == 1
+    with Ledger(ledger) as found:
+        ((_, identity),) = found.answers.open_batches()
+        assert identity is None and len(server.batches) == 1
+    assert ends(in_batches(path, server, ledger)) == 0
+    assert each_once(server)
+
+
+def test_a_creation_that_fails_is_tried_again_unless_it_cannot_succeed(
+    records: Records, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, server, ledger = records(2), serve(), tmp_path / "l.sqlite"
+    server.batch_failures = [500, 503]
+    assert ends(in_batches(path, server, ledger)) == 0
+    assert each_once(server)
+    other, ledger = serve(), tmp_path / "other.sqlite"
+    other.batch_failures = [404]
+    assert ends(in_batches(path, other, ledger)) == 1
+    assert "no batch today" in capsys.readouterr().err and not other.batches
+    assert ends(options(path, other, ledger)) == 0, "nothing is under way, so it may be asked live"
+    assert content(ledger) == content(tmp_path / "l.sqlite")
 
 
 def test_lines_that_fail_are_asked_again(records: Records, serve: Serve, tmp_path: Path) -> None:
@@ -127,6 +183,71 @@ def test_lines_that_fail_are_asked_again(records: Records, serve: Serve, tmp_pat
     run.main(in_batches(path, server, tmp_path / "l.sqlite"))
     run.main(options(path, serve(), tmp_path / "calm.sqlite"))
     assert content(tmp_path / "l.sqlite") == content(tmp_path / "calm.sqlite")
+
+
+def test_lines_that_say_nothing_are_passed_over(
+    records: Records, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, server = records(2), serve()
+    server.batch_noise = b'\n[1]\n  \nnot JSON\n{"custom_id": 3}\n{"custom_id": "\\ud800"}\n' + b"[" * 100_000 + b"\n"
+    run.main(in_batches(path, server, tmp_path / "l.sqlite"))
+    assert "5 lines of the batch hold no answer" in capsys.readouterr().out
+    run.main(options(path, serve(), tmp_path / "calm.sqlite"))
+    assert content(tmp_path / "l.sqlite") == content(tmp_path / "calm.sqlite")
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "told"),
+    [
+        (401, f"wrong key {SECRET}", "wrong key [OPENAI_API_KEY]"),
+        (404, "no such model", "no such model"),
+        (400, "response_format is unknown here", "--schema json_object"),
+    ],
+)
+def test_a_line_that_condemns_all_ends_the_run(
+    records: Records,
+    serve: Serve,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    status: int,
+    message: str,
+    told: str,
+) -> None:
+    path, server, ledger = records(2), serve(), tmp_path / "l.sqlite"
+    server.batch_rejects = {1: (status, message)}
+    assert ends(in_batches(path, server, ledger)) == 1
+    err = capsys.readouterr().err
+    assert told in err and SECRET not in err
+    with Ledger(ledger) as found:
+        assert sum(count.answers for count in found.counts()) == 3, "the other answers are stored"
+    assert ends(in_batches(path, server, ledger)) == 0
+    run.main(options(path, serve(), tmp_path / "calm.sqlite"))
+    assert content(ledger) == content(tmp_path / "calm.sqlite"), "nothing was dropped for it"
+
+
+def test_a_request_that_a_batch_does_not_take_is_dropped_with_the_servers_words(
+    records: Records, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, server, ledger = records(2), serve(), tmp_path / "l.sqlite"
+    server.batch_rejects = {0: (400, f"too long for {SECRET}")}
+    assert ends(in_batches(path, server, ledger)) == 0
+    with Ledger(ledger) as found:
+        (reason,) = {drop.reason for drop in found.drops() if drop.rule == "rejected"}
+        assert "too long for [OPENAI_API_KEY]" in reason
+    server = serve()
+    server.batch_rejects = dict.fromkeys(range(4), (400, "too long"))
+    assert ends(in_batches(path, server, tmp_path / "bad.sqlite", "--max-failures", "4")) == 1
+    assert "4 calls in a row failed" in capsys.readouterr().err
+
+
+def test_the_key_is_not_told_when_a_batch_is_refused(
+    records: Records, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = serve()
+    server.batch_refusal = f"nothing for {SECRET}"
+    assert ends(in_batches(records(1), server, tmp_path / "l.sqlite")) == 1
+    assert "nothing for [OPENAI_API_KEY]" in capsys.readouterr().err
 
 
 def test_long_waves_are_cut(records: Records, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

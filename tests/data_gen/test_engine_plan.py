@@ -53,6 +53,8 @@ def test_the_plan_grows_with_the_images(records: Records, capsys: pytest.Capture
     text = capsys.readouterr().out
     assert "230 images, at most 1,840 question-answer pairs" in text and "captions by gpt-4o" in text
     planned = rows(text)
+    assert planned["caption"][4] == planned["caption"][3] > 0, "captions are asked live in batches, too"
+    assert planned["describe"][4] < planned["describe"][3]
     assert [planned[stage][0] for stage in ("caption", "describe", "revise", "transform", "all")] == [
         230,
         460,

@@ -18,6 +18,7 @@ from data_gen.items import Decision
 from data_gen.ledger import Ledger
 from medisee.data.dataset import record_example
 from medisee.errors import exit_code
+from medisee.files import sha256
 from medisee.manifest import Manifest
 from medisee.naming import read_categories
 from medisee.records import Turn
@@ -87,7 +88,8 @@ def test_the_releases_formats(make_ledger: LedgerMaker, tmp_path: Path) -> None:
     for image, masks in classes.items():
         assert (tmp_path / "out" / image).is_file()
         assert all((tmp_path / "out" / mask).is_file() for mask in masks)
-    keys = ["id", "image", "mask", "category", "question", "answer", "perspective", "length"]
+    keys = ["id", "image", "mask", "category", "question", "answer", "perspective", "length", "author"]
+    assert {line["author"] for line in lines} == {"some-model"}
     assert all(list(line) == keys and classes[line["image"]][line["mask"]] == line["category"] for line in lines)
 
 
@@ -193,6 +195,8 @@ def test_what_the_offline_author_made_is_labelled(make_ledger: LedgerMaker, tmp_
     assert "made by: offline" in capsys.readouterr().out
     assert "**Made by the offline author.**" in (tmp_path / "out/hub/README.md").read_text()
     assert json.loads((tmp_path / "out/data.json").read_text())["author"] == "offline"
+    lines = [line for file in (tmp_path / "out/release").glob("*.jsonl") for line in file.read_text().splitlines()]
+    assert {json.loads(line)["author"] for line in lines} == {"offline"}
 
 
 def test_an_unfinished_run_is_warned_about(make_ledger: LedgerMaker, tmp_path: Path, capsys: Capture) -> None:
@@ -213,6 +217,68 @@ def test_bad_input(make_ledger: LedgerMaker, tmp_path: Path, capsys: Capture) ->
     told = refused(capsys, "--ledger", path, "--out", tmp_path / "out", "--sources", tmp_path / "sources.yaml")
     assert "has another form" in told
     assert not (tmp_path / "out").exists()
+
+
+def test_only_an_earlier_export_is_replaced(make_ledger: LedgerMaker, tmp_path: Path, capsys: Capture) -> None:
+    path = make_ledger()
+    out = tmp_path / "out"
+    run(path, out)
+    run(path, out, "--seed", "1")
+    # The demo's data set has a data.json too.
+    for content in ('{"note": "n", "settings": {}, "counts": {}, "versions": {}}', "{", "[]"):
+        (tmp_path / "demo").mkdir(exist_ok=True)
+        (tmp_path / "demo/data.json").write_text(content)
+        assert "holds something else" in refused(capsys, "--ledger", path, "--out", tmp_path / "demo")
+        assert (tmp_path / "demo/data.json").read_text() == content
+    assert "holds something else" in refused(capsys, "--ledger", path, "--out", path)
+
+
+def test_ledger_and_images_are_never_replaced(make_ledger: LedgerMaker, tmp_path: Path, capsys: Capture) -> None:
+    path = make_ledger()
+    run(path, tmp_path / "out")
+    shutil.copyfile(tmp_path / "out/data.json", tmp_path / "data.json")
+    # The folder of the ledger looks like an earlier export, and so do that of the images and a part of it.
+    assert "holds the ledger" in refused(capsys, "--ledger", path, "--out", tmp_path)
+    for folder, told in (
+        ("pictures", "holds the folder of the images"),
+        ("pictures/slices", "holds image 'slices/case"),
+    ):
+        shutil.copyfile(tmp_path / "out/data.json", tmp_path / folder / "data.json")
+        assert told in refused(capsys, "--ledger", path, "--out", tmp_path / folder)
+    assert path.is_file() and (tmp_path / "pictures/slices/case0_0.png").is_file()
+    run(path, tmp_path / "pictures/export")
+    run(path, tmp_path / "pictures/export")
+
+
+def test_a_changed_picture_of_the_same_size_is_named(make_ledger: LedgerMaker, tmp_path: Path, capsys: Capture) -> None:
+    path = make_ledger()
+    slices = tmp_path / "pictures/slices"
+    with sqlite3.connect(path) as raw:
+        content = json.loads(raw.execute("SELECT content FROM items WHERE id='case0_0/liver'").fetchone()[0])
+        noted = {
+            f"{kind}_sha256": sha256(slices / f"case0_0{end}.png") for kind, end in (("image", ""), ("mask", "_liver"))
+        }
+        raw.execute("UPDATE items SET content=? WHERE id='case0_0/liver'", (json.dumps(content | noted),))
+    raw.close()
+    run(path, tmp_path / "out")
+    for name in ("case0_0.png", "case0_0_liver.png"):
+        before = (slices / name).read_bytes()
+        Image.new("L", (48, 32), 7).save(slices / name)
+        told = refused(capsys, "--ledger", path, "--out", tmp_path / "out")
+        assert f"'slices/{name}' has the SHA-256" in told and "put the old file back" in told
+        (slices / name).write_bytes(before)
+    run(path, tmp_path / "out")
+
+
+def test_a_ledger_without_hashes_stays_readable(make_ledger: LedgerMaker, tmp_path: Path) -> None:
+    path = make_ledger()
+    with sqlite3.connect(path) as raw:
+        for identity, text in raw.execute("SELECT id, content FROM items").fetchall():
+            old = {key: value for key, value in json.loads(text).items() if not key.endswith("_sha256")}
+            raw.execute("UPDATE items SET content=? WHERE id=?", (json.dumps(old), identity))
+    raw.close()
+    run(path, tmp_path / "out")
+    assert len(Manifest(tmp_path / "out/train.jsonl")) == 6
 
 
 def test_missing_and_changed_pictures_are_all_named(make_ledger: LedgerMaker, tmp_path: Path, capsys: Capture) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from data_gen.items import items_from_manifest, length_of, perspective_of
 from medisee.errors import InputError
+from medisee.files import sha256
 from medisee.manifest import Manifest
 from medisee.masks import Rle
 from medisee.records import Record, Target, write_records
@@ -24,6 +25,9 @@ def test_boxes_are_shares_and_masks_stay_as_they_are(tiny_manifest: Path) -> Non
         target = next(target for target in record.targets if target.id == item.target)
         assert item.id == f"{record.id}/{target.id}" and item.category == target.category
         assert item.mask == target.mask and item.image == record.image
+        assert item.image_sha256 == sha256(tiny_manifest.parent / item.image)
+        is_file = isinstance(item.mask, str)
+        assert item.mask_sha256 == (sha256(tiny_manifest.parent / str(item.mask)) if is_file else "")
         assert {entity.category for entity in item.entities} == {"liver", "left kidney"}
         assert item.box in {entity.box for entity in item.entities if entity.category == item.category}
         assert all(0 <= side <= 1 for entity in item.entities for side in entity.box)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import subprocess
 import sys
@@ -112,6 +113,18 @@ def test_answers_and_their_verdicts_come_back(ledger: Ledger) -> None:
     assert ledger.faults() == {"malformed": 1, "words": 1}
 
 
+def test_a_good_answer_goes_before_later_ones(ledger: Ledger) -> None:
+    request, answers = a_request("x"), ledger.answers
+    answers.store_requests([request]).result()
+    replies = [("refused", "no"), ("ok", "{}"), ("refused", "no"), ("ok", "[]")]
+    for attempt, (status, text) in enumerate(replies, 1):
+        answers.store(request.key, Answer(Reply(status=status, text=text), attempt, None)).result()  # pyright: ignore
+        assert answers.attempts(request.key) == attempt
+        found = answers.find(request.key)
+        assert found and (found.attempt, found.reply.text) == ((1, "no") if attempt == 1 else (2, "{}"))
+    assert answers.attempts("0" * 64) == 0
+
+
 def test_an_answer_needs_its_request(ledger: Ledger) -> None:
     """The order of the wire, request first, is held by the store too."""
     assert ledger.answers.find("0" * 64) is None and ledger.answers.stage("0" * 64) is None
@@ -219,6 +232,31 @@ def test_a_failed_write_reaches_whoever_waits_and_the_store_goes_on(ledger: Ledg
     assert len(ledger.items()) == 1
 
 
+def test_a_waiter_that_gives_up_does_not_end_the_writer(ledger: Ledger) -> None:
+    begun, free = threading.Event(), threading.Event()
+
+    def slow(_: sqlite3.Connection) -> None:
+        begun.set()
+        free.wait(10)
+
+    async def work() -> None:
+        blocking = ledger._store.submit(slow)
+        begun.wait(10)
+        queued = ledger.answers.store_requests([a_request("queued")])
+        waiter = asyncio.ensure_future(asyncio.wrap_future(queued))
+        await asyncio.sleep(0)
+        waiter.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiter
+        free.set()
+        blocking.result(10)
+
+    asyncio.run(work())
+    number = ledger.start_run({"model": "m"}, {})
+    ledger.end_run(number, "interrupted")
+    assert ledger.answers.stage(a_request("queued").key) == "describe", "what was handed in is written"
+
+
 def test_files_that_are_no_ledger_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such ledger"):
         Ledger(tmp_path / "gone.sqlite")
@@ -226,9 +264,15 @@ def test_files_that_are_no_ledger_are_refused(tmp_path: Path) -> None:
     text.write_text("not a database, but long enough to be taken for one" * 50)
     with pytest.raises(InputError, match="not a ledger"):
         Ledger(text)
-    with sqlite3.connect(tmp_path / "other.sqlite") as other:
-        other.execute("CREATE TABLE x(y)")
-    with pytest.raises(InputError, match="expected a ledger of version"):
-        Ledger(tmp_path / "other.sqlite", create=True)
+    for version in (0, 1, 7):  # other programs count their versions, too
+        path = tmp_path / f"other{version}.sqlite"
+        with sqlite3.connect(path) as other:
+            other.execute("CREATE TABLE x(y)")
+            other.execute(f"PRAGMA user_version={version}")
+        other.close()
+        before = path.read_bytes()
+        with pytest.raises(InputError, match="expected a ledger of version"):
+            Ledger(path, create=True)
+        assert path.read_bytes() == before, "a file of somebody else stays as it is"
     with pytest.raises(InputError, match="holds no items"), Ledger(tmp_path / "new.sqlite", create=True) as ledger:
         ledger.root()

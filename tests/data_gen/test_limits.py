@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_gen.ledger import Ledger
 from data_gen.limits import ErrorBudget, Purse, RateLimit, StopRun
 
 
@@ -130,6 +132,18 @@ def test_the_purse_is_never_overdrawn() -> None:
     purse.release(0.3, 0.1)
     purse.hold(0.3)
     assert purse.spent == pytest.approx(0.6)
+
+
+def test_what_may_have_been_charged_is_known_to_the_next_run(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "l.sqlite", create=True) as ledger:
+        purse = Purse(1.0, ledger.answers.spent(), ledger.answers)
+        for _ in range(2):
+            purse.hold(0.25)
+            purse.lose(0.25)
+        purse.hold(0.5)
+        assert purse.spent == 0.5
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        assert ledger.answers.spent() == pytest.approx(0.5)
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=40), st.floats(0, 5))

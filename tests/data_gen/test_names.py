@@ -108,6 +108,16 @@ def test_the_longest_name_counts_and_the_last_words_are_no_longer_than_the_text(
         ("the bony vertebra", "vertebrae_L1", "vertebra"),
         ("the big thing", "big thing", "big thing"),
         ("what is framed by the large intestine", "small bowel", None),
+        ("acute pancreatitis", "pancreas", "pancreatitis"),
+        ("after a splenectomy", "spleen", "splenectomy"),
+        ("Prostatectomies", "prostate", "prostatectomies"),
+        ("viral hepatitis", "liver", "hepatitis"),
+        ("cholecystitis", "gallbladder", "cholecystitis"),
+        ("gastritis", "stomach", "gastritis"),
+        ("pyelonephritis", "kidney_left", "pyelonephritis"),
+        ("filled by the I.V.C.", "postcava", "ivc"),
+        ("filled by the I.V.C", "postcava", "ivc"),
+        ("the adrenal neighbour that serenades", "kidney_left", None),
         ("the organ that makes bile", "liver", None),
         ("an organ that delivers", "liver", None),
     ],
@@ -123,10 +133,12 @@ def test_unknown_categories_are_found_by_their_own_label() -> None:
 
 def test_further_names_add_to_the_table(tmp_path: Path) -> None:
     extra = tmp_path / "extra.yaml"
-    extra.write_text("appendix: {names: [vermiform process], hints: [appendiceal], sided: false}\n", encoding="utf-8")
+    entry = "appendix: {names: [vermiform process], hints: [appendiceal], stems: [appendec], sided: false}\n"
+    extra.write_text(entry, encoding="utf-8")
     names = load_names(read_names(extra))
     assert names.mentions("a vermiform process, two appendices") == {"appendix"}
     assert names.betrays("the appendiceal wall", "appendix") == "appendiceal"
+    assert names.betrays("an appendectomy", "appendix") == "appendectomy"
     assert "liver" in names
 
 
@@ -140,6 +152,7 @@ def test_further_names_add_to_the_table(tmp_path: Path) -> None:
         ("appendix: {names: x}", "appendix"),
         ("appendix: {names: ['']}", "appendix"),
         ("appendix: {sided: perhaps}", "appendix"),
+        ("appendix: {stems: [two words]}", "appendix"),
         ("appendix: {names: [liver]}", "'liver' stands for"),
     ],
 )

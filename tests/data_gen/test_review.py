@@ -8,7 +8,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +325,20 @@ def test_bad_input(make_ledger: LedgerMaker, tmp_path: Path, capsys: pytest.Capt
     with site_of(path) as site:
         port = str(site.server.server_port)
         assert f"--port {port}: cannot be used" in refused("--ledger", path, "--reviewer", "a", "--port", port)
+
+
+def test_words_that_may_still_change_are_not_shown(make_ledger: LedgerMaker) -> None:
+    path = make_ledger(cases=2, settled=False)
+    with Ledger(path) as ledger:
+        with pytest.raises(InputError, match="have not been compared with each other"):
+            ReviewDesk(ledger, "anna")
+        ledger.settle([], [])
+        first = ledger.items()[0]
+        late = replace(ledger.pairs()[0], id=f"{first.id}#late", question="Which late one is not settled yet?")
+        ledger.finish(first.id, "other style", [late], []).result()
+        desk = ReviewDesk(ledger, "anna")
+        shown = {pair["id"] for number in range(4) for pair in desk.item(number)["pairs"]}
+        assert late.id not in shown and len(shown) == desk.total == 16
 
 
 def test_a_ledger_without_pairs_has_nothing_to_review(make_ledger: LedgerMaker) -> None:

@@ -44,6 +44,9 @@ def test_good_texts_pass() -> None:
         ("The organ with hepatic arteries and veins", "short", "names_target"),
         ("The spleen, which lies at the right", "short", "names_other"),
         ("This is the left kidney seen here", "short", "names_other"),
+        ("This organ is the spleen in the image", "short", "names_other"),
+        ("The organ known as the spleen filters old blood cells", "short", "names_other"),
+        ("An organ that is called the left kidney in here", "short", "names_other"),
         ("The organ at (0.1, 0.2) which makes bile", "short", "coordinates"),
         ("The organ inside [12 40 90, 80, 3, 4] here", "short", "coordinates"),
         ("The organ from x = 12 to the spleen", "short", "coordinates"),
@@ -51,6 +54,11 @@ def test_good_texts_pass() -> None:
         ("The organ 120 px away from the spleen", "short", "coordinates"),
         ("The organ 30% from the left of the image", "short", "coordinates"),
         ("The organ with these coordinates in the image", "short", "coordinates"),
+        ("The organ spanning 120, 45, 200, 90 here", "short", "coordinates"),
+        ("The organ that begins at 120,45 and makes bile", "short", "coordinates"),
+        ("The organ in row 45 column 120 of this", "short", "coordinates"),
+        ("The organ in the 45th row of this image", "short", "coordinates"),
+        ("The organ at 0,35 of the width here", "short", "coordinates"),
         ("The organ in the lower part of the image", "short", "position"),
         ("The organ at the right-hand side of this CT slice", "short", "position"),
         ("Which organ makes bile and stores sugar?", "short", "question"),
@@ -66,6 +74,10 @@ def test_each_rule_of_descriptions(text: str, length, rule: str) -> None:
         "The organ that weighs 1.5 kg and makes bile",
         "The organ at the level of the vertebrae T10 to T12",
         "The organ that takes 25% of the cardiac output",
+        "The organ of 1,500 grams which makes bile",
+        "The organ with segments 5, 6, 7 and 8",
+        "The organ whose left neighbour is the spleen here",
+        "The organ that is the spleen's large neighbour",
         "The organ in the upper left part of the image",
         "The organ on the right side of the patient's belly",
         "The organ to the right of the kidney in the image",
@@ -86,6 +98,12 @@ def test_landmarks_other_numbers_and_true_places_pass(text: str) -> None:
         "Could you show me the whole spleen here?",
         "Where is the left kidney in this image?",
         "Segment both of it: outline the left kidneys.",
+        "Where in this image is the spleen?",
+        "Where does the spleen lie in this image?",
+        "Which of these organs is the spleen?",
+        "Which organ here is called the spleen?",
+        "Which organ in the upper part of this image is the spleen?",
+        "This organ is the spleen; where is it?",
     ],
 )
 def test_a_question_for_another_object_is_caught(question: str) -> None:
@@ -96,6 +114,10 @@ def test_a_question_for_another_object_is_caught(question: str) -> None:
     "question",
     [
         "Which organ lies to the left of the spleen?",
+        "Which organ lies beside the spleen?",
+        "Which organ is beside the spleen here?",
+        "Which organ, whose neighbour is the spleen, makes bile?",
+        "Where does the spleen touch an organ that makes bile?",
         "Find the organ between the spleen and the wall.",
         "Where is the spleen's large neighbour in this image?",
         "Show me what touches the left kidney and makes bile.",
@@ -123,6 +145,11 @@ def test_a_statement_is_no_question(question: str) -> None:
     [
         ("It makes bile and stores sugar, as nobody else does here.", "answer_names_label"),
         ("Not the spleen but the liver makes bile and stores sugar here.", "answer_names_label"),
+        ("It is the pancreas, which lies beside the liver and makes bile.", "answer_names_label"),
+        ("It's the pancreas, because it lies beside the liver and makes bile.", "answer_names_label"),
+        ("The organ shown is the pancreas beside the liver and the wall.", "answer_names_label"),
+        ("It is not the liver but an organ that makes insulin here.", "answer_names_label"),
+        ("It isn't the liver, though it makes bile and stores sugar.", "answer_names_label"),
         ("The liver.", "words"),
         ("It is the liver, " + "which makes bile " * 10, "words"),
         ("It is the liver at [10, 20, 30, 40], which makes bile for us.", "coordinates"),
@@ -142,6 +169,18 @@ def test_a_synonym_or_a_plural_names_the_label_but_the_other_side_does_not() -> 
     assert _asked(question, "It is the kidney on the left, which makes urine there.", kidney) == {"answer_names_label"}
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Beside the pancreas lies the liver, which makes bile for us.",
+        "It is the liver, not the spleen, because it makes bile for us.",
+        "The answer is the liver, because no other organ makes bile for us.",
+    ],
+)
+def test_other_organs_may_help_to_explain(answer: str) -> None:
+    assert _asked("Which large organ makes bile?", answer) == set()
+
+
 def test_early_turns_do_not_give_the_target_away() -> None:
     assert _rules(check_turn("What is it?", "It is the liver.", LIVER, NAMES)) == {"names_target"}
     assert _rules(check_turn("This is a CT.", "Yes, it is one.", LIVER, NAMES)) == {"question"}
@@ -151,6 +190,7 @@ def test_early_turns_do_not_give_the_target_away() -> None:
 @pytest.mark.parametrize(
     ("short", "long"),
     [
+        ("Which organ lies at the top of this image?", "Which organ in the lower half of the image makes bile for us?"),
         ("The organ in the left half of the image", "The organ in the right half of the image that makes bile"),
         ("The organ at the top of the image", "The organ in the lower part of the image which makes bile"),
         ("The organ on the patient's left side", "The organ on the right side of the patient that makes bile"),

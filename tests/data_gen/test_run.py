@@ -133,13 +133,23 @@ def test_servers_without_strict_schemas(
     assert "max_tokens" in server.bodies[0] and "max_completion_tokens" not in server.bodies[0]
 
 
-def test_captions_by_another_server_or_from_a_file(records: Records, serve: Serve, tmp_path: Path) -> None:
+def test_captions_by_another_server_or_from_a_file(
+    records: Records, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, writer, seer = records(3), serve(), serve(slips=1.0)
     more = ["--captioner", "v", "--caption-url", seer.url, "--caption-schema", "json_object", "--temperature", "0.5"]
     run.main(options(path, writer, tmp_path / "l.sqlite", *more))
     assert {body["model"] for body in seer.bodies} == {"v"} and {body["model"] for body in writer.bodies} == {"m"}
     assert seer.bodies[0]["messages"][1]["content"][1]["image_url"]["url"].startswith("data:image/png;base64,")
     assert seer.bodies[0]["response_format"] == {"type": "json_object"} and seer.bodies[0]["temperature"] == 0.5
+    assert {each["authorization"] for each in writer.headers} == {f"Bearer {SECRET}"}
+    assert {each["authorization"] for each in seer.headers} == {"Bearer none"}, "the key is not for others"
+    monkeypatch.setenv("MEDISEE_CAPTION_KEY", "sk-of-the-captioner")
+    run.main(options(path, writer, tmp_path / "second.sqlite", *more))
+    assert seer.headers[-1]["authorization"] == "Bearer sk-of-the-captioner"
+    both = serve()
+    run.main(options(path, both, tmp_path / "both.sqlite", "--captioner", "v", "--caption-url", f"{both.url}/"))
+    assert {each["authorization"] for each in both.headers} == {f"Bearer {SECRET}"}
     (tmp_path / "captions.jsonl").write_text('{"record": "r00001", "caption": "A told slice."}\n')
     given = serve()
     run.main(options(path, given, tmp_path / "g.sqlite", "--captions", str(tmp_path / "captions.jsonl")))
@@ -195,6 +205,8 @@ def test_the_key_is_in_no_file_and_no_message(
         (["--seed", "3"], "was begun with seed = 0, this run has 3"),
         (["--again", "1"], "again = 2"),
         (["--temperature", "1"], "parameters = {}"),
+        (["--caption-schema", "none"], 'caption_schema = "strict"'),
+        (["--base-url", "https://api.openai.com/v1/"], 'base_url = "another", this run has "OpenAI\'s"'),
     ],
 )
 def test_a_ledger_of_other_settings_is_told(
@@ -226,6 +238,9 @@ def test_other_records_do_not_fit_the_ledger(
         (["--captions", "gone.jsonl"], "gone.jsonl"),
         (["--captioner", "v", "--captions", "x"], "leave one out"),
         (["--captioner", "local:nowhere"], "nowhere"),
+        (["--base-url", "http://["], "--base-url 'http://['"),
+        (["--base-url", ""], "--base-url ''"),
+        (["--caption-url", "localhost:8000"], "--caption-url 'localhost:8000'"),
     ],
 )
 def test_bad_options_are_told(
@@ -290,3 +305,18 @@ def test_signals_end_a_run_cleanly(records: Records, serve: Serve, tmp_path: Pat
     with Ledger(ledger) as found:
         assert sum(each.answers for each in found.counts()) == server.count >= 9, "what was under way was kept"
         assert found.count_open("single")[0] > 0
+
+
+def test_a_second_signal_ends_a_run_whose_server_is_silent(records: Records, serve: Serve, tmp_path: Path) -> None:
+    server, ledger = serve(delay=100), tmp_path / "l.sqlite"
+    process = program(options(records(5), server, ledger, "--concurrency", "4"))
+    while server.count < 4:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)  # two signals at the same moment may arrive as one
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    with Ledger(ledger) as found:
+        assert found._store.read("SELECT outcome FROM runs") == [("interrupted; run again to go on",)]

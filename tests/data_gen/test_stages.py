@@ -138,6 +138,26 @@ def test_short_and_long_must_say_the_same(ledger: Ledger, item: Item, tmp_path: 
     ], "the long one answers for it"
 
 
+def test_short_and_long_questions_must_ask_for_the_same(ledger: Ledger, item: Item, tmp_path: Path) -> None:
+    asked = {
+        "attribute-short": "Which of them is the largest organ here?",
+        "attribute-long": "Which is the smallest of all the organs that anybody could find in this scan?",
+    }
+
+    def say(request: Request) -> dict[str, Any]:
+        said = keeping(request)
+        if request.stage == "transform":
+            for pair in said["pairs"]:
+                pair["question"] = asked.get(pair["cell"], pair["question"])
+        return said
+
+    outcome = run(item, recipe(tmp_path, again=0), ledger, Author(say))
+    assert [(drop.stage, drop.rule, drop.pair.partition("#")[2]) for drop in outcome.drops] == [
+        ("transform", "same_target", "first-attribute-long"),
+        ("transform", "same_target", "second-attribute-long"),
+    ], "the long one answers for it"
+
+
 def test_the_evaluator_keeps_revises_and_removes(ledger: Ledger, item: Item, tmp_path: Path) -> None:
     new = "the organ that stores sugar and makes bile"
 
@@ -198,12 +218,16 @@ def test_every_cell_is_answered_once(ledger: Ledger, item: Item, tmp_path: Path,
         (Reply(status="truncated", text="{", why="cut"), 4 * 3, "truncated"),
         (Reply(status="refused", text="no", why="refused"), 4, "refused"),
         (Reply(status="filtered", text="", why="filter"), 4, "filtered"),
+        (Reply(status="rejected", text="", why="too long"), 1, "rejected"),
     ],
 )
 def test_answers_of_no_use_are_tried_again_then_dropped(
     ledger: Ledger, item: Item, tmp_path: Path, reply: Reply, sends: int, rule: str
 ) -> None:
-    """Four attempts each; a refusal is not argued with, a faulty form is asked for again with the reason."""
+    """Four attempts each; a refusal is not argued with, a faulty form is asked for again with the reason.
+
+    What the server does not take it would not take the next time either.
+    """
     author = Author(lambda _: reply)
     outcome = run(item, recipe(tmp_path), ledger, author, budget=ErrorBudget(in_a_row=1000))
     assert len(author.asked) == 2 * sends

@@ -122,7 +122,7 @@ def test_nobody_listens() -> None:
         ("truncated", "truncated"),
         ("filter", "filtered"),
         ("malformed", "ok"),
-        ("400", "refused"),
+        ("400", "rejected"),
     ],
 )
 def test_answers_of_no_use_are_told_apart(serve: Serve, fault: str, status: str) -> None:
@@ -229,6 +229,22 @@ def test_the_key_is_asked_for_only_where_it_is_needed(monkeypatch: pytest.Monkey
     with pytest.raises(InputError, match="OPENAI_API_KEY is not set"):
         wire.api_key(Server())
     assert only(send(serve(), ASKED)).status == "ok", "a server of one's own needs none"
+
+
+@pytest.mark.parametrize("key", ["sk-a b", "sk-a\nb", "sk-\u00e9", "sk-\x7f"])
+def test_what_is_no_key_is_refused_and_not_told(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(InputError, match="OPENAI_API_KEY: holds characters") as caught:
+        wire.api_key(Server(base_url="http://127.0.0.1:1/v1"))
+    assert key not in str(caught.value)
+    monkeypatch.setenv("OPENAI_API_KEY", " sk-good\n")
+    assert wire.api_key(Server()) == "sk-good"
+
+
+def test_a_long_message_is_cut_without_a_part_of_the_key_and_can_be_stored(serve: Serve) -> None:
+    why = only(send(serve(faults=("echo",)), ASKED)).why
+    assert SECRET[:4] not in why and "xxx" in why
+    assert why.encode().decode() == why, "no half of a surrogate pair"
 
 
 def test_the_key_shows_nowhere(

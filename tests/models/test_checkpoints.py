@@ -88,6 +88,11 @@ def test_saved_and_loaded_models_agree_to_the_last_bit(model: MediSee, tmp_path:
             assert torch.equal(mine, yours), field.name
 
 
+def test_bits_need_a_published_language_model(tiny_checkpoint: Path) -> None:
+    with pytest.raises(InputError, match=r"holds all of its language model, so bits cannot be chosen"):
+        MediSee.from_pretrained(tiny_checkpoint, bits=4)
+
+
 def test_saving_replaces_nothing_but_checkpoints(model: MediSee, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("")
     for folder in (tmp_path, tmp_path / "thesis.txt"):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from original_checkpoint import OriginalCheckpoint, original_settings
+from tokenizers import pre_tokenizers
 from transformers import CLIPVisionConfig, LlavaForConditionalGeneration
 
 from medisee.errors import InputError
@@ -148,10 +149,32 @@ def test_the_tokenizers_kind_is_read_from_its_config(
 
 def test_tokenizer_json_alone_is_enough(make_original: MakeOriginal) -> None:
     folder = make_original().folder
-    expected = original_tokenizer(folder)
+    expected: Any = original_tokenizer(folder)
     expected.backend_tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer.model").unlink()
     found = original_tokenizer(folder)
     text = "Where is the left lung? </s>"
     assert found(text, add_special_tokens=False).input_ids == expected(text, add_special_tokens=False).input_ids
     assert found.eos_token_id == 2
+
+
+def test_tokenizer_json_alone_keeps_the_slow_ones_spaces(make_original: MakeOriginal) -> None:
+    folder = make_original().folder
+    expected: Any = original_tokenizer(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"legacy": False}))
+    described: Any = original_tokenizer(folder)
+    backend = described.backend_tokenizer
+    # What transformers writes for a tokenizer of the legacy kind.
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always", split=False)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.model").unlink()
+    found = original_tokenizer(folder)
+    for tokenizer in (expected, found):
+        tokenizer.add_tokens(["[SEG]", "[BBOX]"], special_tokens=True)
+    text = "It is [SEG] and [BBOX]."
+    assert found(text, add_special_tokens=False).input_ids == expected(text, add_special_tokens=False).input_ids
+
+
+def test_a_class_token_has_no_place() -> None:
+    with pytest.raises(InputError, match="mm_vision_select_feature = 'cls_patch' is not supported"):
+        llava_config(Path("config.json"), LLAVA_MED | {"mm_vision_select_feature": "cls_patch"}, CLIPVisionConfig())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -307,3 +308,14 @@ def test_another_vision_size_than_the_saved_one_is_an_input_error(saved: Saved) 
     config = mllm_config(source=str(saved.folder), vision_size=42)
     with pytest.raises(InputError, match=r"vision_size = 42: .* was trained at 28; set it to 28"):
         load_mllm(config, load_tokenizer(config, CANDIDATES), SPEC)
+
+
+def test_another_number_of_image_tokens_than_the_saved_one_is_an_input_error(saved: Saved) -> None:
+    path = saved.folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vision_feature_select_strategy": "full"}))
+    config = mllm_config(source=str(saved.folder), vision_patch=7)
+    with pytest.raises(InputError) as caught:
+        load_mllm(config, load_tokenizer(config, CANDIDATES), SPEC)
+    patch, strategy = caught.value.problems
+    assert "vision_patch = 7" in patch and "set it to 14" in patch
+    assert "vision_feature_select_strategy is 'full'; expected 'default'" in strategy

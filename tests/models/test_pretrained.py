@@ -100,6 +100,14 @@ def test_a_truncated_file(folder: Path) -> None:
     assert WEIGHTS in found and "truncated" in found
 
 
+def test_pickled_weights_are_refused(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    (found,) = problems(mllm(folder))
+    assert "pytorch_model.bin; expected .safetensors files" in found
+
+
 def test_a_missing_file(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     (found,) = problems(mllm(folder))
@@ -322,3 +330,43 @@ def test_a_checkpoint_of_a_16_bit_base_comes_back(folder: Path, tmp_path: Path) 
     again = MediSee.from_pretrained(tmp_path / "checkpoint")
     assert torch.equal(again.mllm.lm_head.weight, model.mllm.lm_head.weight)
     assert os.listdir(tmp_path / "checkpoint")
+
+
+def test_a_checkpoint_knows_its_base(folder: Path, tmp_path: Path) -> None:
+    medisee(folder).save_pretrained(tmp_path / "checkpoint")
+    described = tmp_path / "checkpoint" / "config.json"
+    content = json.loads(described.read_text())
+    assert len(content["frozen"][0]["sha256"]) == 64
+    edit(folder, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].float()}))
+    with pytest.raises(InputError, match=r"was trained on .* with SHA-256"):
+        MediSee.from_pretrained(tmp_path / "checkpoint")
+    # Earlier versions kept nothing of a folder.
+    content["frozen"][0]["sha256"] = None
+    described.write_text(json.dumps(content))
+    MediSee.from_pretrained(tmp_path / "checkpoint")
+
+
+def test_bits_and_devices_are_chosen_when_loading(
+    folder: Path, memory: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    medisee(folder).save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(InputError, match=r"model\.mllm\.bits = 8: needs an NVIDIA GPU"):
+        MediSee.from_pretrained(tmp_path / "checkpoint", bits=8)
+    with pytest.raises(InputError, match="bits puts the language model on one GPU"):
+        MediSee.from_pretrained(tmp_path / "checkpoint", bits=8, device_map="auto")
+    with pytest.raises(InputError, match=r"with bits=3"):
+        MediSee.from_pretrained(tmp_path / "checkpoint", bits=3)
+    monkeypatch.setattr(pretrained, "get_max_memory", lambda _: {"cpu": 10**9})
+    spread = MediSee.from_pretrained(tmp_path / "checkpoint", device_map="auto")
+    assert spread.config.mllm.device_map == "auto"
+    assert spread.pinned_device == torch.device("cpu")
+    assert MediSee.from_pretrained(tmp_path / "checkpoint").pinned_device is None
+
+
+def test_a_spread_model_goes_nowhere_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrained, "get_max_memory", lambda _: {"cpu": 10**9})
+    model = medisee(folder, device_map="auto")
+    assert next(model.placed(None).seg_router.parameters()).device.type == "cpu"
+    with pytest.raises(InputError, match=r"device = meta: .* takes its inputs on cpu; leave the device out"):
+        model.placed("meta")
+    assert next(model.parameters()).device.type == "cpu"

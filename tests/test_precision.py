@@ -1,0 +1,42 @@
+"""What training stores its weights in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from medisee.precision import to_training_precision
+
+
+class Stored(nn.Module):
+    """A weight of each kind that a model may hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.learning = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+        self.stored_half = nn.Parameter(torch.full((2,), 1.5, dtype=torch.float16), requires_grad=False)
+        self.stored_brain = nn.Parameter(torch.ones(2, dtype=torch.bfloat16), requires_grad=False)
+        self.stored_single = nn.Parameter(torch.ones(2), requires_grad=False)
+        self.packed = nn.Parameter(torch.tensor([-3, 7], dtype=torch.int8), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "half", "brain"),
+    [(torch.float32, torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16, torch.bfloat16)],
+)
+def test_each_kind_of_weight_is_stored_as_the_run_needs_it(
+    dtype: torch.dtype, half: torch.dtype, brain: torch.dtype
+) -> None:
+    model = Stored()
+    to_training_precision(model, dtype)
+    found = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert found == {
+        "learning": torch.float32,
+        "stored_half": half,
+        "stored_brain": brain,
+        "stored_single": torch.float32,
+        "packed": torch.int8,
+    }
+    assert model.packed.tolist() == [-3, 7]
+    assert model.stored_half.tolist() == [1.5, 1.5]
