@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
-
 from medisee.config import Config
 from medisee.errors import InputError
 from medisee.model_config import Model
-from medisee.models.checkpoints import is_hub_id
+from medisee.models.checkpoints import cached_folder
 from medisee.models.gguf import find_gguf, gguf_fix
 from medisee.models.llava_format import CONFIG
 from medisee.models.shards import shard_paths
@@ -89,8 +87,8 @@ def _is_here(source: str, member: str) -> bool:
     path = Path(source)
     if path.exists():
         return path.is_file() or _is_whole(path, member)
-    cached = try_to_load_from_cache(source, member) if is_hub_id(source) and source.count("/") == 1 else None
-    return isinstance(cached, str) and _is_whole(Path(cached).parent, member)
+    cached = cached_folder(source, member)
+    return cached is not None and _is_whole(cached, member)
 
 
 def _is_whole(folder: Path, member: str) -> bool:

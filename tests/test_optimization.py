@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from free_port import free_port
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -87,9 +87,7 @@ def runs(base: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def two_ranks(jobs: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     shared = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = [sys.executable, str(Path(__file__).with_name("ranks_program.py")), str(jobs)]

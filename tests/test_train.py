@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from free_port import free_port
 from safetensors.torch import load_file
 
 from medisee.config import Config, config_from
@@ -310,9 +310,7 @@ def _deepspeed(run: Run, path: Path, *arguments: str) -> None:
     script = Path(__file__).parents[1] / "scripts" / "train.py"
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{launcher.parent}{os.pathsep}{environment['PATH']}"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     command = [sys.executable, str(launcher), "--num_gpus", "2", "--master_port", port, str(script)]
     # Into a file and in a session of its own: ranks that hang would outlive the launcher and hold a pipe open for ever.
     with path.with_suffix(".txt").open("w") as output:

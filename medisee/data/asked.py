@@ -17,10 +17,11 @@ from tqdm import tqdm
 from medisee.data.augment import augment
 from medisee.data.brain import Split
 from medisee.data.images import read_image
-from medisee.data.query_bank import Pool, load_bank, split_bank
+from medisee.data.query_bank import load_bank, split_bank
 from medisee.data.questions import ask_held_out, ask_seen, ask_training
 from medisee.errors import InputError
-from medisee.files import atomic_path, write_json
+from medisee.files import atomic_path, is_new_or_earlier, write_json
+from medisee.geometry import bounded_size
 from medisee.manifest import Manifest
 from medisee.masks import encode_mask, mask_box
 from medisee.records import Record, Target, write_records
@@ -92,8 +93,8 @@ def prepare(
         manifests = {
             "train_class": plain["train"],
             "train_reasoning": [ask_training(one, wordings["train"], seed, count) for one in plain["train"]],
-            "val": _held_out(plain["val"], wordings["val"], seed),
-            "test": _held_out(plain["test"], wordings["test"], seed),
+            "val": ask_held_out(plain["val"], wordings["val"], seed),
+            "test": ask_held_out(plain["test"], wordings["test"], seed),
             "test_seen": ask_seen(plain["test"], wordings["train"], seed),
         }
         for name, listed in manifests.items():
@@ -110,7 +111,7 @@ def _check(out: Path, numbers: Mapping[str, tuple[int, int]]) -> None:
         for name, (value, least) in numbers.items()
         if value < least
     ]
-    if out.exists() and not (out.is_dir() and ((out / SUMMARY).is_file() or not any(out.iterdir()))):
+    if not is_new_or_earlier(out, SUMMARY, "bank"):
         problems.append(
             f"{out}: exists and is no data set of this command; expected a new or empty folder; name another."
         )
@@ -197,8 +198,8 @@ def _small(
     if not _is_grey(image):
         raise InputError(f"record {record.id!r}: a picture in colour cannot be augmented; set --copies 0.")
     height, width = image.shape[:2]
-    scale = min(1.0, COPY_SIDE / max(height, width))
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    rows, columns = bounded_size(height, width, COPY_SIDE)
+    size = columns, rows
     grey = np.asarray(Image.fromarray(image[..., 0]).resize(size, Image.Resampling.BOX))
     background = np.full(grey.shape, 127.5)
     shares = [
@@ -214,7 +215,3 @@ def _small(
 
 def _is_grey(image: NDArray[np.uint8]) -> bool:
     return bool((image == image[..., :1]).all())
-
-
-def _held_out(records: list[Record], pools: Mapping[str, Pool], seed: int) -> list[Record]:
-    return [ask_held_out(record, pools, seed, turn) for turn, record in enumerate(records)]

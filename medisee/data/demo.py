@@ -94,8 +94,8 @@ def prepare_demo(
                 plain[split] += [record] if record.targets else []
         asked = {
             "train": [ask_training(record, pools["train"], seed, train_questions) for record in plain["train"]],
-            "val": [ask_held_out(record, pools["val"], seed, turn) for turn, record in enumerate(plain["val"])],
-            "test": [ask_held_out(record, pools["test"], seed, turn) for turn, record in enumerate(plain["test"])],
+            "val": ask_held_out(plain["val"], pools["val"], seed),
+            "test": ask_held_out(plain["test"], pools["test"], seed),
         }
         write_records(folder / "train_class.jsonl", plain["train"])
         write_records(folder / "train_reasoning.jsonl", asked["train"])

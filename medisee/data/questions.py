@@ -17,15 +17,18 @@ def ask_training(record: Record, pools: Mapping[str, Pool], seed: int, count: in
     )
 
 
-def ask_held_out(record: Record, pools: Mapping[str, Pool], seed: int, turn: int) -> Record:
+def ask_held_out(records: Iterable[Record], pools: Mapping[str, Pool], seed: int) -> list[Record]:
     """Gives each target a short and a long question whose perspectives change from record to record and target."""
-    return _with_questions(
-        record,
-        {
-            target.id: held_out_questions(pools[target.category], turn + place, _rng(seed, record, target))
-            for place, target in enumerate(record.targets)
-        },
-    )
+    return [
+        _with_questions(
+            record,
+            {
+                target.id: held_out_questions(pools[target.category], turn + place, _rng(seed, record, target))
+                for place, target in enumerate(record.targets)
+            },
+        )
+        for turn, record in enumerate(records)
+    ]
 
 
 def ask_seen(records: Iterable[Record], training: Mapping[str, Pool], seed: int) -> list[Record]:
@@ -33,8 +36,7 @@ def ask_seen(records: Iterable[Record], training: Mapping[str, Pool], seed: int)
 
     The records get ids of their own, so that one evaluation can take both.
     """
-    renamed = (replace(record, id=f"{record.id}_seen") for record in records)
-    return [ask_held_out(record, training, seed, turn) for turn, record in enumerate(renamed)]
+    return ask_held_out((replace(record, id=f"{record.id}_seen") for record in records), training, seed)
 
 
 def _with_questions(record: Record, qa: Mapping[str, tuple[QA, ...]]) -> Record:

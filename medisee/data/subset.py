@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from medisee.errors import InputError, nearest
+from medisee.fingerprints import fingerprint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,5 +98,4 @@ class Chosen:
             heapq.heappushpop(ranks, -self._rank(name))
 
     def _rank(self, name: str) -> int:
-        text = f"{self._subset.seed}:{name}".encode("utf-8", "surrogatepass")
-        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+        return fingerprint(f"{self._subset.seed}:{name}")

@@ -79,11 +79,7 @@ def frozen_bases(config: Model) -> list[FrozenBase]:
 def _source_digest(config: Mllm, source: str) -> str | None:
     if config.is_gguf:
         return sha256(gguf_file(source))
-    folder = Path(source)
-    if not folder.exists() and is_hub_id(source) and source.count("/") == 1:
-        cached = try_to_load_from_cache(source, CONFIG, revision=config.revision)
-        folder = Path(cached).parent if isinstance(cached, str) else folder
-    return shards_digest(folder)
+    return shards_digest(cached_folder(source, CONFIG, config.revision) or Path(source))
 
 
 def _sha256(path: Path) -> str:
@@ -259,6 +255,14 @@ def merge_adapters(model: MediSee) -> None:
 def is_hub_id(source: Path | str) -> bool:
     """Tells whether a checkpoint's name is no path here but could be that of a hub repository."""
     return not Path(source).exists() and _HUB_ID.fullmatch(str(source)) is not None
+
+
+def cached_folder(source: str, member: str, revision: str | None = None) -> Path | None:
+    """Returns the folder in the hub's cache that holds a repository's file `member`; None where there is none."""
+    if not is_hub_id(source) or source.count("/") != 1:
+        return None
+    cached = try_to_load_from_cache(source, member, revision=revision)
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def local_checkpoint(source: Path | str, revision: str | None = None) -> Path:

@@ -30,7 +30,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from medisee.errors import InputError
 from medisee.model_config import Mllm
 from medisee.models.flex import use_flex
-from medisee.models.pretrained import general_kernel, load_pretrained, pretrained_tokenizer
+from medisee.models.pretrained import DTYPES, general_kernel, load_pretrained, pretrained_tokenizer
 from medisee.models.seg_head import SegHeadSpec
 from medisee.models.tokenizer import IMAGE_TOKEN, add_candidate_tokens, token_id
 
@@ -39,7 +39,6 @@ POSITION_FREQUENCIES = 16
 
 _ADAPTED = r".*language_model.*\.(q_proj|v_proj)"
 _VOCABULARY = ("model.language_model.embed_tokens", "lm_head")
-_HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_tokenizer(config: Mllm, candidate_tokens: tuple[str, ...]) -> PreTrainedTokenizerBase:
@@ -72,8 +71,8 @@ def load_mllm(
     if config.source is None:
         llava = LlavaForConditionalGeneration(_llava_config(config, tokenizer, seg))
         llava.set_attn_implementation(general_kernel(config))
-        if config.dtype in _HALVES:
-            llava.to(_HALVES[config.dtype])  # pyright: ignore[reportArgumentType]: transformers' wrapper hides torch's overloads
+        if config.dtype != "auto":
+            llava.to(DTYPES[config.dtype])  # pyright: ignore[reportArgumentType]: transformers' wrapper hides torch's overloads
     else:
         loaded = load_pretrained(config)
         llava = loaded.llava

@@ -34,7 +34,7 @@ from medisee.models.tokenizer import as_legacy
 SKIPPED = ("lm_head", "model.multi_modal_projector", "model.vision_tower")
 """What stays in 16 or 32 bits beside a language model of 4 or 8; transformers compares the beginnings of whole names."""
 
-_DTYPES: dict[str, Any] = {
+DTYPES: dict[str, Any] = {
     "auto": "auto",
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -114,7 +114,7 @@ def _load(folder: Path, config: Mllm, quantization: BitsAndBytesConfig | None) -
     try:
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
             folder,
-            dtype=_DTYPES[config.dtype],
+            dtype=DTYPES[config.dtype],
             attn_implementation=general_kernel(config),
             use_safetensors=True,
             ignore_mismatched_sizes=True,
@@ -190,7 +190,7 @@ def quantization_config(config: Mllm) -> BitsAndBytesConfig:
         llm_int8_skip_modules=list(SKIPPED),
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if config.dtype == "auto" else _DTYPES[config.dtype],
+        bnb_4bit_compute_dtype=torch.bfloat16 if config.dtype == "auto" else DTYPES[config.dtype],
     )
 
 
@@ -203,7 +203,7 @@ def layer_devices(folder: Path, config: Mllm) -> dict[str, int | str]:
         InputError: no memory for the parts outside the layers, or for some layers and no folder to offload them to.
     """
     settings: Any = AutoConfig.from_pretrained(folder)
-    assumed = {"auto": settings.dtype or torch.float32}.get(config.dtype, _DTYPES[config.dtype])
+    assumed = {"auto": settings.dtype or torch.float32}.get(config.dtype, DTYPES[config.dtype])
     with torch.device("meta"):
         llava = LlavaForConditionalGeneration(settings)
     memory = _memory(config)

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from fake_server import FakeServer
 from PIL import Image
+from run_command import ends, options
 
 from data_gen import batch, run
 from data_gen.answers import Answers
 from data_gen.batch import Waves
 from data_gen.ledger import Ledger
 from data_gen.limits import StopRun
-from medisee.errors import exit_code
 
 Records = Callable[[int], Path]
 Serve = Callable[..., FakeServer]
@@ -29,31 +29,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "_MOMENT", 0.01)
 
 
-def options(path: Path, server: FakeServer, ledger: Path, *more: str) -> list[str]:
-    common = [
-        "--records",
-        str(path),
-        "--ledger",
-        str(ledger),
-        "--base-url",
-        server.url,
-        "--model",
-        "m",
-        "--variants",
-        "1",
-    ]
-    return [*common, *(["--free"] if "--prices" not in more else []), *more]
-
-
 def in_batches(path: Path, server: FakeServer, ledger: Path, *more: str) -> list[str]:
     return options(path, server, ledger, "--batch", "--poll", "0.01", *more)
-
-
-def ends(argv: list[str]) -> int | str | None:
-    try:
-        return exit_code(run.main, argv)
-    except SystemExit as error:
-        return error.code
 
 
 def content(ledger: Path) -> tuple[object, object]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from free_port import free_port
 
 from data_gen.ledger import Ledger
 from data_gen.rules import check_pair
@@ -37,9 +37,7 @@ def serving(log: Path) -> Iterator[tuple[str, str]]:
     """Runs the server in a process of its own; yields its address and the model's name."""
     model = str(log.with_name("smollm2"))
     _unpack(model)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     argv = [sys.executable, "-m", "transformers.cli.transformers", "serve", model]
     argv += ["--host", "127.0.0.1", "--port", port, "--device", "cpu", "--default-seed", "0"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}

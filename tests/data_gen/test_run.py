@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 from fake_server import FakeServer
+from run_command import ends, options
 
 from data_gen import run, wire
 from data_gen.items import Pair
 from data_gen.ledger import Ledger
-from medisee.errors import exit_code
 
 Records = Callable[[int], Path]
 Serve = Callable[..., FakeServer]
@@ -30,33 +30,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "_FIRST_WAIT", 0.01)
 
 
-def options(path: Path, server: FakeServer, ledger: Path, *more: str) -> list[str]:
-    common = [
-        "--records",
-        str(path),
-        "--ledger",
-        str(ledger),
-        "--base-url",
-        server.url,
-        "--model",
-        "m",
-        "--variants",
-        "1",
-    ]
-    return [*common, *(["--free"] if "--prices" not in more else []), *more]
-
-
 def pairs_of(ledger: Path) -> list[Pair]:
     with Ledger(ledger) as found:
         return found.pairs()
-
-
-def ends(argv: list[str]) -> int | str | None:
-    """Runs and returns the exit code."""
-    try:
-        return exit_code(run.main, argv)
-    except SystemExit as error:
-        return error.code
 
 
 def test_a_run_makes_pairs_and_says_what_it_made(
