@@ -117,6 +117,8 @@ class Names:
             for name in (*entry.labels, *entry.names)
         }
         self._forms = _Forms((name, category) for category, entry in self._entries.items() for name in entry.names)
+        # Several rules look for names in the same text.
+        self._mentions = lru_cache(maxsize=4096)(self._find)
 
     def __contains__(self, category: str) -> bool:
         """Tells whether the table has the category, under any of its names or labels."""
@@ -152,20 +154,22 @@ class Names:
         """Returns the canonical category that a text names first, None when it names none."""
         return next((mention.category for mention in self.find(words(text), categories)), None)
 
-    def find(self, text: tuple[Word, ...], categories: Iterable[str] = ()) -> list[Mention]:
+    def find(self, text: tuple[Word, ...], categories: Iterable[str] = ()) -> tuple[Mention, ...]:
         """Returns the places of a text that name a category, in order and without overlap, the longest names first."""
-        unknown = tuple(self.canonical(category) for category in categories if category not in self)
+        return self._mentions(text, tuple(self.canonical(category) for category in categories if category not in self))
+
+    def _find(self, text: tuple[Word, ...], unknown: tuple[str, ...]) -> tuple[Mention, ...]:
         tables = [self._forms, _some_forms(unknown)] if unknown else [self._forms]
         spoken = tuple(word.text for word in text)
         found: list[Mention] = []
         place = 0
         while place < len(spoken):
-            spans = [(stop, category) for table in tables for stop, category in table.at(spoken, place)]
+            spans = [span for table in tables if table.begin(spoken[place]) for span in table.at(spoken, place)]
             if spans:
                 stop, category = max(spans, key=lambda span: span[0])
                 found.append(Mention(category, place, stop))
             place = found[-1].stop if spans else place + 1
-        return found
+        return tuple(found)
 
     def betrays(self, text: str, category: str) -> str | None:
         """Returns the words that name a category or give it away, None when there are none.
@@ -184,7 +188,8 @@ class Names:
                 return " ".join(texts[mention.start : mention.stop])
         entry = self._entries.get(base) or Entry((base,))
         table = _some_forms((base, *entry.hints))  # a name within a longer one betrays too: "liver" in "liver tumor"
-        hint = next((" ".join(texts[i:j]) for i in range(len(texts)) for j, _ in table.at(texts, i)), None)
+        starts = [place for place, word in enumerate(texts) if table.begin(word)]
+        hint = next((" ".join(texts[i:j]) for i in starts for j, _ in table.at(texts, i)), None)
         return hint or next((word for word in texts if any(stem in word for stem in entry.stems)), None)
 
 
@@ -312,9 +317,13 @@ class _Forms:
             lengths[form[0]].add(len(form))
         self._lengths = {first: sorted(each, reverse=True) for first, each in lengths.items()}
 
+    def begin(self, word: str) -> bool:
+        """Tells whether any name begins with a word."""
+        return word in self._lengths
+
     def at(self, text: tuple[str, ...], start: int) -> Iterator[tuple[int, str]]:
         """Yields the ends and the categories of the names that begin at a word, the longest first."""
-        for length in self._lengths.get(text[start], ()):
+        for length in self._lengths[text[start]]:
             form = text[start : start + length]
             if category := self._categories.get(form):
                 yield start + len(form), category

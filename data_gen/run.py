@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 async def _run(ledger: Ledger, made: Made, arguments: argparse.Namespace, signals: Signals) -> None:
     """Connects what answers, and works until all is done or the run stops."""
     recipe = made.recipe
-    job = Job(ledger, recipe, arguments.limit, workers=arguments.concurrency)
+    # Some more images at work than requests under way: while an answer is judged, another image's request takes its place.
+    job = Job(ledger, recipe, arguments.limit, workers=arguments.concurrency + arguments.concurrency // 4)
     rate = RateLimit(arguments.rpm, arguments.tpm)
     purse = Purse(arguments.max_cost, ledger.answers.spent(), ledger.answers)
     budget = ErrorBudget(arguments.max_failures)

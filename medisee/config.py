@@ -23,16 +23,15 @@ RELEASE: dict[str, Any] = {
     "model": {
         "box_frame": "frame",
         "box_dtype": "bfloat16",
+        "generation": "plain",
         "mllm": {"vision_input": "centre_crop"},
         "seg_head": {"resize": "longest", "pixels": "sam"},
     },
     "loss": {"box": 2.0, "degenerate_giou": "constant"},
-    "data": {"boxes": "inclusive"},
+    "data": {"boxes": "inclusive", "draws": "unseeded", "select": "test"},
     "eval": {"forced_answer": "{candidates}."},
 }
-"""What `compat: release` sets: what the release computes otherwise than we do. Its other defects are none of computing
-and have no switch: it chooses the best epoch on the test file, draws samples without a seed, and generates without
-routers and box prompt."""
+"""What `compat: release` sets: what the release does otherwise than we do."""
 
 MaskResolution = Literal["original", "decoder"] | int
 """See Loss.mask_resolution."""
@@ -100,14 +99,22 @@ class Data(Section):
     train: tuple[Source, ...] = ()
     """Training manifests."""
     val: str | None = None
-    """Manifest on which the best checkpoint is chosen; never the test file."""
+    """Manifest on which the best checkpoint is chosen."""
+    test: str | None = None
+    """Manifest that chooses in the place of `val` with `select: test`; training reads it for nothing else."""
+    select: Literal["val", "test"] = "val"
+    """What the best checkpoint is chosen on. `test`: the test file, whose scores then say too much (release)."""
     root: str | None = None
-    """Folder the val manifest's paths are relative to; null: the manifest's own folder."""
+    """Folder the paths of `val` and `test` are relative to; null: the manifest's own folder."""
     categories: str | None = None
     """JSON file {category: [names that count as naming it]}; null: the category itself."""
     boxes: Literal["half_open", "inclusive"] = "half_open"
     """Right and lower end of the true boxes in training. `half_open`: behind the mask's last pixel. `inclusive`: at it,
     so that the last row and column are left out (release). Scores always take half-open boxes."""
+    draws: Literal["epochs", "unseeded"] = "epochs"
+    """`epochs`: every record of a source comes once before one comes again, in an order that follows from the seed.
+    `unseeded`: each draw takes a source by weight and any record of it, anew in every run: no epochs, no run that can
+    be repeated or resumed exactly (release)."""
     targets_per_image: int = Field(default=3, ge=1)
     """Up to this many targets are drawn per image (release: 3)."""
     word_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -125,7 +132,14 @@ class Data(Section):
     def _check(self) -> Data:
         if self.train and min(source.from_step for source in self.train) > 0:
             raise ValueError("at least one training source needs from_step 0")
+        if self.train and self.select == "test" and self.test is None:
+            raise ValueError("select test (as compat release sets it) needs test to name a manifest; or set select=val")
         return self
+
+    @property
+    def selection(self) -> str | None:
+        """The manifest on which the best checkpoint is chosen; None: the last one is taken."""
+        return self.test if self.select == "test" else self.val
 
 
 class Train(Section):

@@ -67,7 +67,8 @@ def _missing_data(config: Config) -> Iterator[Missing]:
     if config.train.init is not None and not _is_here(config.train.init, CONFIG):
         yield Missing("train.init", config.train.init, "train the stage before first, or name its checkpoint folder")
     manifests = {f"data.train[{n}].records": source.records for n, source in enumerate(data.train)}
-    manifests |= {key: path for key, path in (("data.val", data.val), ("data.categories", data.categories)) if path}
+    others = ((f"data.{data.select}", data.selection), ("data.categories", data.categories))
+    manifests |= {key: path for key, path in others if path}
     for key, path in manifests.items():
         if not Path(path).is_file():
             yield Missing(key, path, prepare)

@@ -115,7 +115,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
     """
     out = Path(config.train.out)
     manifests = _training_manifests(config)
-    val = Manifest(config.data.val, config.data.root) if config.data.val else None
+    val = Manifest(config.data.selection, config.data.root) if config.data.selection else None
     place = join_ranks()
     if config.model.mllm.attention == "flex":
         check_flex(place.device)

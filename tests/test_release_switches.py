@@ -17,7 +17,7 @@ from medisee.data.dataset import MicroBatchReader
 from medisee.errors import InputError
 from medisee.model_config import Model
 from medisee.models.losses import giou_loss, giou_loss_of_release
-from medisee.models.medisee import MediSee
+from medisee.models.medisee import Generated, MediSee
 from medisee.models.objective import end_to_end_loss
 from medisee.models.tokenizer import IMAGE_TOKEN, add_candidate_tokens, train_tokenizer
 from medisee.processing import CLIP_MEAN, CLIP_STD, Example, Query
@@ -54,6 +54,9 @@ def example(*boxes: tuple[int, int, int, int], height: int = 40, width: int = 80
         image[mask] = 255
         queries.append(Query(record="r", target=str(number), question="Where is it?", answer=ANSWER, mask=mask))
     return Example(image, height, width, tuple(queries))
+
+
+QUESTION = Query(record="r", target="0", question="Where is it?")
 
 
 class Says(nn.Module):
@@ -276,6 +279,73 @@ def test_the_image_token_is_never_written() -> None:
     written = model.generate(model.processor([given], packed=False), max_new_tokens=3)
     assert IMAGE_TOKEN not in written.texts[0]
     assert written.texts[0].replace(" ", "") == "[SEG]" * 3
+
+
+def written(model: MediSee) -> Generated:
+    """Lets a model ask about two images of another size; it writes both candidate tokens in turn."""
+    asked = [replace(example((20, 10, 40, 30), height=height), queries=(QUESTION,)) for height in (40, 60)]
+    model.mllm.set_output_embeddings(Alternates(model))
+    return model.generate(model.processor(asked, packed=False), max_new_tokens=4)
+
+
+class Alternates(nn.Module):
+    """An output layer that writes the first candidate token, then the second, and so on."""
+
+    def __init__(self, model: MediSee) -> None:
+        super().__init__()
+        self.ids, self.vocabulary, self.calls = model.processor.candidate_ids, len(model.tokenizer), 0
+
+    def forward(self, states: Tensor) -> Tensor:
+        logits = torch.zeros(*states.shape[:-1], self.vocabulary)
+        logits[..., self.ids[self.calls % len(self.ids)]] = 9
+        self.calls += 1
+        return logits
+
+
+def test_written_answers_are_decoded_as_trained_or_as_the_release_does() -> None:
+    """`plain` is a model with hard fusion and no box prompt; `routed` has the routers' states and both prompts."""
+    torch.manual_seed(1)
+    states = tiny().state_dict()
+    nn.init.normal_(states["box_decoder.layers.4.weight"])
+    shared = {name: value for name, value in states.items() if "router" not in name}
+    results: dict[str, Generated] = {}
+    for name, changes in {
+        "routed": {},
+        "plain": {"generation": "plain"},
+        "hard": {"fusion": "hard", "prompts": ["text"]},
+        "hard with box": {"fusion": "hard"},
+    }.items():
+        model = tiny(**changes)
+        model.load_state_dict(shared, strict=False)
+        results[name] = written(model)
+        assert results[name].emitted == (True, True)
+    assert torch.equal(results["plain"].boxes_I4, results["hard"].boxes_I4)
+    assert torch.equal(results["plain"].masks_Jhh, results["hard"].masks_Jhh)
+    assert not torch.equal(results["plain"].boxes_I4, results["routed"].boxes_I4)
+    assert not torch.equal(results["plain"].masks_Jhh, results["hard with box"].masks_Jhh)
+
+
+def test_the_switch_of_generation_leaves_given_answers_alone() -> None:
+    batch = tiny().processor([example((20, 10, 40, 30))])
+    routed, plain = (tiny(generation=value)(batch) for value in ("routed", "plain"))
+    assert torch.equal(routed.boxes_I4, plain.boxes_I4)
+    assert routed.masks_Jhh is not None and plain.masks_Jhh is not None
+    assert torch.equal(routed.masks_Jhh, plain.masks_Jhh)
+
+
+def test_plain_generation_needs_the_text_prompt() -> None:
+    with pytest.raises(InputError, match=r"generation plain .* needs text in prompts"):
+        config_from({"model": {"prompts": ["box"], "generation": "plain"}}, where="test")
+
+
+def test_the_best_checkpoint_is_chosen_on_val_or_on_the_test_file() -> None:
+    data = {"train": [{"records": "train.jsonl"}], "val": "val.jsonl", "test": "test.jsonl"}
+    assert config_from({"data": data}, where="test").data.selection == "val.jsonl"
+    assert config_from({"data": data, "compat": "release"}, where="test").data.selection == "test.jsonl"
+    own = {**data, "select": "val"}
+    assert config_from({"data": own, "compat": "release"}, where="test").data.selection == "val.jsonl"
+    with pytest.raises(InputError, match=r"select test .* needs test to name a manifest; or set select=val"):
+        config_from({"data": {"train": data["train"], "val": "val.jsonl"}, "compat": "release"}, where="test")
 
 
 def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -262,7 +262,7 @@ def training_batches(
     mixture = Mixture(
         [len(manifest) for manifest in manifests],
         [source.weight for source in sources],
-        config.train.seed,
+        config.train.seed if config.data.draws == "epochs" else None,
         first_draws=[source.from_step * per_step for source in sources],
     )
     loader = DataLoader(

@@ -1,4 +1,4 @@
-"""A deterministic mixture: which record is the n-th draw is a pure function of the seed, whatever ranks and workers do."""
+"""A mixture of sources: which record is the n-th draw is a pure function of the seed, whatever ranks and workers do."""
 
 from __future__ import annotations
 
@@ -26,21 +26,31 @@ class Mixture:
     """
 
     def __init__(
-        self, lengths: Sequence[int], weights: Sequence[int], seed: int, *, first_draws: Sequence[int] | None = None
+        self,
+        lengths: Sequence[int],
+        weights: Sequence[int],
+        seed: int | None,
+        *,
+        first_draws: Sequence[int] | None = None,
     ) -> None:
-        """Args: number of records, share and first draw of each source; seed of all orders."""
+        """Args: number of records, share and first draw of each source; seed of all orders, None for the release's way:
+        every call draws independently, and no two runs the same."""
         self.lengths, self.seed = tuple(lengths), seed
         joins = list(first_draws) if first_draws is not None else [0] * len(lengths)
         self.stages = [
             _Stage(start, _cycle([weight if join <= start else 0 for weight, join in zip(weights, joins, strict=True)]))
             for start in sorted({0, *joins})
         ]
+        self._unseeded = np.random.default_rng() if seed is None else None
         self._order = lru_cache(maxsize=4 * len(lengths))(self._permutation)
 
     def draw(self, number: int) -> Draw:
         """Returns the draw with this number (0, 1, ...)."""
         current = max(index for index, stage in enumerate(self.stages) if stage.start <= number)
         stage = self.stages[current]
+        if self._unseeded is not None:
+            source = int(self._unseeded.choice(stage.cycle))
+            return Draw(number, source, int(self._unseeded.integers(self.lengths[source])))
         source = int(self._turn(stage, number)[(number - stage.start) % len(stage.cycle)])
         ends = [later.start for later in self.stages[1 : current + 1]] + [number]
         before = sum(self._count(part, end, source) for part, end in zip(self.stages, ends, strict=False))

@@ -37,6 +37,10 @@ class Router(nn.Module):
         """Fuses (I, K, D) into (I, D)."""
         return (self.weights(tokens_IKD)[..., None] * tokens_IKD).sum(dim=1)
 
+    def picked(self, tokens_IKD: Tensor) -> Tensor:
+        """Returns the state of token `pick` alone, (I, D)."""
+        return tokens_IKD[:, self.pick]
+
 
 class BoxDecoder(nn.Module):
     """G_b: h_det (I, D) -> normalised (cx, cy, w, h) in [0, 1]. The last layer starts at zero: the centre half box."""

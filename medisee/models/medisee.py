@@ -167,8 +167,16 @@ class MediSee(nn.Module):
         logits_NV[..., self.processor.image_id] = float("-inf")
         return logits_NV
 
-    def decode_masks(self, batch: Batch, embedding_BCGG: Tensor, segmentation_ID: Tensor, centred_I4: Tensor) -> Tensor:
-        """Returns M = G_dec(f, h_seg, B): mask logits (J, h, h) of the frame.
+    def decode_masks(
+        self,
+        batch: Batch,
+        embedding_BCGG: Tensor,
+        segmentation_ID: Tensor,
+        centred_I4: Tensor,
+        *,
+        box_prompt: bool = True,
+    ) -> Tensor:
+        """Returns M = G_dec(f, h_seg, B): mask logits (J, h, h) of the frame; without B where box_prompt is false.
 
         Gradients flow through the predicted box, (cx, cy, w, h), into the box decoder. Where the batch says so, the true
         box prompts.
@@ -180,7 +188,7 @@ class MediSee(nn.Module):
             boxes_I4 = torch.where(batch.true_box_I[:, None], batch.boxes_I4, boxes_I4)
         image_of_mask_J = batch.image_of_target_I[batch.masked_J]
         frames = [batch.frames[index] for index in image_of_mask_J.tolist()]
-        text, box = ("text" in self.config.prompts, "box" in self.config.prompts)
+        text, box = ("text" in self.config.prompts, "box" in self.config.prompts and box_prompt)
         prompts = Prompts(
             text=self.text_projection(segmentation_ID[batch.masked_J]) if text else None,
             boxes=boxes_to_frame(boxes_I4[batch.masked_J], frames, self.config.box_frame).to(dtype) if box else None,
@@ -215,8 +223,10 @@ class MediSee(nn.Module):
             never=self.processor.image_id,
         )
         tokens_IKD, emitted = self._written_candidates(written.ids_SA, written.states_SAD.to(self.head_dtype))
-        centred_I4 = self.box_decoder(self.box_router(tokens_IKD))
-        masks_Jhh = self.decode_masks(batch, embedding_BCGG, self.seg_router(tokens_IKD), centred_I4)
+        plain = self.config.generation == "plain"
+        box_route, seg_route = (router.picked if plain else router for router in (self.box_router, self.seg_router))
+        centred_I4 = self.box_decoder(box_route(tokens_IKD))
+        masks_Jhh = self.decode_masks(batch, embedding_BCGG, seg_route(tokens_IKD), centred_I4, box_prompt=not plain)
         texts = [decode(self.tokenizer, ids) for ids in self._without_padding(written.ids_SA)]
         return Generated(tuple(text.strip() for text in texts), emitted, cxcywh_to_xyxy(centred_I4), masks_Jhh)
 

@@ -33,7 +33,7 @@ from medisee.records import QA, Record, Target, write_records
 sources = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=4)
 
 
-def mixture(shape: list[tuple[int, int]], seed: int = 0) -> Mixture:
+def mixture(shape: list[tuple[int, int]], seed: int | None = 0) -> Mixture:
     return Mixture([length for length, _ in shape], [weight for _, weight in shape], seed)
 
 
@@ -96,6 +96,24 @@ def test_a_draw_is_a_pure_function_of_its_number(shape: list[tuple[int, int]], n
 def test_other_seeds_draw_otherwise() -> None:
     orders = {tuple((d.source, d.index) for d in draws(mixture([(20, 2), (20, 1)], seed), 60)) for seed in range(5)}
     assert len(orders) == 5
+
+
+def test_unseeded_draws_have_no_epochs_and_no_repetition() -> None:
+    """The release's way: shares hold on average only, a record may come again at once, and no two runs are the same."""
+    first, second = (draws(mixture([(200, 7), (4, 3)], None), 1000) for _ in range(2))
+    assert first != second
+    assert [draw.number for draw in first] == list(range(1000))
+    counts = Counter(draw.source for draw in first)
+    assert 600 < counts[0] < 800, "seven of ten"
+    seen = [draw.index for draw in first if draw.source == 0]
+    assert len(set(seen[:200])) < 160, "some before all"
+    assert len(set(seen)) > 180, "any of them"
+
+
+def test_an_unseeded_source_joins_when_it_is_its_turn() -> None:
+    own = Mixture([5, 5], [1, 1], None, first_draws=[0, 50])
+    found = [draw.source for draw in draws(own, 200)]
+    assert set(found[:50]) == {0} and set(found[50:]) == {0, 1}
 
 
 @settings(deadline=None, max_examples=30)
