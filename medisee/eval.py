@@ -30,6 +30,7 @@ from medisee.config import Config, load_config
 from medisee.data.features import FeatureCache, fill_cache
 from medisee.errors import InputError, exit_code, nearest
 from medisee.files import atomic_path, write_json
+from medisee.heap import keep_freed_memory
 from medisee.manifest import Manifest
 from medisee.masks import decode_mask
 from medisee.metrics import score
@@ -241,6 +242,7 @@ def load_model(folder: Path, expected: Config | None) -> MediSee:
                 f"{folder}: was trained with another model section than the configuration's: "
                 f"{'; '.join(differing[:5])}; give the configuration of its training."
             )
+    keep_freed_memory()
     return model.placed(model.pinned_device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 

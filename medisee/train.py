@@ -30,6 +30,7 @@ from medisee.data.features import FeatureCache, fill_cache
 from medisee.data.prompts import ANSWERS, CLASS_QUESTIONS, REQUESTS, candidate_text
 from medisee.errors import InputError, exit_code
 from medisee.files import recover_folder
+from medisee.heap import keep_freed_memory
 from medisee.interruption import Stopped, StopRequest
 from medisee.manifest import Manifest
 from medisee.models.checkpoints import check_same_model, load_checkpoint, local_checkpoint, save_checkpoint
@@ -147,6 +148,8 @@ def _prepare(
     if place.rank == 0:
         print(describe_batch(settings, place.world), flush=True)
         recover_folder(out / CHECKPOINT)
+    if place.device.type == "cpu":
+        keep_freed_memory()
     _seed(settings.seed)
     model = build_model(config, manifests).placed(place.device)
     cache = _features(config, model, [*manifests, *([val] if val else [])], place)
