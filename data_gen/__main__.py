@@ -19,8 +19,8 @@ from importlib.util import find_spec
 from medisee.errors import InputError, exit_code, nearest
 
 COMMANDS: dict[str, tuple[str, ...]] = {
-    "plan": ("openai",),
-    "run": ("openai",),
+    "plan": ("openai", "aiohttp"),
+    "run": ("openai", "aiohttp"),
     "review": (),
     "export": ("datasets",),
     "stats": ("wordcloud",),

@@ -107,7 +107,7 @@ class BatchServer:
 
     def __post_init__(self) -> None:
         self._key = api_key(self.server)
-        self._client = client_for(self.server, self._key, retries=self.server.sends)
+        self._client = client_for(self.server, self._key, retries=self.server.sends, patience=20)
 
     async def close(self) -> None:
         """Closes the connections."""

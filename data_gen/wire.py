@@ -19,6 +19,7 @@ from data_gen.calls import Reply, Request, Status
 from data_gen.limits import Purse, RateLimit, StopRun
 from data_gen.pixels import with_pixels
 from data_gen.prices import Price, size_of
+from data_gen.transport import HttpClient
 from medisee.errors import InputError
 
 OPENAI = "https://api.openai.com/v1"
@@ -78,16 +79,21 @@ def api_key(server: Server) -> str:
     return key or _NO_KEY
 
 
-def client_for(server: Server, key: str, retries: int = 0) -> openai.AsyncOpenAI:
-    """Returns a client; by default it does not send again: `Wire` does, within the limits that all calls share."""
+def client_for(server: Server, key: str, *, retries: int = 0, patience: int = 2) -> openai.AsyncOpenAI:
+    """Returns a client for one server.
+
+    Args:
+        server: where it is.
+        key: of the server.
+        retries: how often the client itself sends again. `Wire` does that, within the limits that all calls share.
+        patience: timeouts that a whole request may take.
+    """
     return openai.AsyncOpenAI(
         api_key=key,
         base_url=server.base_url or OPENAI,
         max_retries=retries,
-        # Quicker than the client's own transport, which can hold back the event loop at 100 requests a second.
-        http_client=openai.DefaultAioHttpClient(
-            timeout=httpx2.Timeout(server.timeout, pool=None),
-            limits=httpx2.Limits(max_connections=server.concurrency),
+        http_client=HttpClient(
+            timeout=server.timeout, longest=patience * server.timeout, connections=server.concurrency
         ),
     )
 

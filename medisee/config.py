@@ -23,13 +23,12 @@ RELEASE: dict[str, Any] = {
     "model": {
         "box_frame": "frame",
         "box_dtype": "bfloat16",
-        "generation": "plain",
         "mllm": {"vision_input": "centre_crop"},
         "seg_head": {"resize": "longest", "pixels": "sam"},
     },
     "loss": {"box": 2.0, "degenerate_giou": "constant"},
     "data": {"boxes": "inclusive", "draws": "unseeded", "select": "test"},
-    "eval": {"forced_answer": "{candidates}."},
+    "eval": {"forced_answer": "{candidates}.", "decoding": "plain"},
 }
 """What `compat: release` sets: what the release does otherwise than we do."""
 
@@ -133,7 +132,7 @@ class Data(Section):
         if self.train and min(source.from_step for source in self.train) > 0:
             raise ValueError("at least one training source needs from_step 0")
         if self.train and self.select == "test" and self.test is None:
-            raise ValueError("select test (as compat release sets it) needs test to name a manifest; or set select=val")
+            raise ValueError("select test (compat release sets it) needs data.test to name a manifest, or data.select=val")
         return self
 
     @property
@@ -226,6 +225,9 @@ class Eval(Section):
     """Answer given in teacher-forced scoring; {candidates} is the list of candidate tokens."""
     max_new_tokens: int = 64
     """Longest generated answer."""
+    decoding: Literal["routed", "plain"] = "routed"
+    """How generated answers become boxes and masks. `routed`: with routers and prompts, as in training. `plain`: h_seg is
+    the first candidate token's state, h_det the last one's, and the mask decoder gets no box (release)."""
     batch_size: int = Field(default=8, ge=1)
     """Images per forward pass."""
     resamples: int = 1000
@@ -254,6 +256,10 @@ class Config(Section):
         if self.data.cache is not None and self.model.seg_head.lora is not None:
             raise ValueError(
                 "data.cache needs a frozen encoder, but model.seg_head.lora lets it learn; remove one of them"
+            )
+        if self.eval.decoding == "plain" and "text" not in self.model.prompts:
+            raise ValueError(
+                "eval.decoding plain (compat release sets it) needs text in model.prompts, or eval.decoding=routed"
             )
         return self
 

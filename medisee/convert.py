@@ -61,8 +61,7 @@ The weights are read file by file; nothing in them is executed.
 
 Sizes come from the configuration and are compared with the weights. The model computes as the release does
 (compat=release), since its weights were trained so; add compat=none, or single settings such as model.box_frame=resized,
-for the correct behaviour. Only written answers are decoded as the weights were trained, with routers and box prompt, which
-the release leaves out there; model.generation=plain does so too. Weights that were merged before have no LoRA: add model.mllm.train=frozen.
+for the correct behaviour. Weights that were merged before have no LoRA: add model.mllm.train=frozen.
 """
 MERGE = """Folds LoRA and single token rows into the weights that they adapt and writes one model that needs no others
 and computes the same.
@@ -366,8 +365,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _from_release(arguments: argparse.Namespace) -> None:
-    # The model alone matters here: neither which manifest chooses, nor that release's written answers were not trained.
-    ours = ["data.select=val", "model.generation=routed"]
+    # Only the model matters here: not what a run would choose its checkpoint on, nor how answers would be decoded.
+    ours = ["data.select=val", "eval.decoding=routed"]
     config = load_config(arguments.config, ["compat=release", *ours, *arguments.overrides])
     tokenizer = arguments.tokenizer or arguments.weights
     report = from_release(arguments.weights, config.model, tokenizer, arguments.out)

@@ -6,7 +6,7 @@ import ctypes
 import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt(3)
-_LARGEST_BLOCK = 1 << 30  # bytes
+_LARGEST_BLOCKS = (1 << 30, 1 << 25)  # bytes; glibc before 2.35 takes no more than the second
 _MOST_FREE = (1 << 31) - 1  # bytes; mallopt takes an int
 
 
@@ -24,4 +24,5 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_BLOCK)) and bool(mallopt(_TRIM_THRESHOLD, _MOST_FREE))
+    blocks = any(mallopt(_MMAP_THRESHOLD, size) for size in _LARGEST_BLOCKS)
+    return bool(mallopt(_TRIM_THRESHOLD, _MOST_FREE)) and blocks

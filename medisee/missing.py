@@ -61,7 +61,7 @@ def missing_files(config: Config) -> list[Missing]:
 
 def _missing_data(config: Config) -> Iterator[Missing]:
     data = config.data
-    prepare = "python scripts/prepare_data.py (sa-med2d, mlmr-sd, coco, demo)"
+    prepare = "python scripts/prepare_data.py (sa-med2d, mlmr-sd, ask, demo)"
     if not data.train:
         yield Missing("data.train", "no manifest", prepare)
     if config.train.init is not None and not _is_here(config.train.init, CONFIG):

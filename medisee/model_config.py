@@ -243,9 +243,6 @@ class Model(Section):
     (release)."""
     box_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which the box prompt is computed; `bfloat16` steps by 4 pixels above 512 (release)."""
-    generation: Literal["routed", "plain"] = "routed"
-    """What answers that the model writes itself are decoded with. `routed`: routers and prompts, as trained. `plain`: h_seg
-    is the first candidate token's state, h_det the last one's, and no box prompts (release)."""
 
     @model_validator(mode="after")
     def _check(self) -> Model:
@@ -253,8 +250,4 @@ class Model(Section):
             raise ValueError("candidate_tokens must be one or more different strings")
         if not self.prompts:
             raise ValueError("prompts must name at least one of text, box")
-        if self.generation == "plain" and "text" not in self.prompts:
-            raise ValueError(
-                "generation plain (as compat release sets it) needs text in prompts; or set generation=routed"
-            )
         return self

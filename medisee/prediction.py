@@ -115,7 +115,7 @@ def answer(model: MediSee, examples: Sequence[Example], mode: Mode, settings: Ev
     if mode == "forced":
         output = model(batch)
         return _predictions(batch, output.boxes_I4, output.masks_Jhh, mode, [forced] * len(batch.queries), None)
-    written = model.generate(batch, max_new_tokens=settings.max_new_tokens)
+    written = model.generate(batch, max_new_tokens=settings.max_new_tokens, decoding=settings.decoding)
     return _predictions(batch, written.boxes_I4, written.masks_Jhh, mode, written.texts, written.emitted)
 
 

@@ -51,13 +51,13 @@ class RunLog:
         self._append({"step": step, **values, "gradient_norm": norm, **counts, "seconds": seconds})
         progress.set_postfix(loss=f"{values['total']:.2f}", text=f"{values['text']:.2f}", giou=f"{values['giou']:.2f}")
 
-    def validation(self, step: int, summary: Summary) -> None:
-        """Logs the figures on val."""
+    def validation(self, step: int, summary: Summary, split: str) -> None:
+        """Logs the figures on the split that chooses the checkpoint."""
         if not self.active:
             return
-        figures = {f"val_{name}": value for name, value in summary.to_json().items() if isinstance(value, float)}
+        figures = {f"{split}_{name}": value for name, value in summary.to_json().items() if isinstance(value, float)}
         self._append({"step": step, **figures, "seconds": time.perf_counter() - self.began})
-        tqdm.write(f"step {step}: val Dice {summary.dice.value:.3f}, box IoU {summary.iou.value:.3f}")
+        tqdm.write(f"step {step}: {split} Dice {summary.dice.value:.3f}, box IoU {summary.iou.value:.3f}")
 
     def end(self) -> None:
         """Closes the logs and adds the run's time to run.json, which says that the run is finished."""

@@ -308,12 +308,13 @@ def _check_finite(terms: Terms, batch: Batch, step: int, place: Place) -> None:
 
 
 def _validate(run: Run, val: Manifest, step: int) -> None:
-    """Scores val and keeps the checkpoint if it is the best so far."""
+    """Scores what chooses the checkpoint, and keeps it if it is the best so far."""
+    split = run.config.data.select
     summary = validate(run.model, val, run.config, run.cache, run.place)
-    run.log.validation(step, summary)
+    run.log.validation(step, summary, split)
     if selection_figure(summary) > run.best:
         run.best = selection_figure(summary)
-        _save_best(run, {"step": step, "val": summary.to_json()})
+        _save_best(run, {"step": step, split: summary.to_json()})
 
 
 def _save_best(run: Run, facts: dict[str, object]) -> None:

@@ -22,7 +22,7 @@ def validate(model: MediSee, val: Manifest, config: Config, cache: FeatureCache 
 
     Args:
         model: left in training mode.
-        val: never the test file.
+        val: what `data.select` names; the test file only where a run does as the release does.
         config: `train.val_limit`, `train.dtype` and `eval`.
         cache: frozen features.
         place: which parts of val this rank reads.

@@ -17,7 +17,7 @@ from medisee.data.dataset import MicroBatchReader
 from medisee.errors import InputError
 from medisee.model_config import Model
 from medisee.models.losses import giou_loss, giou_loss_of_release
-from medisee.models.medisee import Generated, MediSee
+from medisee.models.medisee import Decoding, Generated, MediSee
 from medisee.models.objective import end_to_end_loss
 from medisee.models.tokenizer import IMAGE_TOKEN, add_candidate_tokens, train_tokenizer
 from medisee.processing import CLIP_MEAN, CLIP_STD, Example, Query
@@ -281,11 +281,11 @@ def test_the_image_token_is_never_written() -> None:
     assert written.texts[0].replace(" ", "") == "[SEG]" * 3
 
 
-def written(model: MediSee) -> Generated:
+def written(model: MediSee, decoding: Decoding = "routed") -> Generated:
     """Lets a model ask about two images of another size; it writes both candidate tokens in turn."""
     asked = [replace(example((20, 10, 40, 30), height=height), queries=(QUESTION,)) for height in (40, 60)]
     model.mllm.set_output_embeddings(Alternates(model))
-    return model.generate(model.processor(asked, packed=False), max_new_tokens=4)
+    return model.generate(model.processor(asked, packed=False), max_new_tokens=4, decoding=decoding)
 
 
 class Alternates(nn.Module):
@@ -309,15 +309,16 @@ def test_written_answers_are_decoded_as_trained_or_as_the_release_does() -> None
     nn.init.normal_(states["box_decoder.layers.4.weight"])
     shared = {name: value for name, value in states.items() if "router" not in name}
     results: dict[str, Generated] = {}
-    for name, changes in {
-        "routed": {},
-        "plain": {"generation": "plain"},
-        "hard": {"fusion": "hard", "prompts": ["text"]},
-        "hard with box": {"fusion": "hard"},
-    }.items():
+    cases: dict[str, tuple[dict[str, Any], Decoding]] = {
+        "routed": ({}, "routed"),
+        "plain": ({}, "plain"),
+        "hard": ({"fusion": "hard", "prompts": ["text"]}, "routed"),
+        "hard with box": ({"fusion": "hard"}, "routed"),
+    }
+    for name, (changes, decoding) in cases.items():
         model = tiny(**changes)
         model.load_state_dict(shared, strict=False)
-        results[name] = written(model)
+        results[name] = written(model, decoding)
         assert results[name].emitted == (True, True)
     assert torch.equal(results["plain"].boxes_I4, results["hard"].boxes_I4)
     assert torch.equal(results["plain"].masks_Jhh, results["hard"].masks_Jhh)
@@ -325,17 +326,9 @@ def test_written_answers_are_decoded_as_trained_or_as_the_release_does() -> None
     assert not torch.equal(results["plain"].masks_Jhh, results["hard with box"].masks_Jhh)
 
 
-def test_the_switch_of_generation_leaves_given_answers_alone() -> None:
-    batch = tiny().processor([example((20, 10, 40, 30))])
-    routed, plain = (tiny(generation=value)(batch) for value in ("routed", "plain"))
-    assert torch.equal(routed.boxes_I4, plain.boxes_I4)
-    assert routed.masks_Jhh is not None and plain.masks_Jhh is not None
-    assert torch.equal(routed.masks_Jhh, plain.masks_Jhh)
-
-
-def test_plain_generation_needs_the_text_prompt() -> None:
-    with pytest.raises(InputError, match=r"generation plain .* needs text in prompts"):
-        config_from({"model": {"prompts": ["box"], "generation": "plain"}}, where="test")
+def test_plain_decoding_needs_the_text_prompt() -> None:
+    with pytest.raises(InputError, match=r"eval.decoding plain .* needs text in model.prompts"):
+        config_from({"model": {"prompts": ["box"]}, "eval": {"decoding": "plain"}}, where="test")
 
 
 def test_the_best_checkpoint_is_chosen_on_val_or_on_the_test_file() -> None:
@@ -344,7 +337,7 @@ def test_the_best_checkpoint_is_chosen_on_val_or_on_the_test_file() -> None:
     assert config_from({"data": data, "compat": "release"}, where="test").data.selection == "test.jsonl"
     own = {**data, "select": "val"}
     assert config_from({"data": own, "compat": "release"}, where="test").data.selection == "val.jsonl"
-    with pytest.raises(InputError, match=r"select test .* needs test to name a manifest; or set select=val"):
+    with pytest.raises(InputError, match=r"select test .* needs data.test to name a manifest, or data.select=val"):
         config_from({"data": {"train": data["train"], "val": "val.jsonl"}, "compat": "release"}, where="test")
 
 

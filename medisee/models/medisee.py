@@ -33,6 +33,7 @@ from medisee.models.tokenizer import decode
 from medisee.processing import Batch, MediSeeProcessor
 
 MaskDetail = Literal["none", "coarse", "full"]
+Decoding = Literal["routed", "plain"]
 
 
 # No slots: DeepSpeed looks for a module's tensors by vars().
@@ -196,12 +197,13 @@ class MediSee(nn.Module):
         return self.seg_head.decode(embedding_BCGG, prompts, image_of_mask_J)
 
     @torch.inference_mode()
-    def generate(self, batch: Batch, *, max_new_tokens: int) -> Generated:
+    def generate(self, batch: Batch, *, max_new_tokens: int, decoding: Decoding = "routed") -> Generated:
         """Writes the answers greedily with a KV cache and reads the states where the candidate tokens are written.
 
         Args:
             batch: unpacked (one query a sequence), without answers.
             max_new_tokens: longest answer.
+            decoding: see `Eval.decoding`.
         """
         embedding_BCGG = self.embed_images(batch)
         prefix = len(self.processor.prefix)
@@ -223,7 +225,7 @@ class MediSee(nn.Module):
             never=self.processor.image_id,
         )
         tokens_IKD, emitted = self._written_candidates(written.ids_SA, written.states_SAD.to(self.head_dtype))
-        plain = self.config.generation == "plain"
+        plain = decoding == "plain"
         box_route, seg_route = (router.picked if plain else router for router in (self.box_router, self.seg_router))
         centred_I4 = self.box_decoder(box_route(tokens_IKD))
         masks_Jhh = self.decode_masks(batch, embedding_BCGG, seg_route(tokens_IKD), centred_I4, box_prompt=not plain)

@@ -48,7 +48,7 @@ class Settings:
 
     Attributes:
         delay: seconds until an answer.
-        faults: kinds that are drawn from: "429", "500", "timeout", "drop", "html", "refusal", "truncated",
+        faults: kinds that are drawn from: "429", "500", "timeout", "drop", "garbage", "html", "refusal", "truncated",
             "malformed", "filter".
         share: of requests that meet with a fault.
         in_a_row: most faults of one request one after the other.
@@ -164,6 +164,8 @@ class FakeServer:
             return
         if fault == "drop":
             connection.drop()
+        elif fault == "garbage":
+            connection.send_bytes(b"this is no HTTP\r\n\r\n")
         elif fault == "429":
             connection.send(429, _error("slow down", "rate_limit_exceeded"), self.settings.retry_after)
         elif fault == "quota":
@@ -284,6 +286,11 @@ class _Connection(asyncio.Protocol):
         lines = [f"HTTP/1.1 {status} X", f"Content-Type: {kind}", f"Content-Length: {len(content)}"]
         lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
         self._transport.write("\r\n".join([*lines, "", ""]).encode() + content)
+
+    def send_bytes(self, content: bytes) -> None:
+        """Sends what need not be HTTP, and closes."""
+        self._transport.write(content)
+        self._transport.close()
 
     def drop(self) -> None:
         """Closes without an answer."""

@@ -92,7 +92,7 @@ def test_an_answer_comes_with_its_price(serve: Serve) -> None:
     assert server.headers[0]["authorization"] == f"Bearer {SECRET}"
 
 
-@pytest.mark.parametrize("fault", ["429", "500", "drop", "html", "timeout"])
+@pytest.mark.parametrize("fault", ["429", "500", "drop", "garbage", "html", "timeout"])
 def test_failures_of_server_and_net_are_sent_again(serve: Serve, fault: str) -> None:
     server = serve(faults=(fault,), in_a_row=2)
     reply = only(send(server, ASKED, timeout=1.5))
@@ -101,7 +101,13 @@ def test_failures_of_server_and_net_are_sent_again(serve: Serve, fault: str) -> 
 
 @pytest.mark.parametrize(
     ("fault", "told"),
-    [("500", "status 500"), ("drop", "connection"), ("html", "not JSON"), ("timeout", "no answer within")],
+    [
+        ("500", "status 500"),
+        ("drop", "connection"),
+        ("garbage", "connection"),
+        ("html", "not JSON"),
+        ("timeout", "no answer within"),
+    ],
 )
 def test_a_server_that_never_answers_is_unreachable(serve: Serve, fault: str, told: str) -> None:
     server = serve(faults=(fault,), in_a_row=99)
