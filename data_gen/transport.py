@@ -24,9 +24,7 @@ class HttpClient(openai.DefaultAioHttpClient):
             longest: seconds for all of a request: aiohttp sets none for names, proxies and what is sent.
             connections: most at once.
         """
-        super().__init__(
-            timeout=httpx2.Timeout(timeout, pool=None), limits=httpx2.Limits(max_connections=connections)
-        )
+        super().__init__(timeout=httpx2.Timeout(timeout, pool=None), limits=httpx2.Limits(max_connections=connections))
         self._longest = longest
 
     async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:

@@ -132,7 +132,9 @@ class Data(Section):
         if self.train and min(source.from_step for source in self.train) > 0:
             raise ValueError("at least one training source needs from_step 0")
         if self.train and self.select == "test" and self.test is None:
-            raise ValueError("select test (compat release sets it) needs data.test to name a manifest, or data.select=val")
+            raise ValueError(
+                "select test (compat release sets it) needs data.test to name a manifest, or data.select=val"
+            )
         return self
 
     @property

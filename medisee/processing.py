@@ -313,9 +313,10 @@ class MediSeeProcessor:
         cached = all(example.embedding is not None for example in examples)
         pixels = embedding = vision = None
         if cached:
+            # Each by itself first: under a CPU's autocast torch stacks no float16.
             embedding = torch.stack(
-                [example.embedding for example in examples if example.embedding is not None]
-            ).float()
+                [example.embedding.float() for example in examples if example.embedding is not None]
+            )
         else:
             pixels = torch.stack([self.seg_pixels(example.image) for example in examples if example.image is not None])
         if self.config.mllm.image_tokens == "vision_tower":

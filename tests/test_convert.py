@@ -453,4 +453,5 @@ def test_the_releases_run_is_a_config() -> None:
     ours, theirs = load_config(root / "medisee_7b.yaml"), load_config(root / "medisee_release.yaml")
     assert (ours.model.seg_head.resize, ours.model.seg_head.pixels) == ("stretch", "minmax")
     assert (theirs.model.seg_head.resize, theirs.model.seg_head.pixels) == ("longest", "sam")
-    assert theirs.train == ours.train
+    assert theirs.train == ours.train.model_copy(update={"out": "runs/medisee_release"}), "neither overwrites the other"
+    assert (theirs.data.selection, ours.data.selection) == ("data/mlmr_sd/test.jsonl", "data/mlmr_sd/val.jsonl")

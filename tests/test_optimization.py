@@ -30,6 +30,7 @@ JOBS: dict[str, Run] = {
     "zero2": {"zero_stage": 2},
     "zero3": {"zero_stage": 3, "deepspeed": CUT_ALL},
     "zero3_bf16": {"zero_stage": 3, "deepspeed": CUT_ALL, "dtype": "bfloat16"},
+    "zero3_l_sim": {"zero_stage": 3, "deepspeed": CUT_ALL},
     "offload_optimizer": {"zero_stage": 2, "offload": "optimizer"},
     "offload_parameters": {"zero_stage": 3, "offload": "parameters", "deepspeed": CUT_ALL},
     "zero0": {"zero_stage": 0},
@@ -66,6 +67,10 @@ def changed(base: Run, out: Path, **section: Any) -> Config:
     return config_from({**base, "train": {**base["train"], "out": str(out), **section}}, where="test")
 
 
+def with_l_sim(base: Run) -> Run:
+    return {**base, "loss": {"js": 2.0, "mse": 1.0}}
+
+
 @pytest.fixture(scope="module")
 def runs(base: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trains once on one rank, here, and once for each job on two ranks; returns the folder of all runs."""
@@ -73,11 +78,13 @@ def runs(base: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     train(changed(base, folder / "one", batch_size=2))
     train(changed(base, folder / "one_bf16", batch_size=2, dtype="bfloat16"))
+    train(changed(with_l_sim(base), folder / "one_l_sim", batch_size=2))
     jobs = []
     for name, section in JOBS.items():
         if resumed := name.startswith("resumed"):
             cut_back(folder / "one", folder / name)
-        config = changed(base, folder / name, batch_size=1, **section)
+        values = with_l_sim(base) if name.endswith("l_sim") else base
+        config = changed(values, folder / name, batch_size=1, **section)
         path = folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
         jobs.append({"config": str(path), "resume": resumed, "fault": name if name in ("nan", "term") else None})
@@ -127,6 +134,14 @@ def test_two_ranks_are_one_in_bf16(runs: Path) -> None:
     assert {value.dtype for value in state.values() if value.is_floating_point()} == {torch.float32}
     # Stored in full: 16-bit weights would have zeros in their lower half.
     assert any(bool((value.view(torch.int32) & 0xFFFF).any()) for value in state.values() if value.dim() == 2)
+
+
+def test_two_ranks_are_one_in_fine_tuning(runs: Path) -> None:
+    """L_sim's second reading of the routers gathers their weights on every rank, whatever its images ask."""
+    assert logged(runs / "zero3_l_sim") == pytest.approx(logged(runs / "one_l_sim"), rel=1e-4)
+    for key in ("js", "mse"):
+        found = logged(runs / "zero3_l_sim", key)
+        assert found == pytest.approx(logged(runs / "one_l_sim", key), rel=1e-3) and max(found.values()) > 0
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])

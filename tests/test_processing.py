@@ -366,10 +366,13 @@ def test_seg_pixels_follow_the_seg_heads_rule() -> None:
     np.testing.assert_allclose(stretched.permute(1, 2, 0).numpy(), expected, atol=1e-6)
 
 
-def test_cached_features_replace_the_image() -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_cached_features_replace_the_image(mixed: bool) -> None:
+    """Also where a model with 16-bit weights is scored under autocast, which does not know float16 on a CPU."""
     own = processor(image_tokens="seg_head")
     cached = Example(None, 40, 60, (query(),), torch.ones(8, 4, 4, dtype=torch.float16))
-    batch = own([cached, cached])
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        batch = own([cached, cached])
     assert batch.pixels_B3FF is None
     assert batch.embedding_BCGG is not None
     assert batch.embedding_BCGG.shape == (2, 8, 4, 4)
