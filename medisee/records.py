@@ -31,7 +31,8 @@ class Turn:
 class QA:
     """A query about a target and its answer; `perspective` is what it reasons from, `length` how long it is.
 
-    `history` holds the turns of a conversation before the question, oldest first; no line names it when it is empty.
+    `history` holds the turns of a conversation before the question, oldest first; `author` says who made the data
+    engine's pairs: "offline" or a model's name. No line names them where they are empty.
     """
 
     question: str
@@ -39,6 +40,7 @@ class QA:
     perspective: Perspective
     length: Length
     history: tuple[Turn, ...] = ()
+    author: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +114,7 @@ class Prediction:
 
 def record_writer(path: Path | str) -> AbstractContextManager[LineWriter]:
     """Opens a manifest for records; it takes its place when all of them are written."""
-    return line_writer(path, omit_empty=("history", "inverted"))
+    return line_writer(path, omit_empty=("history", "author", "inverted"))
 
 
 def write_records(path: Path | str, records: Iterable[Record]) -> None:
@@ -202,6 +204,7 @@ def _qa(fields: Fields) -> QA:
             Turn(turn.text("question"), turn.text("answer", may_be_empty=True))
             for turn in fields.objects("history", Turn)
         ),
+        author=fields.text("author") if fields.has("author") else "",
     )
 
 

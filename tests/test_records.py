@@ -112,13 +112,14 @@ def test_predictions_round_trip(tmp_path_factory: pytest.TempPathFactory, writte
 
 def test_a_query_without_history_is_written_as_before(tmp_path: Path) -> None:
     plain = QA("Where?", "[SEG]", "location", "short")
-    told = replace(plain, history=(Turn("What is shown?", "A belly."),))
+    told = replace(plain, history=(Turn("What is shown?", "A belly."),), author="offline")
     target = Target(id="t", category="liver", mask=RLE, qa=(plain, told))
     record = Record(id="r", image="a.png", modality="ct", source="s", case="c", targets=(target,))
     write_records(tmp_path / "r.jsonl", [record])
     qa = json.loads((tmp_path / "r.jsonl").read_text())["targets"][0]["qa"]
     assert list(qa[0]) == ["question", "answer", "perspective", "length"]
     assert qa[1]["history"] == [{"question": "What is shown?", "answer": "A belly."}]
+    assert qa[1]["author"] == "offline"
 
 
 @pytest.mark.parametrize(

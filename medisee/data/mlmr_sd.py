@@ -126,6 +126,7 @@ def worded(question: Question, seed: int) -> QA:
         perspective=question.perspective,
         length=question.length,
         history=question.history,
+        author=question.author,
     )
 
 

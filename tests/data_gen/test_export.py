@@ -197,6 +197,8 @@ def test_what_the_offline_author_made_is_labelled(make_ledger: LedgerMaker, tmp_
     assert json.loads((tmp_path / "out/data.json").read_text())["author"] == "offline"
     lines = [line for file in (tmp_path / "out/release").glob("*.jsonl") for line in file.read_text().splitlines()]
     assert {json.loads(line)["author"] for line in lines} == {"offline"}
+    records = [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()]
+    assert {qa["author"] for one in records for target in one["targets"] for qa in target["qa"]} == {"offline"}
 
 
 def test_an_unfinished_run_is_warned_about(make_ledger: LedgerMaker, tmp_path: Path, capsys: Capture) -> None:
