@@ -274,18 +274,25 @@ def _transform(scene: _Scene, fields: Mapping[str, Any], seed: int) -> dict[str,
     pairs: list[dict[str, str]] = []
     for cell, text in fields["descriptions"].items():
         key = f"{seed}/{scene.item.id}/{cell}/{text}/{fields['attempt']}"
-        pairs.append({"cell": cell, **_pair(scene, cell, fields["template"], "" if cell in repeated else text, key)})
+        described, known = ("", text) if cell in repeated else (text, "")
+        pairs.append({"cell": cell, **_pair(scene, cell, fields["template"], described, key, known=known)})
     return {"pairs": pairs}
 
 
-def _pair(scene: _Scene, cell: str, template: Template, description: str, key: str) -> dict[str, str]:
-    """Returns a question and its answer; of a new description where the given one is empty or not in our wording."""
+def _pair(
+    scene: _Scene, cell: str, template: Template, description: str, key: str, *, known: str = ""
+) -> dict[str, str]:
+    """Returns a question and its answer; of a new description where the given one is empty or not in our wording.
+
+    It is another question than the known one, and tells what that does not, where there is more to tell.
+    """
     perspective, length = perspective_of(cell), length_of(cell)
     rng = Random(key)
     found = read(scene.subject, description)
     if not found:
         clauses = list(scene.clauses[perspective])
         rng.shuffle(clauses)
+        clauses.sort(key=lambda clause: any(phrase in known for phrase in clause.phrases))
         found = read(scene.subject, _description(scene, clauses, length, template, rng)[0])
     pair = {"question": "", "answer": ""}
     if not found:
@@ -297,7 +304,7 @@ def _pair(scene: _Scene, cell: str, template: Template, description: str, key: s
             "question": question,
             "answer": word_answer(scene.subject, phrase, _more(scene, cell, phrase, rng), rng),
         }
-        if not check_pair(pair["question"], pair["answer"], length, scene.item, _names()):
+        if question != known and not check_pair(question, pair["answer"], length, scene.item, _names()):
             break
     return pair
 

@@ -25,12 +25,11 @@ _DOING: dict[Template, tuple[str, ...]] = {
     "second": ("locate", "highlight", "delineate", "identify", "trace", "indicate"),
 }
 _QUESTIONS: dict[Template, tuple[str, ...]] = {
-    "first": ("Which {head} {phrase}?", "Where is the {head} that {phrase}?", "Which one is the {head} that {phrase}?"),
+    "first": ("Which {head} {phrase}?", "Where is the {head} that {phrase}?"),
     "second": (
         "Which {head} {phrase}?",
         "Where do you see the {head} that {phrase}?",
         "Where can I find the {head} that {phrase}?",
-        "In this image, which {head} {phrase}?",
     ),
 }
 _ANSWERS = (
@@ -42,7 +41,6 @@ _ANSWERS = (
     "The {name} is the {noun} that {phrase}.",
     "It is the {name}, the {noun} that {phrase}.",
     "The {name} fits this description, because it {phrase}.",
-    "The {name} {phrase}, so it is the {noun} asked for.",
 )
 _PLURAL_ANSWERS = (
     "These are the {name}: this {noun} {phrase} and {also_more}.",
