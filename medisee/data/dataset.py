@@ -262,8 +262,9 @@ def training_batches(
     mixture = Mixture(
         [len(manifest) for manifest in manifests],
         [source.weight for source in sources],
-        config.train.seed if config.data.draws == "epochs" else None,
+        config.train.seed,
         first_draws=[source.from_step * per_step for source in sources],
+        unseeded=config.data.draws == "unseeded",
     )
     loader = DataLoader(
         MicroBatchReader(TrainingData(config, manifests, cache), processor),

@@ -29,19 +29,21 @@ class Mixture:
         self,
         lengths: Sequence[int],
         weights: Sequence[int],
-        seed: int | None,
+        seed: int,
         *,
         first_draws: Sequence[int] | None = None,
+        unseeded: bool = False,
     ) -> None:
-        """Args: number of records, share and first draw of each source; seed of all orders, None for the release's way:
-        every call draws independently, and no two runs the same."""
+        """Args: number of records, share and first draw of each source; seed of all orders. Unseeded, as in the release,
+        every call draws independently, and no two runs draw the same.
+        """
         self.lengths, self.seed = tuple(lengths), seed
         joins = list(first_draws) if first_draws is not None else [0] * len(lengths)
         self.stages = [
             _Stage(start, _cycle([weight if join <= start else 0 for weight, join in zip(weights, joins, strict=True)]))
             for start in sorted({0, *joins})
         ]
-        self._unseeded = np.random.default_rng() if seed is None else None
+        self._unseeded = np.random.default_rng() if unseeded else None
         self._order = lru_cache(maxsize=4 * len(lengths))(self._permutation)
 
     def draw(self, number: int) -> Draw:

@@ -33,7 +33,7 @@ from medisee.records import QA, Record, Target, write_records
 sources = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=4)
 
 
-def mixture(shape: list[tuple[int, int]], seed: int | None = 0) -> Mixture:
+def mixture(shape: list[tuple[int, int]], seed: int = 0) -> Mixture:
     return Mixture([length for length, _ in shape], [weight for _, weight in shape], seed)
 
 
@@ -100,7 +100,7 @@ def test_other_seeds_draw_otherwise() -> None:
 
 def test_unseeded_draws_have_no_epochs_and_no_repetition() -> None:
     """The release's way: shares hold on average only, a record may come again at once, and no two runs are the same."""
-    first, second = (draws(mixture([(200, 7), (4, 3)], None), 1000) for _ in range(2))
+    first, second = (draws(Mixture([200, 4], [7, 3], 0, unseeded=True), 1000) for _ in range(2))
     assert first != second
     assert [draw.number for draw in first] == list(range(1000))
     counts = Counter(draw.source for draw in first)
@@ -111,7 +111,7 @@ def test_unseeded_draws_have_no_epochs_and_no_repetition() -> None:
 
 
 def test_an_unseeded_source_joins_when_it_is_its_turn() -> None:
-    own = Mixture([5, 5], [1, 1], None, first_draws=[0, 50])
+    own = Mixture([5, 5], [1, 1], 0, first_draws=[0, 50], unseeded=True)
     found = [draw.source for draw in draws(own, 200)]
     assert set(found[:50]) == {0} and set(found[50:]) == {0, 1}
 
