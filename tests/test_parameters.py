@@ -155,7 +155,7 @@ def test_only_frozen_matrices_of_the_layers_are_quantised(model_7b: Model) -> No
 
 def test_every_seg_head_can_be_counted(tiny_config: dict[str, Any]) -> None:
     heads: list[dict[str, Any]] = [
-        {"kind": "sam", "vit": "micro", "size": 64, "lora": {"rank": 2}},
+        {"kind": "medsam", "vit": "micro", "size": 64, "lora": {"rank": 2}},
         {"kind": "sam_med2d", "vit": "micro", "size": 64},
         {"kind": "lite_medsam", "size": 64},
     ]

@@ -349,5 +349,10 @@ class MediSee(nn.Module):
 
 def build_seg_head(config: Model, *, weights: bool = True) -> SamHead:
     """Builds the configured seg head."""
-    builders = {"sam": sam_head, "sam_med2d": sam_med2d_head, "lite_medsam": lite_medsam_head}
+    builders = {
+        "sam": sam_head,
+        "medsam": sam_head,
+        "sam_med2d": sam_med2d_head,
+        "lite_medsam": lite_medsam_head,
+    }
     return builders[config.seg_head.kind](config.seg_head, weights=weights)

@@ -160,7 +160,10 @@ def test_its_input_rule() -> None:
     assert (own.size, own.resize, own.pixels) == (512, "stretch", "minmax")
     lite = SegHeadConfig.model_validate({"kind": "lite_medsam"})
     assert (lite.size, lite.resize, lite.pixels) == (256, "longest", "minmax")
-    assert (SegHeadConfig().size, SegHeadConfig().resize, SegHeadConfig().pixels) == (1024, "stretch", "minmax")
+    for kind, rule in {"medsam": (1024, "stretch", "minmax"), "sam": (1024, "longest", "sam")}.items():
+        plain = SegHeadConfig.model_validate({"kind": kind})
+        assert (plain.size, plain.resize, plain.pixels) == rule
+    assert SegHeadConfig() == SegHeadConfig.model_validate({"kind": "medsam"})
 
 
 def test_a_size_that_adapters_do_not_divide_is_refused() -> None:

@@ -243,14 +243,14 @@ def test_lora_learns_from_the_mask(build_tiny: Callable[..., MediSee], make_exam
 
 
 def test_lora_is_not_for_every_head() -> None:
-    with pytest.raises(InputError, match="lora needs kind sam or sam_med2d"):
+    with pytest.raises(InputError, match="lora needs kind sam, medsam or sam_med2d"):
         config_from({"model": {"seg_head": {"kind": "lite_medsam", "lora": {}}}}, where="test")
 
 
 def test_the_lora_row_of_table_6() -> None:
     config = load_config(Path(__file__).parents[2] / "configs" / "ablations" / "medsam_lora.yaml").model.seg_head
     assert config.lora is not None
-    assert (config.kind, config.vit, config.size, config.lora.rank) == ("sam", "b", 1024, 8)
+    assert (config.kind, config.vit, config.size, config.lora.rank) == ("medsam", "b", 1024, 8)
     with torch.device("meta"):
         head = sam_head(config, weights=False)
     counted = sum(parameter.numel() for parameter in head.image_encoder.parameters() if parameter.requires_grad)
