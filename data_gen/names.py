@@ -164,7 +164,7 @@ class Names:
         found: list[Mention] = []
         place = 0
         while place < len(spoken):
-            spans = [span for table in tables if table.begin(spoken[place]) for span in table.at(spoken, place)]
+            spans = [span for table in tables for span in table.at(spoken, place)]
             if spans:
                 stop, category = max(spans, key=lambda span: span[0])
                 found.append(Mention(category, place, stop))
@@ -188,8 +188,7 @@ class Names:
                 return " ".join(texts[mention.start : mention.stop])
         entry = self._entries.get(base) or Entry((base,))
         table = _some_forms((base, *entry.hints))  # a name within a longer one betrays too: "liver" in "liver tumor"
-        starts = [place for place, word in enumerate(texts) if table.begin(word)]
-        hint = next((" ".join(texts[i:j]) for i in starts for j, _ in table.at(texts, i)), None)
+        hint = next((" ".join(texts[i:j]) for i in range(len(texts)) for j, _ in table.at(texts, i)), None)
         return hint or next((word for word in texts if any(stem in word for stem in entry.stems)), None)
 
 
@@ -317,16 +316,10 @@ class _Forms:
             lengths[form[0]].add(len(form))
         self._lengths = {first: sorted(each, reverse=True) for first, each in lengths.items()}
 
-    def begin(self, word: str) -> bool:
-        """Tells whether any name begins with a word."""
-        return word in self._lengths
-
-    def at(self, text: tuple[str, ...], start: int) -> Iterator[tuple[int, str]]:
-        """Yields the ends and the categories of the names that begin at a word, the longest first."""
-        for length in self._lengths[text[start]]:
-            form = text[start : start + length]
-            if category := self._categories.get(form):
-                yield start + len(form), category
+    def at(self, text: tuple[str, ...], start: int) -> list[tuple[int, str]]:
+        """Returns the ends and the categories of the names that begin at a word, the longest first."""
+        forms = [text[start : start + length] for length in self._lengths.get(text[start], ())]
+        return [(start + len(form), self._categories[form]) for form in forms if form in self._categories]
 
 
 @lru_cache(maxsize=4096)
