@@ -329,9 +329,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot read the configuration ({error.strerror}); give an existing YAML file."
-        ) from error
+        fix = f"correct `base` in {seen[-1]}" if seen else "give an existing YAML file"
+        raise InputError(f"{path}: cannot read the configuration ({error.strerror}); {fix}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: no valid YAML ({str(error).splitlines()[0]}); fix the file.") from error
     if not isinstance(values, dict):

@@ -202,7 +202,8 @@ def check(out: Path, names: Sequence[str] = ()) -> int:
     """
     notes = read_manifest(out)
     if not notes:
-        raise InputError(f"{out / MANIFEST}: names no weights; download some first, see --list.")
+        found = "names no weights" if (out / MANIFEST).exists() else "is not there"
+        raise InputError(f"{out / MANIFEST}: {found}; expected downloaded weights; download some first, see --list.")
     chosen = [model.name for model in wanted(names)] or list(notes)
     problems = [
         f"{out}: {name} was never downloaded here; run without --check." for name in chosen if name not in notes

@@ -290,7 +290,10 @@ def _check_size(found: tuple[int, int], expected: tuple[int, int] | None, where:
 
 
 def _missing(where: str, root: Path) -> str:
-    return f"{where} does not exist; expected it under the root {str(root)!r}; correct the path or the root."
+    return (
+        f"{where} does not exist; expected it under the root {str(root)!r}; correct the path, or name the root (--root, or "
+        "data.root in a configuration)."
+    )
 
 
 def _unreadable(where: str, error: Exception) -> str:

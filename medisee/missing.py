@@ -54,6 +54,26 @@ def missing_weights(model: Model) -> list[Missing]:
     return found
 
 
+def check_files(config: Config) -> None:
+    """Refuses to begin a training whose data is not there; a hub may still bring weights.
+
+    Raises:
+        InputError: a manifest, the categories or a folder of images is missing; weights that are missing are named too.
+    """
+    lacking = missing_files(config)
+    if config.data.train and any(one.setting.startswith("data.") for one in lacking):
+        raise InputError(map(_problem, lacking))
+
+
+def with_missing_weights(error: InputError, model: Model) -> InputError:
+    """Adds to what a model's loading found the weights that are not on this machine, and where to get them."""
+    return InputError([*error.problems, *map(_problem, missing_weights(model))])
+
+
+def _problem(one: Missing) -> str:
+    return f"{one.setting}: {one.path} is not on this machine; expected it before training; get it: {one.source}."
+
+
 def missing_files(config: Config) -> list[Missing]:
     """Lists what training lacks: weights, manifests, and the folders that their paths are relative to."""
     return list(dict.fromkeys([*missing_weights(config.model), *_missing_data(config)]))

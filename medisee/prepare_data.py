@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medisee.errors import InputError, exit_code
+from medisee.errors import InputError, exit_code, nearest
 from medisee.files import write_json
 from medisee.jsonl import read_lines
 
@@ -205,10 +205,16 @@ def _ask(arguments: argparse.Namespace) -> None:
     from medisee.data.query_bank import BANKS
 
     _check_out(arguments.out)
+    bank = BANKS.get(arguments.bank, Path(arguments.bank))
+    if not bank.is_file():
+        raise InputError(
+            f"--bank {arguments.bank}: expected {' or '.join(sorted(BANKS))} or a YAML file, found none of these; correct "
+            f"it.{nearest(arguments.bank, BANKS)}"
+        )
     done = prepare(
         arguments.records,
         arguments.out,
-        bank=BANKS.get(arguments.bank, Path(arguments.bank)),
+        bank=bank,
         root=arguments.root,
         copies=arguments.copies,
         seed=arguments.seed,

@@ -33,6 +33,7 @@ from medisee.files import recover_folder
 from medisee.heap import keep_freed_memory
 from medisee.interruption import Stopped, StopRequest
 from medisee.manifest import Manifest
+from medisee.missing import check_files, with_missing_weights
 from medisee.models.checkpoints import check_same_model, load_checkpoint, local_checkpoint, save_checkpoint
 from medisee.models.flex import check_flex
 from medisee.models.medisee import MaskDetail, MediSee
@@ -61,10 +62,12 @@ from medisee.ranks import (
 )
 from medisee.run_log import RunLog
 from medisee.training_state import (
+    CHECKPOINT,
     OPTIMIZER,
     LastStates,
     Progress,
     Saved,
+    check_no_run,
     check_same_run,
     find_last_together,
     restore_weights,
@@ -72,7 +75,6 @@ from medisee.training_state import (
 )
 from medisee.validation import selection_figure, validate
 
-CHECKPOINT = "checkpoint"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -102,19 +104,24 @@ class Run:
         return Path(self.config.train.out)
 
 
-def train(config: Config, *, resume: bool = False) -> Path:
+def train(config: Config, *, resume: bool = False, fresh: bool = False) -> Path:
     """Trains a model and returns the folder of the best checkpoint.
 
     Args:
         config: the run.
         resume: continue from the newest state in <train.out> that is whole.
+        fresh: begin anew even where <train.out> holds a run, which the new one replaces as it saves.
 
     Raises:
-        InputError: bad data, a run folder of another configuration, nothing to resume, a loss that is not finite, a
-            full disk.
+        InputError: bad data, a run folder of another configuration, nothing to resume, a run that would be replaced
+            without `fresh`, a loss that is not finite, a full disk.
         Stopped: the run was asked to end; its state is saved.
     """
     out = Path(config.train.out)
+    if not (resume or fresh):
+        # Before the ranks join: none can have written here while another still looks.
+        check_no_run(out)
+    check_files(config)
     manifests = _training_manifests(config)
     val = Manifest(config.data.selection, config.data.root) if config.data.selection else None
     place = join_ranks()
@@ -151,7 +158,10 @@ def _prepare(
     if place.device.type == "cpu":
         keep_freed_memory()
     _seed(settings.seed)
-    model = build_model(config, manifests).placed(place.device)
+    try:
+        model = build_model(config, manifests).placed(place.device)
+    except InputError as error:
+        raise with_missing_weights(error, config.model) from error
     cache = _features(config, model, [*manifests, *([val] if val else [])], place)
     dtype = compute_dtype(settings.dtype, place.device)
     to_training_precision(model, dtype)
@@ -356,7 +366,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="YAML run, such as configs/demo.yaml")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest whole state in train.out")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="continue from the newest whole state in train.out")
+    start.add_argument("--fresh", action="store_true", help="begin anew, replacing the run that train.out holds")
     parser.add_argument("--print-config", action="store_true", help="print the resolved run and end")
     parser.add_argument("--plan", action="store_true", help="print memory, time and missing files (a minute), and end")
     parser.add_argument("--gpu", default=GPU, metavar="NAME", help=f"of --plan, such as rtx4090 (default: {GPU})")
@@ -372,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(render_plan(plan_training(config, gpu=arguments.gpu, gpus=arguments.gpus)), end="")
         return
     try:
-        folder = train(config, resume=arguments.resume)
+        folder = train(config, resume=arguments.resume, fresh=arguments.fresh)
     except Stopped as stopped:
         if world_from_environment()[0] == 0:
             print(stopped, flush=True)

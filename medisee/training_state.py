@@ -28,6 +28,8 @@ from medisee.models.medisee import MediSee
 from medisee.optimization import Optimization
 from medisee.ranks import Place, gather, raise_together
 
+CHECKPOINT = "checkpoint"
+"""Folder of the best checkpoint, beside the saved states."""
 PREFIX = "last-"
 OPTIMIZER = "optimizer.safetensors"
 PROGRESS = "progress.json"
@@ -190,6 +192,20 @@ def find_last_together(out: Path, place: Place) -> Saved:
     if first is None:
         raise ValueError("the first rank found neither a state nor a problem")
     return first
+
+
+def check_no_run(out: Path) -> None:
+    """Refuses to begin where a run would be replaced.
+
+    Raises:
+        InputError: the folder holds saved states or a checkpoint.
+    """
+    found = [*saved_folders(out)[-1:], *(path for path in [out / CHECKPOINT] if path.exists())]
+    if found:
+        raise InputError(
+            f"{out}: holds a run already ({' and '.join(path.name for path in found)}); expected a new folder; go on with "
+            "it by --resume, replace it by --fresh, or set train.out to another folder."
+        )
 
 
 def check_same_run(saved: Saved, config: Config, effective_batch: int) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on the GPUs of one machine:
 #
-#   ./scripts/train_4gpu.sh configs/medisee_7b.yaml [--resume] [train.lr=1e-4 ...]
+#   ./scripts/train_4gpu.sh configs/medisee_7b.yaml [--resume | --fresh] [train.lr=1e-4 ...]
 #
 # GPUS=2 takes another number than 4; train.global_batch of the configuration keeps the effective batch then.
 # Ctrl-C, SIGTERM or `touch <train.out>/stop` ends it after the step that is running, with its state saved (exit code

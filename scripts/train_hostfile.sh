@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on the GPUs of several machines that reach each other by ssh without a password (DeepSpeed uses pdsh):
 #
-#   ./scripts/train_hostfile.sh hosts.txt configs/medisee_7b.yaml [--resume] [train.lr=1e-4 ...]
+#   ./scripts/train_hostfile.sh hosts.txt configs/medisee_7b.yaml [--resume | --fresh] [train.lr=1e-4 ...]
 #
 # hosts.txt has a line for each machine, such as `node1 slots=4`; slots are its GPUs. On all of them this folder, its
 # Python environment, the data and train.out are at the same path, on a shared disk. MASTER_PORT=29500 can be changed;
@@ -15,7 +15,7 @@ source scripts/launch.sh
 
 hostfile=${1:-}
 if [[ ! -f $hostfile ]]; then
-  echo "error: '$hostfile' is no hostfile; usage: ./scripts/train_hostfile.sh HOSTFILE CONFIG [--resume] [key=value ...]." >&2
+  echo "error: '$hostfile' is no hostfile; usage: ./scripts/train_hostfile.sh HOSTFILE CONFIG [--resume | --fresh] [key=value ...]." >&2
   exit 2
 fi
 shift

@@ -10,7 +10,7 @@
 #SBATCH --open-mode=append
 # Trains under SLURM, on as many nodes as are asked for, a task for each GPU:
 #
-#   sbatch --nodes=2 scripts/train_slurm.sh configs/medisee_7b.yaml [--resume] [train.lr=1e-4 ...]
+#   sbatch --nodes=2 scripts/train_slurm.sh configs/medisee_7b.yaml [--resume | --fresh] [train.lr=1e-4 ...]
 #
 # Submit it from the repository's root, with its Python environment active and all paths on a shared disk. Ten minutes
 # before the time is up SLURM sends SIGTERM to the ranks: they end after the step that is running with their state
@@ -34,9 +34,14 @@ done
 out=$(run_folder "$config" ${overrides[@]+"${overrides[@]}"})
 
 # After a restart there is a state to go on from, unless the job ended before its first one.
-resume=()
-if ((${SLURM_RESTART_COUNT:-0})) && [[ " $* " != *" --resume "* ]] && compgen -G "$out/last-*" >/dev/null; then
-  resume=(--resume)
+if ((${SLURM_RESTART_COUNT:-0})); then
+  start=--fresh
+  compgen -G "$out/last-*" >/dev/null && start=--resume
+  arguments=("$start")
+  for argument in "$@"; do
+    [[ $argument == --fresh || $argument == --resume ]] || arguments+=("$argument")
+  done
+  set -- "${arguments[@]}"
 fi
 
 read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -47,7 +52,7 @@ code=0
 # exec: the signal goes to Python itself. The ranks' numbers exist only within a task.
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"' rank \
-  "${PYTHON:-python}" scripts/train.py --config "$config" ${resume[@]+"${resume[@]}"} "$@" || code=$?
+  "${PYTHON:-python}" scripts/train.py --config "$config" "$@" || code=$?
 
 if ((code == 143)); then
   scontrol requeue "$SLURM_JOB_ID"

@@ -66,6 +66,12 @@ def test_lists_of_a_base_are_replaced_not_joined(tmp_path: Path) -> None:
     assert config.data.train == (Source(records="c.jsonl", weight=2),)
 
 
+def test_a_base_that_is_missing_names_the_file_that_asks_for_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "base: none.yaml\n")
+    problem = only_problem(path)
+    assert "none.yaml: cannot read the configuration" in problem and f"correct `base` in {path}" in problem
+
+
 @pytest.mark.parametrize("bases", [{"run.yaml": "run.yaml"}, {"run.yaml": "b.yaml", "b.yaml": "./x/../run.yaml"}])
 def test_a_circular_base_is_an_error(tmp_path: Path, bases: dict[str, str]) -> None:
     (tmp_path / "x").mkdir()

@@ -113,6 +113,7 @@ def test_check_names_every_file(hub: Hub, tmp_path: Path) -> None:
     assert "medsam/model.safetensors: SHA-256" in changed
     assert "sam/model.safetensors: has 2 bytes instead of 3" in shorter
     assert len(problems(lambda: check(tmp_path, ["sam"]))) == 1
+    assert "weights.json: is not there" in problems(lambda: check(tmp_path / "none"))[0]
     assert "clip was never downloaded" in problems(lambda: check(tmp_path, ["clip"]))[0]
 
 

@@ -126,14 +126,17 @@ def test_slurm_requeues_only_what_a_signal_has_ended(world: dict[str, str]) -> N
     assert called(world, "scontrol").count("requeue") == 1
 
 
-@pytest.mark.parametrize(("saved", "expected"), [(True, 1), (False, 0)])
-def test_a_requeued_job_resumes_if_there_is_a_state(world: dict[str, str], saved: bool, expected: int) -> None:
+@pytest.mark.parametrize("given", [[], ["--fresh"], ["--resume"]])
+@pytest.mark.parametrize(("saved", "expected"), [(True, "--resume"), (False, "--fresh")])
+def test_a_requeued_job_resumes_if_there_is_a_state(
+    world: dict[str, str], saved: bool, expected: str, given: list[str]
+) -> None:
     if saved:
         (Path(world["OUT"]) / "last-00000010").mkdir(parents=True)
     config = str(Path(world["RECORDS"]) / "run.yaml")
-    done = slurm({**world, "SLURM_RESTART_COUNT": "1"}, config, f"train.out={world['OUT']}")
+    done = slurm({**world, "SLURM_RESTART_COUNT": "1"}, config, *given, f"train.out={world['OUT']}")
     assert done.returncode == 0, done.stderr
-    assert called(world, "task").count("--resume") == expected
+    assert [argument for argument in called(world, "task") if argument in ("--resume", "--fresh")] == [expected]
 
 
 @pytest.mark.parametrize(

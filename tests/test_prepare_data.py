@@ -164,7 +164,7 @@ def test_ask_adds_questions_to_what_sa_med2d_wrote(med2d: Path, tmp_path: Path, 
 
 def test_ask_refuses_a_bank_that_is_none(med2d: Path, tmp_path: Path, capsys: Capture) -> None:
     said = refused(capsys, "ask", "--records", med2d, "--bank", "abdomem", "--out", tmp_path / "out")
-    assert "abdomem: not a readable query bank" in said
+    assert "--bank abdomem: expected abdomen or brain or a YAML file" in said and "Did you mean 'abdomen'?" in said
     assert not (tmp_path / "out").exists()
 
 
