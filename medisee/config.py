@@ -259,6 +259,10 @@ class Config(Section):
             raise ValueError(
                 "data.cache needs a frozen encoder, but model.seg_head.lora lets it learn; remove one of them"
             )
+        if self.model.mllm.one_by_one and self.train.zero_stage == 3:
+            raise ValueError(
+                "model.mllm.one_by_one needs train.zero_stage 2 or less: under stage 3 all ranks must read equally often"
+            )
         if self.eval.decoding == "plain" and "text" not in self.model.prompts:
             raise ValueError(
                 "eval.decoding plain (compat release sets it) needs text in model.prompts, or eval.decoding=routed"

@@ -85,6 +85,7 @@ class Batch:
     input_ids_SL: Tensor
     positions_SL: Tensor
     segments_SL: Tensor
+    lengths: tuple[int, ...]
     image_of_sequence_S: Tensor
     sequence_of_target_I: Tensor
     image_of_target_I: Tensor
@@ -225,6 +226,7 @@ class MediSeeProcessor:
             input_ids_SL=sequences.input_ids_SL,
             positions_SL=sequences.positions_SL,
             segments_SL=sequences.segments_SL,
+            lengths=sequences.lengths,
             image_of_sequence_S=torch.tensor([index for index, _ in rows]),
             sequence_of_target_I=torch.tensor([row for row, _ in targets]),
             image_of_target_I=torch.tensor(image_of_target),

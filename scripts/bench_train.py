@@ -28,12 +28,23 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
-from training_ways import WAYS, WayLoss, all_labels, all_logits, input_states, language_states, make_batch
+from training_ways import (
+    MASK_RESOLUTION,
+    WAYS,
+    WayLoss,
+    all_labels,
+    all_logits,
+    input_states,
+    language_states,
+    make_batch,
+    use_package_encoder,
+)
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from medisee.config import Config, config_from, load_config
 from medisee.data.prompts import CANDIDATE_TOKENS, candidate_text
 from medisee.errors import InputError, exit_code, nearest
+from medisee.heap import keep_freed_memory
 from medisee.models.losses import text_loss
 from medisee.models.medisee import MediSee
 from medisee.models.objective import Terms
@@ -48,9 +59,10 @@ IMAGES = 4
 PAPER = Path(__file__).parents[1] / "configs" / "medisee_7b.yaml"
 COMPARED = (
     "release's way: one sequence a query in a padded batch, causal attention without a mask, the vision tower once a query, "
-    "the output layer and the cross-entropy at every position. Ours: one packed sequence an image, the vision tower once "
-    "an image, the output layer at supervised positions only. Both: image encoder once an image, masks' losses at the "
-    "images' size."
+    "segment-anything's own image encoder, the output layer and the cross-entropy at every position. Ours: one packed "
+    "sequence an image, read without padding, the vision tower once an image, the output layer at supervised positions "
+    "only. Both: image encoder once an image, masks' losses at the images' size (in the last way at the decoder's), freed "
+    "memory kept by the allocator."
 )
 
 
@@ -208,15 +220,23 @@ def time_parts(model: MediSee, batch: Batch, way: Way, dtype: torch.dtype) -> _P
     return _Parts(encoders, head, lm)
 
 
-def measure(size: Size, way: Way, *, repeats: int, dtype: torch.dtype) -> Figures:
-    """Takes one step to warm up and `repeats` timed ones, then times the parts as often."""
+def measure(size: Size, name: str, *, repeats: int, dtype: torch.dtype) -> Figures:
+    """Takes one step to warm up and `repeats` timed ones of a way, then times the parts as often."""
+    way, masks = WAYS[name], MASK_RESOLUTION.get(name)
     config = config_from(
-        {"model": size.model, "train": {"batch_size": IMAGES, "accumulation": 1, "lr": 1e-6, "warmup": 0}},
+        {
+            "model": {**size.model, "mllm": {**size.model["mllm"], "one_by_one": way.packed}},
+            "loss": {"mask_resolution": masks} if masks else {},
+            "train": {"batch_size": IMAGES, "accumulation": 1, "lr": 1e-6, "warmup": 0},
+        },
         where=str(Path(__file__).name),
     )
+    keep_freed_memory()
     torch.manual_seed(0)
     model = MediSee(config.model, word_tokenizer(size.vocabulary), weights=False).train()
-    batch = make_batch(model, random_examples(config, size), way)
+    if name == "release":
+        use_package_encoder(model)
+    batch = make_batch(model, random_examples(config, size), way, config.loss)
     optimization = TorchOptimization(WayLoss(model, config.loss, way, dtype=dtype), config.train)
     base = _resident()
     terms, norm = _step(optimization, batch)
@@ -285,7 +305,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         one = figures[name] = _in_own_process(name, arguments)
         values = (one.step_s, one.lm_s, one.head_s, one.encoders_s, one.memory / 2**30)
         print(f"{one.way:<28}" + "".join(f"{v:>12.3f}" for v in values) + f"{one.positions:>12}{one.text_loss:>12.6f}")
-    theirs, plain, cached = figures["release"], figures["supervised"], figures["cached"]
+    theirs, plain, cached, bounded = (figures[name] for name in ("release", "supervised", "cached", "bounded"))
     days = _projected_days() if SIZES[arguments.size].plan else {}
     for way, value in days.items():
         print(f"the paper's run on 4 x A6000 by --plan's cost model, {way}: {value:.2f} days")
@@ -299,14 +319,17 @@ def _compare(arguments: argparse.Namespace) -> None:
         "days": days,
         "step_ratio": theirs.step_s / cached.step_s,
         "step_ratio_without_cache": theirs.step_s / plain.step_s,
+        "step_ratio_bounded": theirs.step_s / bounded.step_s,
         "lm_ratio": theirs.lm_s / plain.lm_s,
         "memory_ratio": cached.memory / theirs.memory,
         "memory_ratio_without_cache": plain.memory / theirs.memory,
+        "memory_ratio_bounded": bounded.memory / theirs.memory,
     }
     print(
         f"a step is {result['step_ratio']:.2f}x faster with cached features, {result['step_ratio_without_cache']:.2f}x "
-        f"without; the language model alone {result['lm_ratio']:.2f}x; peak memory {result['memory_ratio']:.2f}x with "
-        f"cached features, {result['memory_ratio_without_cache']:.2f}x without"
+        f"without, {result['step_ratio_bounded']:.2f}x with both cached features and small mask losses; the language model "
+        f"alone {result['lm_ratio']:.2f}x; peak memory {result['memory_ratio']:.2f}x with cached features, "
+        f"{result['memory_ratio_without_cache']:.2f}x without, {result['memory_ratio_bounded']:.2f}x with both"
     )
     print(json.dumps(result))
 
@@ -331,9 +354,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.way is None:
         _compare(arguments)
         return
-    figures = measure(
-        SIZES[arguments.size], WAYS[arguments.way], repeats=arguments.repeats, dtype=DTYPES[arguments.dtype]
-    )
+    figures = measure(SIZES[arguments.size], arguments.way, repeats=arguments.repeats, dtype=DTYPES[arguments.dtype])
     print(json.dumps(asdict(figures)))
 
 

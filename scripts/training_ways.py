@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from medisee.config import Loss
 from medisee.geometry import cxcywh_to_xyxy
+from medisee.models.image_encoder import package_encoder
 from medisee.models.medisee import MaskDetail, MediSee, Output
 from medisee.models.objective import Terms, end_to_end_loss
-from medisee.models.packing import block_mask
+from medisee.models.seg_head import vit_sizes
 from medisee.optimization import TrainingLoss
 from medisee.processing import Batch, Example
 from medisee.workload import CACHED, OURS, RELEASE, Way
@@ -29,15 +30,26 @@ WAYS = {
     "packed": PACKED,
     "supervised": replace(OURS, name="packed, supervised logits"),
     "cached": replace(CACHED, name="the same, features cached"),
+    "bounded": replace(CACHED, name="the same, small mask losses"),
 }
+MASK_RESOLUTION = {"bounded": "decoder"}
+"""Where a way's mask losses are not taken at the images' size, so that its total loss is not that of the others."""
 IGNORED = -100
 """Label of a position that is not supervised: cross_entropy leaves it out."""
 
 
+def use_package_encoder(model: MediSee) -> None:
+    """Gives the model segment-anything's own image encoder, as the release has it, with the same weights."""
+    head = model.config.seg_head
+    package = package_encoder(vit_sizes(head), head.size).requires_grad_(False).eval()
+    package.load_state_dict(model.seg_head.image_encoder.state_dict())
+    model.seg_head.image_encoder = package
+
+
 @torch.no_grad()
-def make_batch(model: MediSee, examples: Sequence[Example], way: Way) -> Batch:
+def make_batch(model: MediSee, examples: Sequence[Example], way: Way, weights: Loss) -> Batch:
     """Builds the batch that a way of computing reads; cached features are computed here, outside what is timed."""
-    batch = model.processor(examples, packed=way.packed)
+    batch = model.processor(examples, mask_resolution=weights.mask_resolution, packed=way.packed)
     if way.vision_per_query and batch.vision_B3VV is not None:
         vision_B3VV = batch.vision_B3VV[batch.image_of_sequence_S]
         batch = replace(batch, vision_B3VV=vision_B3VV, image_of_sequence_S=torch.arange(len(vision_B3VV)))
@@ -48,14 +60,11 @@ def make_batch(model: MediSee, examples: Sequence[Example], way: Way) -> Batch:
 
 def language_states(model: MediSee, inputs_SLD: Tensor, batch: Batch, way: Way) -> Tensor:
     """Runs the language model's layers: (S, L, D) -> (S, L, D)."""
-    language: Any = model.mllm.model.language_model
     if way.packed:
-        mask = block_mask(batch.segments_SL, inputs_SLD.dtype)
-        given = {"position_ids": batch.positions_SL, "attention_mask": mask}
-    else:
-        # Padding stands behind, where no causal position sees it: the kernel needs no mask, and is quicker without.
-        given = {}
-    return language(inputs_embeds=inputs_SLD, use_cache=False, **given).last_hidden_state
+        return model.read_sequences(inputs_SLD, batch)
+    # Padding stands behind, where no causal position sees it: the kernel needs no mask, and is quicker without.
+    language: Any = model.mllm.model.language_model
+    return language(inputs_embeds=inputs_SLD, use_cache=False).last_hidden_state
 
 
 def all_logits(model: MediSee, hidden_SLD: Tensor) -> Tensor:

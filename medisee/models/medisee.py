@@ -148,10 +148,25 @@ class MediSee(nn.Module):
     def hidden_states(self, batch: Batch, embedding_BCGG: Tensor) -> Tensor:
         """Returns the language model's last states (S, L, D), after the final norm; one packed sequence an image."""
         inputs_SLD = self._embed_inputs(batch.input_ids_SL, batch.image_of_sequence_S, batch, embedding_BCGG)
+        return self.read_sequences(inputs_SLD, batch)
+
+    def read_sequences(self, inputs_SLD: Tensor, batch: Batch) -> Tensor:
+        """Runs the language model's layers over a batch's embedded sequences, (S, L, D) -> (S, L, D)."""
+        if not self.config.mllm.one_by_one:
+            return self._read(inputs_SLD, batch.positions_SL, batch.segments_SL)
+        read = [
+            self._read(
+                inputs_SLD[row, None, :end], batch.positions_SL[row, None, :end], batch.segments_SL[row, None, :end]
+            )
+            for row, end in enumerate(batch.lengths)
+        ]
+        return torch.cat([F.pad(states, (0, 0, 0, inputs_SLD.shape[1] - states.shape[1])) for states in read])
+
+    def _read(self, inputs_SLD: Tensor, positions_SL: Tensor, segments_SL: Tensor) -> Tensor:
         return self.mllm.model.language_model(
             inputs_embeds=inputs_SLD,
-            position_ids=batch.positions_SL,
-            attention_mask=self._attention_mask(batch.segments_SL, inputs_SLD.dtype),
+            position_ids=positions_SL,
+            attention_mask=self._attention_mask(segments_SL, inputs_SLD.dtype),
             use_cache=False,
         ).last_hidden_state
 

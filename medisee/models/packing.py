@@ -26,12 +26,14 @@ class Packed:
         positions_SL: rotary positions, restarting behind the prefix.
         segments_SL: 0 in the prefix, 1.. in the queries, -1 in the padding.
         starts: for each sequence, where each of its queries begins.
+        lengths: of each sequence, without padding but rounded up to `multiple`.
     """
 
     input_ids_SL: Tensor
     positions_SL: Tensor
     segments_SL: Tensor
     starts: tuple[tuple[int, ...], ...]
+    lengths: tuple[int, ...]
 
 
 def pack(
@@ -45,8 +47,9 @@ def pack(
         pad: id of the padding token.
         multiple: what the padded length is a multiple of.
     """
-    lengths = [len(p) + sum(map(len, q)) for p, q in zip(prefixes, queries, strict=True)]
-    shape = (len(prefixes), -(-max(lengths) // multiple) * multiple)
+    own = [len(p) + sum(map(len, q)) for p, q in zip(prefixes, queries, strict=True)]
+    lengths = tuple(-(-length // multiple) * multiple for length in own)
+    shape = (len(prefixes), max(lengths))
     input_ids = torch.full(shape, pad, dtype=torch.long)
     positions = torch.zeros(shape, dtype=torch.long)
     segments = torch.full(shape, PADDING, dtype=torch.long)
@@ -65,7 +68,7 @@ def pack(
             segments[row, end:stop] = number
             end = stop
         starts.append(tuple(begins))
-    return Packed(input_ids, positions, segments, tuple(starts))
+    return Packed(input_ids, positions, segments, tuple(starts), lengths)
 
 
 def sees(segments_SL: Tensor, sequence: Tensor, query: Tensor, key: Tensor, *, full_prefix: bool) -> Tensor:

@@ -114,6 +114,38 @@ def test_padding_to_a_multiple_changes_nothing(build_tiny: BuildModel, make_exam
     same(found.text_logits_NV, expected.text_logits_NV, 1e-6)
 
 
+@pytest.mark.parametrize("pad_to", [1, 32])
+def test_sequences_read_one_by_one_are_those_read_together(
+    build_tiny: BuildModel, make_example: MakeExample, pad_to: int
+) -> None:
+    examples = [
+        make_example(QUESTIONS, answer=FORCED),
+        make_example(QUESTIONS[:1], seed=1, answer=FORCED),
+        make_example(QUESTIONS[1:], size=(30, 70), seed=2, answer=FORCED),
+    ]
+    together, alone = build_tiny(mllm={"pad_to": pad_to}), build_tiny(mllm={"pad_to": pad_to, "one_by_one": True})
+    found: list[dict[str, Tensor]] = []
+    for model in (together, alone):
+        lengths: list[int] = []
+        hook = model.mllm.model.language_model.register_forward_pre_hook(
+            lambda *given, lengths=lengths: lengths.append(given[2]["inputs_embeds"].shape[1]), with_kwargs=True
+        )
+        batch = model.processor(examples)
+        output = model(batch)
+        hook.remove()
+        assert lengths == (list(batch.lengths) if model is alone else [max(batch.lengths)])
+        assert batch.lengths[1] < batch.lengths[0] and not any(length % pad_to for length in batch.lengths)
+        assert output.masks_Jhh is not None
+        parts = [output.boxes_I4, output.masks_Jhh, output.text_logits_NV.clamp(min=-1e3), output.similarity_IT]
+        torch.stack([part.float().square().mean() for part in parts]).sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append({**dict(zip("bmts", parts, strict=True)), **gradients})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 20
+    for name, expected in found[0].items():
+        scale = max(1.0, float(expected.detach().abs().max()))
+        torch.testing.assert_close(found[1][name] / scale, expected / scale, rtol=1e-5, atol=1e-5, msg=name)
+
+
 def test_questions_and_images_matter(tiny_model: MediSee, make_example: MakeExample) -> None:
     """Guards the other tests: equal outputs would prove nothing if the output were constant."""
     question = QUESTIONS[:1]
