@@ -34,6 +34,8 @@ RELEASE: dict[str, Any] = {
 
 MaskResolution = Literal["original", "decoder"] | int
 """See Loss.mask_resolution."""
+Decoding = Literal["routed", "plain"]
+"""See Eval.decoding."""
 LEAST_MASK_SIDE = 32
 
 
@@ -227,7 +229,7 @@ class Eval(Section):
     """Answer given in teacher-forced scoring; {candidates} is the list of candidate tokens."""
     max_new_tokens: int = 64
     """Longest generated answer."""
-    decoding: Literal["routed", "plain"] = "routed"
+    decoding: Decoding = "routed"
     """How generated answers become boxes and masks. `routed`: with routers and prompts, as in training. `plain`: h_seg is
     the first candidate token's state, h_det the last one's, and the mask decoder gets no box (release)."""
     batch_size: int = Field(default=8, ge=1)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedTokenizerBase
 
+from medisee.config import Decoding
 from medisee.errors import InputError
 from medisee.geometry import boxes_to_frame, cxcywh_to_xyxy
 from medisee.model_config import Model
@@ -33,7 +34,6 @@ from medisee.models.tokenizer import decode
 from medisee.processing import Batch, MediSeeProcessor
 
 MaskDetail = Literal["none", "coarse", "full"]
-Decoding = Literal["routed", "plain"]
 
 
 # No slots: DeepSpeed looks for a module's tensors by vars().
