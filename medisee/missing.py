@@ -55,23 +55,28 @@ def missing_weights(model: Model) -> list[Missing]:
 
 
 def check_files(config: Config) -> None:
-    """Refuses to begin a training whose data is not there; a hub may still bring weights.
+    """Refuses to begin a training whose data is not there; weights may still come from a hub.
 
     Raises:
-        InputError: a manifest, the categories or a folder of images is missing; weights that are missing are named too.
+        InputError: a manifest or a folder of images that training reads is missing; weights that are missing are named
+            as well.
     """
-    lacking = missing_files(config)
+    # Categories are read by evaluation only, and the common root by val only.
+    unread = {"data.categories"} | ({"data.root"} if config.data.selection is None else set())
+    lacking = [one for one in missing_files(config) if one.setting not in unread]
     if config.data.train and any(one.setting.startswith("data.") for one in lacking):
         raise InputError(map(_problem, lacking))
 
 
 def with_missing_weights(error: InputError, model: Model) -> InputError:
-    """Adds to what a model's loading found the weights that are not on this machine, and where to get them."""
-    return InputError([*error.problems, *map(_problem, missing_weights(model))])
+    """Adds to what a model's loading found where to get the weights that it names and that are not on this machine."""
+    told = "\n".join(error.problems)
+    lacking = [one for one in missing_weights(model) if one.path in told and one.source not in told]
+    return InputError([*error.problems, *map(_problem, lacking)])
 
 
 def _problem(one: Missing) -> str:
-    return f"{one.setting}: {one.path} is not on this machine; expected it before training; get it: {one.source}."
+    return f"{one.setting} = {one.path}: not on this machine ({one.source}); bring it here, or correct the setting."
 
 
 def missing_files(config: Config) -> list[Missing]:

@@ -122,10 +122,6 @@ class Mllm(Section):
     pad_to: int = Field(default=1, ge=1)
     """Sequences and supervised tokens are padded to a multiple of it. 16-bit kernels of a CPU are compiled for every new
     shape, which costs more than the padding: 64 there."""
-    one_by_one: bool = False
-    """Whether the language model reads the sequences of a micro-batch one after another, each at its own length, in
-    training and teacher-forced evaluation: the same values, and no padding is computed (15% of all positions in the mix
-    of class and implicit questions). Under ZeRO 3 the layers are then gathered once a sequence, so not there."""
     attention: Literal["sdpa", "eager", "flex"] = "sdpa"
     """Attention kernel of transformers. `flex`: the language model trains with torch's flex attention, which skips what
     the queries of a packed sequence do not see; on GPUs only, whose kernel is compiled in the first steps. Validation and

@@ -6,7 +6,8 @@ Every rank calls the functions that talk to the others, or all of them wait.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -33,6 +34,15 @@ def world_from_environment() -> tuple[int, int, int]:
     """Returns (rank, local rank, number of ranks) as a launcher sets them; (0, 0, 1) without one."""
     rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     return rank, local, int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """Lets the first rank alone say what all of them find wrong, before they have met."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(error.problems if world_from_environment()[0] == 0 else ()) from error
 
 
 def is_launched() -> bool:

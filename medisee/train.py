@@ -1,6 +1,6 @@
 """Training: one visible loop. Run it as
 
-  python scripts/train.py --config configs/demo.yaml [--resume] [train.lr=1e-4 ...]      one GPU, or the CPU
+  python scripts/train.py --config configs/demo.yaml [--resume | --fresh] [train.lr=1e-4]  one GPU, or the CPU
   deepspeed scripts/train.py --config configs/medisee_7b.yaml                            all GPUs of a machine
   python scripts/train.py --config configs/medisee_7b.yaml --plan --gpu a6000 --gpus 4   what it needs, before it starts
 
@@ -10,17 +10,15 @@ Writes <train.out>/: checkpoint/ (best on val), last-<step>/ (for --resume), log
 from __future__ import annotations
 
 import argparse
-import errno
 import random
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -57,6 +55,7 @@ from medisee.ranks import (
     is_launched,
     join_ranks,
     raise_together,
+    said_once,
     wait_for_ranks,
     world_from_environment,
 )
@@ -69,13 +68,13 @@ from medisee.training_state import (
     Saved,
     check_no_run,
     check_same_run,
+    disk_errors,
     find_last_together,
+    remove_states,
     restore_weights,
     save_state,
 )
 from medisee.validation import selection_figure, validate
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(slots=True)
@@ -118,10 +117,11 @@ def train(config: Config, *, resume: bool = False, fresh: bool = False) -> Path:
         Stopped: the run was asked to end; its state is saved.
     """
     out = Path(config.train.out)
-    if not (resume or fresh):
-        # Before the ranks join: none can have written here while another still looks.
-        check_no_run(out)
-    check_files(config)
+    # Before the ranks join: none can have written here while another still looks.
+    with said_once():
+        if not (resume or fresh):
+            check_no_run(out)
+        check_files(config)
     manifests = _training_manifests(config)
     val = Manifest(config.data.selection, config.data.root) if config.data.selection else None
     place = join_ranks()
@@ -131,7 +131,9 @@ def train(config: Config, *, resume: bool = False, fresh: bool = False) -> Path:
     saved = find_last_together(out, place) if resume else None
     if saved is not None:
         check_same_run(saved, config, effective_batch(split.train, place.world))
-    with _disk_errors(out):
+    if fresh and place.rank == 0:
+        remove_states(out)
+    with disk_errors(out):
         run = _prepare(config, split, place, manifests=manifests, val=val, saved=saved)
         with StopRequest(out) as stop, closing(run.batches):
             _steps(run, stop)
@@ -167,6 +169,7 @@ def _prepare(
     to_training_precision(model, dtype)
     if settings.recompute_layers:
         recompute_layers(model.mllm)
+    model.one_by_one = settings.one_by_one
     if saved is not None:
         restore_weights(saved, model)
     optimization = make_optimization(model, config.loss, settings, dtype=dtype, place=place, launched=is_launched())
@@ -344,20 +347,6 @@ def _save(run: Run, step: int) -> None:
         optimization=run.optimization,
         place=run.place,
     )
-
-
-@contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    """Says in one sentence that the disk is full, whichever file it was that did not fit."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) in DISK_FULL or "No space left" in str(error):
-            raise InputError(
-                f"{out}: the disk is full ({str(error).strip()}), so the training ends; what was saved before is "
-                "untouched: make room and go on with --resume."
-            ) from error
-        raise
 
 
 def main(argv: Sequence[str] | None = None) -> None:

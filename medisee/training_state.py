@@ -7,11 +7,13 @@ when all of it is on the disk.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +37,13 @@ OPTIMIZER = "optimizer.safetensors"
 PROGRESS = "progress.json"
 FILES = "files.json"
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 MAY_CHANGE = frozenset(
     {
         *(f"train.{name}" for name in ("out", "batch_size", "accumulation", "global_batch", "keep_last", "save_every")),
         *(f"train.{name}" for name in ("log_every", "zero_stage", "offload", "deepspeed", "recompute_layers")),
+        "train.one_by_one",
         "data.workers",
     }
 )
@@ -112,8 +117,7 @@ class LastStates:
     def _remove_others(self) -> None:
         for folder in saved_folders(self.out):
             if _step(folder) not in self._own:
-                # Renamed first, so that a half-removed state is never taken for one.
-                os.rename(folder, folder.with_name(f".{folder.name}.old"))
+                _remove(folder)
         for left in self.out.glob(f".{PREFIX}*"):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -159,6 +163,20 @@ def whole_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
 
 
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Says in one sentence that the disk is full, whichever file it was that did not fit."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) in _DISK_FULL or "No space left" in str(error):
+            raise InputError(
+                f"{out}: the disk is full ({str(error).strip()}), so the training ends; what was saved before is "
+                "untouched: make room and go on with --resume."
+            ) from error
+        raise
+
+
 def find_last(out: Path) -> Saved:
     """Returns the newest saved state that is whole; damaged ones before it are named on stderr.
 
@@ -173,7 +191,7 @@ def find_last(out: Path) -> Saved:
             return _read(folder)
         damaged.append(f"{folder}: {problem}")
     if damaged:
-        raise InputError(f"{one}; no saved state here is whole, so start again without --resume." for one in damaged)
+        raise InputError(f"{one}; no saved state here is whole, so start again with --fresh." for one in damaged)
     raise InputError(
         f"{out}: nothing to resume; start without --resume, or set train.out to the folder of a run that has saved."
     )
@@ -200,12 +218,27 @@ def check_no_run(out: Path) -> None:
     Raises:
         InputError: the folder holds saved states or a checkpoint.
     """
-    found = [*saved_folders(out)[-1:], *(path for path in [out / CHECKPOINT] if path.exists())]
+    states = saved_folders(out)
+    found = [*states[-1:], *(path for path in [out / CHECKPOINT] if path.exists())]
     if found:
+        go_on = "go on with it by --resume, " if states else ""
         raise InputError(
-            f"{out}: holds a run already ({' and '.join(path.name for path in found)}); expected a new folder; go on with "
-            "it by --resume, replace it by --fresh, or set train.out to another folder."
+            f"{out}: holds a run already ({' and '.join(path.name for path in found)}); expected a new folder; "
+            f"{go_on}replace it by --fresh, or set train.out to another folder."
         )
+
+
+def remove_states(out: Path) -> None:
+    """Removes the saved states of an earlier run, which --resume would else take for this one's."""
+    for folder in saved_folders(out):
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    # Renamed first, so that a half-removed state is never taken for one.
+    old = folder.with_name(f".{folder.name}.old")
+    os.rename(folder, old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_same_run(saved: Saved, config: Config, effective_batch: int) -> None:
@@ -288,10 +321,11 @@ def _settings(config: Config) -> dict[str, Any]:
 
 def _not_saved(states: LastStates, step: int, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0]
-    left = f"{states.newest} is untouched" if states.newest is not None else "nothing was saved before it"
+    left, start = "nothing was saved before it", "start again with --fresh"
+    if states.newest is not None:
+        left, start = f"{states.newest} is untouched", "go on with --resume"
     return (
-        f"{states.out / _name(step)}: cannot be saved ({reason}), so the training ends; {left}: "
-        "make room and go on with --resume."
+        f"{states.out / _name(step)}: cannot be saved ({reason}), so the training ends; {left}: make room and {start}."
     )
 
 

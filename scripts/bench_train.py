@@ -134,7 +134,7 @@ class Figures:
         head_s: the share of `lm_s` that logits and cross-entropy take.
         encoders_s: median seconds of both image encoders, which compute forward only.
         memory: bytes at the steps' peak above the built model.
-        positions: of all sequences, padding included.
+        positions: that the language model computes, padding included.
         total_loss, text_loss, gradient_norm: of the first step, before it changes anything.
     """
 
@@ -225,20 +225,22 @@ def measure(size: Size, name: str, *, repeats: int, dtype: torch.dtype) -> Figur
     way, masks = WAYS[name], MASK_RESOLUTION.get(name)
     config = config_from(
         {
-            "model": {**size.model, "mllm": {**size.model["mllm"], "one_by_one": way.packed}},
+            "model": size.model,
             "loss": {"mask_resolution": masks} if masks else {},
             "train": {"batch_size": IMAGES, "accumulation": 1, "lr": 1e-6, "warmup": 0},
         },
         where=str(Path(__file__).name),
     )
-    keep_freed_memory()
     torch.manual_seed(0)
     model = MediSee(config.model, word_tokenizer(size.vocabulary), weights=False).train()
     if name == "release":
         use_package_encoder(model)
+    model.one_by_one = way.packed
     batch = make_batch(model, random_examples(config, size), way, config.loss)
     optimization = TorchOptimization(WayLoss(model, config.loss, way, dtype=dtype), config.train)
     base = _resident()
+    # Not before: memory that the features took would be kept, and be missing from the peak.
+    keep_freed_memory()
     terms, norm = _step(optimization, batch)
     seconds = []
     for _ in range(repeats):
@@ -254,7 +256,7 @@ def measure(size: Size, name: str, *, repeats: int, dtype: torch.dtype) -> Figur
         head_s=statistics.median(part.head_s for part in parts),
         encoders_s=statistics.median(part.encoders_s for part in parts),
         memory=memory,
-        positions=batch.input_ids_SL.numel(),
+        positions=sum(batch.lengths) if way.packed else batch.input_ids_SL.numel(),
         total_loss=float(terms.total),
         text_loss=float(terms.text),
         gradient_norm=norm,

@@ -39,20 +39,23 @@ header() {
   echo "== $number/5 $title ($SECONDS s so far)"
 }
 
-# Prints "finished", "unfinished" or "absent": how far a training of this very configuration has come.
+# Prints "finished", "unfinished" or "absent": how far a training of this very configuration has come; "other" where the
+# folder holds another one's.
 training_state() {
   $python - "$config" "$run" <<'END'
 import json, sys
 from pathlib import Path
-from medisee.config import load_config
+from medisee.config import config_from, load_config
+from medisee.errors import InputError
 
-config, run = load_config(sys.argv[1]).model_dump(mode="json"), Path(sys.argv[2])
+config, run = load_config(sys.argv[1]), Path(sys.argv[2])
 
 def same(name, key):
     try:
         facts = json.loads((run / name).read_text(encoding="utf-8"))
-        return facts if facts[key] == config else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        # Settings that have come since then have their defaults.
+        return facts if config_from(facts[key], where=name) == config else {}
+    except (OSError, ValueError, KeyError, TypeError, InputError):
         return {}
 
 # run.json gets its seconds when the training ends.
@@ -60,7 +63,8 @@ if "seconds" in same("run.json", "settings") and (run / "checkpoint").is_dir():
     print("finished")
 else:
     saved = [path.relative_to(run) for path in run.glob("last-*/progress.json")]
-    print("unfinished" if any(same(path, "config") for path in saved) else "absent")
+    other = "other" if saved or (run / "checkpoint").is_dir() else "absent"
+    print("unfinished" if any(same(path, "config") for path in saved) else other)
 END
 }
 
@@ -104,6 +108,10 @@ case $state in
   unfinished)
     echo "going on with the unfinished training in $run (--fresh starts again)"
     $python scripts/train.py --config "$config" --resume
+    ;;
+  other)
+    echo "error: $run holds a training with other settings; move it away, or give --fresh to make data and model again." >&2
+    exit 2
     ;;
   *) $python scripts/train.py --config "$config" ;;
 esac

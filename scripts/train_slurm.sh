@@ -33,11 +33,10 @@ for argument in "$@"; do
 done
 out=$(run_folder "$config" ${overrides[@]+"${overrides[@]}"})
 
-# After a restart there is a state to go on from, unless the job ended before its first one.
-if ((${SLURM_RESTART_COUNT:-0})); then
-  start=--fresh
-  compgen -G "$out/last-*" >/dev/null && start=--resume
-  arguments=("$start")
+# After a restart there is a state to go on from, unless the job ended before its first one. It is this job's even after
+# --fresh, which removes those of an earlier run as it starts.
+if ((${SLURM_RESTART_COUNT:-0})) && compgen -G "$out/last-*" >/dev/null; then
+  arguments=(--resume)
   for argument in "$@"; do
     [[ $argument == --fresh || $argument == --resume ]] || arguments+=("$argument")
   done

@@ -1,4 +1,4 @@
-"""The ways of computing a training step that bench_train.py compares: same model, same values, different work.
+"""The ways of computing a training step that bench_train.py compares: same model, same losses, different work.
 
 Shapes: B images, S sequences, L sequence length, D hidden width, I targets, K candidate tokens, N positions, V vocabulary,
 C channels of the image encoder's features, G their side.
@@ -81,7 +81,7 @@ def all_labels(batch: Batch) -> Tensor:
 
 
 class WayLoss(TrainingLoss):
-    """Model and loss, computed in one of the ways; the values are the same in all of them."""
+    """Model and loss, computed in one of the ways; values differ only where masks are compared at another resolution."""
 
     def __init__(self, model: MediSee, weights: Loss, way: Way, *, dtype: torch.dtype) -> None:
         super().__init__(model, weights, dtype=dtype, world=1)

@@ -107,3 +107,11 @@ def tiny_checkpoint(tiny_config: dict[str, Any]) -> Path:
     from medisee.train import train
 
     return train(config_from(tiny_config, where="tiny_config"))
+
+
+@pytest.fixture
+def every_step(tiny_config: dict[str, Any], tiny_manifest: Path) -> dict[str, Any]:
+    """A tiny run of eight steps that logs each, saves every third and validates every fourth."""
+    train_section = {"steps": 8, "log_every": 1, "save_every": 3, "val_every": 4, "warmup": 2, "accumulation": 2}
+    data = {**tiny_config["data"], "val": str(tiny_manifest)}
+    return {**tiny_config, "data": data, "train": {**tiny_config["train"], **train_section}}

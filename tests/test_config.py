@@ -67,8 +67,8 @@ def test_lists_of_a_base_are_replaced_not_joined(tmp_path: Path) -> None:
 
 
 def test_reading_one_by_one_is_refused_under_zero_3() -> None:
-    problem = only_problem(None, "model.mllm.one_by_one=true", "train.zero_stage=3")
-    assert "model.mllm.one_by_one needs train.zero_stage 2 or less" in problem
+    problem = only_problem(None, "train.one_by_one=true", "train.zero_stage=3")
+    assert "one_by_one needs zero_stage 2 or less" in problem
 
 
 def test_a_base_that_is_missing_names_the_file_that_asks_for_it(tmp_path: Path) -> None:

@@ -64,6 +64,25 @@ def test_without_l_sim_its_terms_are_zero(tiny_config: Run, tiny_checkpoint: Pat
     assert logged["js"] == logged["mse"] == 0
 
 
+@pytest.mark.parametrize("language", [{}, {"train": "lora", "lora": {"rank": 2, "dropout": 0.0}}], ids=["full", "lora"])
+@pytest.mark.parametrize("change", [{}, {"recompute_layers": True}], ids=["kept", "recomputed"])
+def test_a_training_that_reads_one_by_one_is_the_same(
+    tiny_config: Run, tmp_path: Path, language: dict[str, Any], change: dict[str, Any]
+) -> None:
+    model = {**tiny_config["model"], "mllm": {**tiny_config["model"]["mllm"], **language, "prefix_attention": "full"}}
+    logged = []
+    for name in ("together", "one_by_one"):
+        settings = {"out": str(tmp_path / name), "steps": 3, "log_every": 1, "lr": 3e-3, **change}
+        values = {"model": model, "loss": {"js": 2.0, "mse": 1.0}, "train": {**tiny_config["train"], **settings}}
+        config = config_from({**tiny_config, **values}, where="test")
+        train(config.model_copy(update={"train": config.train.model_copy(update={"one_by_one": name == "one_by_one"})}))
+        logged.append([line for line in lines(tmp_path / name) if "total" in line])
+    for ours, theirs in zip(*logged, strict=True):
+        del ours["seconds"], theirs["seconds"]
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+        assert ours["js"] > 0
+
+
 def test_another_model_is_refused(tiny_config: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
     model = {**tiny_config["model"], "seg_head": {**tiny_config["model"]["seg_head"], "pixels": "minmax"}}
     config = second_stage({**tiny_config, "model": {**model, "box_hidden": 8}}, tiny_checkpoint, tmp_path)

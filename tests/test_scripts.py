@@ -107,8 +107,12 @@ def test_demo_knows_how_far_a_training_has_come(tmp_path: Path) -> None:
         (run / folder).mkdir(parents=True)
         (run / folder / "progress.json").write_text(json.dumps(content), encoding="utf-8")
     assert _training_state(run, config) == "unfinished"
-    assert _training_state(run, ROOT / "configs" / "demo_quick.yaml") == "absent"
+    assert _training_state(run, ROOT / "configs" / "demo_quick.yaml") == "other"
     (run / "checkpoint").mkdir()
+    (run / "run.json").write_text(json.dumps({"settings": settings, "seconds": 9.0}), encoding="utf-8")
+    assert _training_state(run, config) == "finished"
+    # A run of a version that did not know a setting yet.
+    del settings["train"]["one_by_one"]
     (run / "run.json").write_text(json.dumps({"settings": settings, "seconds": 9.0}), encoding="utf-8")
     assert _training_state(run, config) == "finished"
 

@@ -35,23 +35,10 @@ def configured(run: Run, **sections: dict[str, Any]) -> Config:
     return config_from(merged, where="test")
 
 
-def configs_folder() -> Path:
-    """Returns the folder of the configurations that come with medisee."""
-    return Path(__file__).parents[1] / "configs"
-
-
 def losses(out: Path) -> dict[int, float]:
     """Returns the total loss of every logged step."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return {line["step"]: line["total"] for line in lines if "total" in line}
-
-
-@pytest.fixture
-def every_step(tiny_config: Run, tiny_manifest: Path) -> Run:
-    """A tiny run of eight steps that logs each, saves every third and validates every fourth."""
-    train_section = {"steps": 8, "log_every": 1, "save_every": 3, "val_every": 4, "warmup": 2, "accumulation": 2}
-    data = {**tiny_config["data"], "val": str(tiny_manifest)}
-    return {**tiny_config, "data": data, "train": {**tiny_config["train"], **train_section}}
 
 
 def test_a_run_leaves_a_checkpoint_logs_and_facts(every_step: Run, tmp_path: Path) -> None:
@@ -387,51 +374,6 @@ def test_bad_input_ends_with_2_and_a_sentence(
         message = capsys.readouterr().err
         assert expected in message and "Traceback" not in message
     assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("left", ["last-00000003", "checkpoint"])
-def test_a_run_is_not_replaced_unasked(
-    every_step: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], left: str
-) -> None:
-    out, path = tmp_path / "run", tmp_path / "run.yaml"
-    settings = {**every_step["train"], "out": str(out), "steps": 3, "val_every": 3}
-    path.write_text(yaml.safe_dump({**every_step, "train": settings}))
-    arguments = ["--config", str(path)]
-    assert exit_code(main, arguments) == 0
-    shutil.rmtree(out / ("checkpoint" if left.startswith("last-") else "last-00000003"))
-    before = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
-    capsys.readouterr()
-    assert exit_code(main, arguments) == 2
-    assert f"{out}: holds a run already ({left})" in (message := capsys.readouterr().err)
-    assert "--resume" in message and "--fresh" in message
-    assert {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()} == before
-    assert exit_code(main, [*arguments, "--fresh", "train.seed=1"]) == 0
-    assert json.loads((out / "run.json").read_text())["settings"]["train"]["seed"] == 1
-    assert (out / "checkpoint").is_dir() and damage(out / "last-00000003") is None
-
-
-def test_all_that_is_missing_is_named_at_once_with_where_to_get_it(
-    every_step: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    path, config = tmp_path / "run.yaml", configs_folder() / "medisee_7b.yaml"
-    path.write_text(yaml.safe_dump({"base": str(config), "train": {"out": str(tmp_path / "new")}}))
-    assert exit_code(main, ["--config", str(path)]) == 2
-    said = capsys.readouterr().err.splitlines()
-    for name in ("model.mllm.source", "model.seg_head.checkpoint", "data.train[0].records", "data.val"):
-        assert any(line.startswith(f"error: {name}: ") and "python scripts/" in line for line in said), said
-    # The data is there, the weights are not.
-    model = {"mllm": {**every_step["model"]["mllm"], "source": "weights/none"}}
-    path.write_text(yaml.safe_dump({**every_step, "model": {**every_step["model"], **model}}))
-    assert exit_code(main, ["--config", str(path), f"train.out={tmp_path / 'new'}"]) == 2
-    said = capsys.readouterr().err
-    assert "weights/none" in said and "download_weights.py llava-med" in said and "Traceback" not in said
-
-
-def test_resume_and_fresh_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["--config", "configs/demo.yaml", "--resume", "--fresh"])
-    assert caught.value.code == 2 and "not allowed with" in capsys.readouterr().err
 
 
 def test_resuming_with_another_configuration_is_refused(every_step: Run, tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ class MediSee(nn.Module):
         self.box_decoder = BoxDecoder(hidden, config.box_hidden)
         self.text_projection = TextProjection(hidden, spec.channels)
         self.processor = MediSeeProcessor(config, tokenizer, spec)
+        self.one_by_one = False  # see Train.one_by_one
 
     def forward(self, batch: Batch, *, masks: MaskDetail = "full") -> Output:
         """Reads the answers given in the batch (teacher-forced) and predicts text, boxes and masks.
@@ -152,7 +153,7 @@ class MediSee(nn.Module):
 
     def read_sequences(self, inputs_SLD: Tensor, batch: Batch) -> Tensor:
         """Runs the language model's layers over a batch's embedded sequences, (S, L, D) -> (S, L, D)."""
-        if not self.config.mllm.one_by_one:
+        if not (self.one_by_one and self.training):
             return self._read(inputs_SLD, batch.positions_SL, batch.segments_SL)
         read = [
             self._read(

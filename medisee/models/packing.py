@@ -47,8 +47,8 @@ def pack(
         pad: id of the padding token.
         multiple: what the padded length is a multiple of.
     """
-    own = [len(p) + sum(map(len, q)) for p, q in zip(prefixes, queries, strict=True)]
-    lengths = tuple(-(-length // multiple) * multiple for length in own)
+    exact = [len(p) + sum(map(len, q)) for p, q in zip(prefixes, queries, strict=True)]
+    lengths = tuple(-(-length // multiple) * multiple for length in exact)
     shape = (len(prefixes), max(lengths))
     input_ids = torch.full(shape, pad, dtype=torch.long)
     positions = torch.zeros(shape, dtype=torch.long)

@@ -123,7 +123,8 @@ def test_sequences_read_one_by_one_are_those_read_together(
         make_example(QUESTIONS[:1], seed=1, answer=FORCED),
         make_example(QUESTIONS[1:], size=(30, 70), seed=2, answer=FORCED),
     ]
-    together, alone = build_tiny(mllm={"pad_to": pad_to}), build_tiny(mllm={"pad_to": pad_to, "one_by_one": True})
+    together, alone = (build_tiny(mllm={"pad_to": pad_to}).train() for _ in range(2))
+    alone.one_by_one = True
     found: list[dict[str, Tensor]] = []
     for model in (together, alone):
         lengths: list[int] = []
