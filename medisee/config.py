@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -179,9 +179,10 @@ class Train(Section):
     dtype: Literal["float32", "bfloat16", "auto"] = "bfloat16"
     """Compute precision; geometry, losses and optimizer state stay in float32. `auto`: bfloat16 where the device
     multiplies it faster than float32 (GPUs since Ampere, CPUs with AMX), float32 elsewhere."""
-    recompute_layers: bool = False
-    """Whether the language model's layers keep their inputs only and compute again in the backward pass (activation
-    checkpointing): a third more arithmetic, and far less memory. The paper's run needs it on 48 GB; --plan tells."""
+    recompute_layers: bool | Annotated[int, Field(ge=0)] = False
+    """Which of the language model's layers keep their inputs only and compute again in the backward pass (activation
+    checkpointing): true: all, with a third more arithmetic and far less memory; a number: so many, the first ones. The
+    paper's run needs it on 48 GB; --plan tells."""
     one_by_one: bool = False
     """Whether the language model reads the sequences of a micro-batch one after another, each at its own length (rounded
     up to `model.mllm.pad_to`): no padding to the longest is computed, which is 15% of all positions in the mix of class

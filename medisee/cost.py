@@ -63,6 +63,17 @@ class StepCost:
     peak: float
 
 
+def cost_between(kept: StepCost, recomputed: StepCost, share: float) -> StepCost:
+    """Returns the cost where a share of the layers, in [0, 1], compute again: each layer saves and costs the same."""
+
+    def between(one: float, other: float) -> float:
+        return one + share * (other - one)
+
+    names = [field.name for field in fields(Flops)]
+    flops = Flops(**{name: between(getattr(kept.flops, name), getattr(recomputed.flops, name)) for name in names})
+    return StepCost(flops=flops, kept=between(kept.kept, recomputed.kept), peak=between(kept.peak, recomputed.peak))
+
+
 def training_cost(
     config: Config, workload: Workload, way: Way, *, dtype: torch.dtype, recompute: bool = False
 ) -> StepCost:

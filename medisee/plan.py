@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from medisee.config import Config, Train, config_from
-from medisee.cost import StepCost, query_cost, training_cost
+from medisee.cost import StepCost, cost_between, query_cost, training_cost
 from medisee.errors import InputError
 from medisee.gpus import Gpu, find_gpu
 from medisee.missing import Missing, missing_files, missing_weights
@@ -24,7 +24,7 @@ from medisee.models.checkpoints import CONFIG
 from medisee.models.medisee import MediSee
 from medisee.models.shards import read_json
 from medisee.optimization import split_batch
-from medisee.parameters import BYTES_OF_BITS, PartCount, count_parts, meta_model, quantised_weights
+from medisee.parameters import BYTES_OF_BITS, PartCount, count_parts, language_layers, meta_model, quantised_weights
 from medisee.workload import CACHED, OURS, REASONING_QUERY, RELEASE, TEMPLATE_TOKENS, Way, Workload, training_workload
 
 GPU = "a6000"
@@ -93,7 +93,8 @@ class TrainingPlan:
         memory: for each ZeRO stage.
         stored: bytes of all weights with the language model's layers as they are (16), and in 8 and 4 bits.
         kept_all, recomputed: activations' peak in bytes with every layer's kept, and with layers that compute again.
-        recompute: whether the ways below do so: it is set, or the GPU is too small otherwise.
+        recompute: share of the layers that do so in the ways below: as it is set, or all where the GPU is too small
+            otherwise.
         ways: the release's way of computing and ours.
         missing: what is not on this machine.
     """
@@ -108,14 +109,14 @@ class TrainingPlan:
     stored: dict[int, float]
     kept_all: float
     recomputed: float
-    recompute: bool
+    recompute: float
     ways: tuple[WayCost, ...]
     missing: tuple[Missing, ...]
 
     @property
     def peak(self) -> float:
         """Bytes on each GPU at the configured stage."""
-        activations = self.recomputed if self.recompute else self.kept_all
+        activations = self.kept_all + self.recompute * (self.recomputed - self.kept_all)
         return self.memory[self.config.train.zero_stage].total + activations
 
     @property
@@ -195,7 +196,7 @@ def plan_training(config: Config, *, gpu: str = GPU, gpus: int = GPUS) -> Traini
 class _Costs:
     kept_all: StepCost
     recomputed: StepCost
-    recompute: bool
+    recompute: float
     ways: tuple[tuple[Way, StepCost], ...]
 
 
@@ -207,14 +208,29 @@ def _measured(config: Config, workload: Workload, room: float, dtype: torch.dtyp
         progress.update()
         recomputed = training_cost(config, workload, ours, dtype=dtype, recompute=True)
         progress.update()
-        recompute = config.train.recompute_layers or kept_all.peak > room
-        release = training_cost(config, workload, RELEASE, dtype=dtype, recompute=recompute)
-    own = recomputed if recompute else kept_all
+        share = _recomputed_share(config) or float(kept_all.peak > room)
+        release = _at_share(config, workload, dtype, share)
+    own = cost_between(kept_all, recomputed, share)
     ways = [(RELEASE, release), (ours, own)]
     if not ours.cached and config.model.seg_head.lora is None:
         # Reading features costs no arithmetic; the rest of the step stays.
         ways.append((CACHED, replace(own, flops=replace(own.flops, image_encoder=0.0))))
-    return _Costs(kept_all, recomputed, recompute, tuple(ways))
+    return _Costs(kept_all, recomputed, share, tuple(ways))
+
+
+def _recomputed_share(config: Config) -> float:
+    count, layers = config.train.recompute_layers, language_layers(config.model)
+    return 1.0 if count is True else min(count, layers) / layers
+
+
+def _at_share(config: Config, workload: Workload, dtype: torch.dtype, share: float) -> StepCost:
+    """Measures the release's way; between both ends where only some layers compute again."""
+    ends = [
+        training_cost(config, workload, RELEASE, dtype=dtype, recompute=end)
+        for end in (False, True)
+        if share != 1 - end
+    ]
+    return ends[0] if len(ends) == 1 else cost_between(ends[0], ends[1], share)
 
 
 def stage_memory(parts: Sequence[PartCount], train: Train, *, stage: int, gpus: int, weights: float) -> Memory:

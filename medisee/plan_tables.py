@@ -114,21 +114,22 @@ def _verdict(plan: TrainingPlan) -> str:
     train, room = plan.config.train, plan.gpu.usable
     usable = f"{room / 2**30:.1f} GiB ({USABLE:.0%} of {plan.gpu.name}'s)"
     if plan.fits:
-        advice = "" if plan.recompute == train.recompute_layers else ", but only with train.recompute_layers=true"
+        advice = ", but only with train.recompute_layers=true" if plan.recompute and not train.recompute_layers else ""
         return f"It fits: {_gib(plan.peak)} of {usable}{advice}."
     rest = plan.memory[train.zero_stage].total
     images = int(train.batch_size * max(0.0, room - rest) / (plan.peak - rest))
-    advice = (
-        f"train.batch_size={images} train.recompute_layers=true would fit"
-        if images
-        else "even one image does not fit: raise train.zero_stage, set model.mllm.bits, or take larger GPUs"
-    )
-    return f"It does not fit: {_gib(plan.peak)} of {usable} with layers recomputed; {advice}."
+    if plan.recompute < 1 and rest + plan.recomputed <= room:
+        advice = "train.recompute_layers=true would fit"
+    elif images:
+        advice = f"train.batch_size={images} train.recompute_layers=true would fit"
+    else:
+        advice = "even one image does not fit: raise train.zero_stage, set model.mllm.bits, or take larger GPUs"
+    return f"It does not fit: {_gib(plan.peak)} of {usable} with {plan.recompute:.0%} of layers recomputed; {advice}."
 
 
 def _ways(plan: TrainingPlan) -> str:
-    layers = "recomputed" if plan.recompute else "kept"
-    title = f"TFLOP of one step on each GPU (layers {layers})"
+    layers = {0.0: "layers kept", 1.0: "layers recomputed"}.get(plan.recompute, f"{plan.recompute:.0%} recomputed")
+    title = f"TFLOP of one step on each GPU ({layers})"
     table = _table(title, *(one.way.name for one in plan.ways))
     per_step = plan.config.train.accumulation
 

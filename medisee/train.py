@@ -168,7 +168,7 @@ def _prepare(
     dtype = compute_dtype(settings.dtype, place.device)
     to_training_precision(model, dtype)
     if settings.recompute_layers:
-        recompute_layers(model.mllm)
+        recompute_layers(model.mllm, settings.recompute_layers)
     model.one_by_one = settings.one_by_one
     if saved is not None:
         restore_weights(saved, model)

@@ -41,7 +41,7 @@ def steps(config: Config, number: int) -> None:
     """Takes optimizer steps on a random model: from the second on, AdamW's moments are there."""
     model = MediSee(config.model, stand_in_tokenizer(config.model)).train()
     if config.train.recompute_layers:
-        recompute_layers(model.mllm)
+        recompute_layers(model.mllm, config.train.recompute_layers)
     loss = TrainingLoss(model, config.loss, dtype=torch.float32, world=1)
     optimization = TorchOptimization(loss, config.train)
     workload = training_workload(config)

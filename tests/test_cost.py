@@ -107,6 +107,20 @@ def test_recomputing_trades_memory_for_arithmetic() -> None:
     assert again.flops.decoders == pytest.approx(kept.flops.decoders, rel=1e-6)
 
 
+def test_a_part_of_the_layers_recomputed_lies_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small(layers=4)
+    kept, again = measure(config), measure(config, recompute=True)
+    planned = cost.cost_between(kept, again, 0.5)
+    monkeypatch.setattr(cost, "_FEW", (3, 4))
+    monkeypatch.setattr(cost, "recompute_layers", lambda llava: recompute_layers(llava, 2))
+    measured = measure(config, recompute=True)
+    assert kept.flops.total < measured.flops.total < again.flops.total
+    assert planned.flops.total == pytest.approx(measured.flops.total, rel=0.01)
+    assert again.kept < measured.kept < kept.kept
+    assert planned.kept == pytest.approx(measured.kept, rel=0.05)
+    assert planned.peak == pytest.approx(measured.peak, rel=0.1)
+
+
 def test_frozen_weights_have_no_gradients_of_their_own(ours: cost.StepCost) -> None:
     full, lora = ours, measure(small(train="lora", lora={"rank": 1}))
     assert 0.6 < lora.flops.language_model / full.flops.language_model < 0.9

@@ -83,6 +83,21 @@ def test_a_run_that_does_not_fit_is_told_what_would(plan: TrainingPlan) -> None:
     assert "only with train.recompute_layers=true" in render_plan(enough)
 
 
+def test_a_plan_recomputes_as_many_layers_as_are_set(run: Config, plan: TrainingPlan) -> None:
+    size = {**run.model.mllm.size.model_dump(), "layers": 2}
+    values = run.model_dump(mode="json")
+    values["model"]["mllm"]["size"] = size
+    values["train"]["recompute_layers"] = 1
+    half = plan_training(config_from(values, where="test"), gpu="rtx4090", gpus=2)
+    assert half.recompute == 0.5
+    assert half.peak - half.memory[2].total == pytest.approx((half.kept_all + half.recomputed) / 2)
+    assert "(50% recomputed)" in render_plan(half)
+    assert "(layers kept)" in render_plan(plan)
+    room = (half.memory[2].total + half.recomputed) / 2**30
+    tight = TrainingPlan(**{**values_of(half), "gpu": tiny_gpu(room)})
+    assert "train.recompute_layers=true would fit" in render_plan(tight)
+
+
 def values_of(plan: TrainingPlan) -> dict[str, Any]:
     """The fields of a plan."""
     return {name: getattr(plan, name) for name in TrainingPlan.__dataclass_fields__}
