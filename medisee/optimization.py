@@ -351,7 +351,8 @@ def _name_direct_readers(loss: TrainingLoss) -> None:
     """
     import deepspeed
 
-    for module in loss.model.seg_head.modules():
-        if isinstance(module, nn.Embedding):
-            for reader in (loss, loss.model):
-                deepspeed.zero.register_external_parameter(reader, module.weight)
+    head = loss.model.seg_head
+    read = [module.weight for module in head.modules() if isinstance(module, nn.Embedding)]
+    for parameter in [*read, *head.mask_decoder.output_upscaling.parameters()]:
+        for reader in (loss, loss.model):
+            deepspeed.zero.register_external_parameter(reader, parameter)

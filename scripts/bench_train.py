@@ -37,7 +37,7 @@ from training_ways import (
     input_states,
     language_states,
     make_batch,
-    use_package_encoder,
+    use_package,
 )
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -59,10 +59,10 @@ IMAGES = 4
 PAPER = Path(__file__).parents[1] / "configs" / "medisee_7b.yaml"
 COMPARED = (
     "release's way: one sequence a query in a padded batch, causal attention without a mask, the vision tower once a query, "
-    "segment-anything's own image encoder, the output layer and the cross-entropy at every position. Ours: one packed "
-    "sequence an image, read without padding, the vision tower once an image, the output layer at supervised positions "
-    "only. Both: image encoder once an image, masks' losses at the images' size (in the last way at the decoder's), freed "
-    "memory kept by the allocator."
+    "segment-anything's own image encoder and upscaling, the output layer and the cross-entropy at every position. Ours: "
+    "one packed sequence an image, read without padding, the vision tower once an image, the output layer at supervised "
+    "positions only. Both: image encoder once an image, masks' losses at the images' size (in the last way at the "
+    "decoder's), freed memory kept by the allocator."
 )
 
 
@@ -234,7 +234,7 @@ def measure(size: Size, name: str, *, repeats: int, dtype: torch.dtype) -> Figur
     torch.manual_seed(0)
     model = MediSee(config.model, word_tokenizer(size.vocabulary), weights=False).train()
     if name == "release":
-        use_package_encoder(model)
+        use_package(model)
     model.one_by_one = way.packed
     batch = make_batch(model, random_examples(config, size), way, config.loss)
     optimization = TorchOptimization(WayLoss(model, config.loss, way, dtype=dtype), config.train)

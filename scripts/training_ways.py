@@ -38,12 +38,18 @@ IGNORED = -100
 """Label of a position that is not supervised: cross_entropy leaves it out."""
 
 
-def use_package_encoder(model: MediSee) -> None:
-    """Gives the model segment-anything's own image encoder, as the release has it, with the same weights."""
-    head = model.config.seg_head
-    package = package_encoder(vit_sizes(head), head.size).requires_grad_(False).eval()
-    package.load_state_dict(model.seg_head.image_encoder.state_dict())
-    model.seg_head.image_encoder = package
+def use_package(model: MediSee) -> None:
+    """Lets the seg head compute as the segment-anything package does, which the release runs, with the same weights."""
+    config, head = model.config.seg_head, model.seg_head
+    package = package_encoder(vit_sizes(config), config.size).requires_grad_(False).eval()
+    package.load_state_dict(head.image_encoder.state_dict())
+    head.image_encoder = package
+
+    def upscale(source_IGGC: Tensor, kernel_IU: Tensor) -> Tensor:
+        upscaled = head.mask_decoder.output_upscaling(source_IGGC.permute(0, 3, 1, 2))
+        return torch.einsum("ic,ichw->ihw", kernel_IU, upscaled)
+
+    head.upscale = upscale
 
 
 @torch.no_grad()

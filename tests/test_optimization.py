@@ -141,7 +141,9 @@ def test_two_ranks_are_one_in_fine_tuning(runs: Path) -> None:
     assert logged(runs / "zero3_l_sim") == pytest.approx(logged(runs / "one_l_sim"), rel=1e-4)
     for key in ("js", "mse"):
         found = logged(runs / "zero3_l_sim", key)
-        assert found == pytest.approx(logged(runs / "one_l_sim", key), rel=1e-3) and max(found.values()) > 0
+        # Both are made of differences of numbers near 1, which float32 knows to 1e-7.
+        assert found == pytest.approx(logged(runs / "one_l_sim", key), rel=1e-3, abs=1e-7)
+        assert max(found.values()) > 1e-4
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])

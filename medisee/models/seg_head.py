@@ -1,7 +1,7 @@
 """The promptable segmentation model: G_enc and G_dec of the paper, on the segment-anything package.
 
 Shapes: B images, I targets, P prompt tokens, C channels (256), G side of the embedding grid, S frame side,
-h low-resolution mask side (4 G).
+h low-resolution mask side (4 G), U channels of the enlarged states (C / 8).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from medisee.errors import InputError
 from medisee.model_config import Lora, SamSizes, SegHeadConfig
@@ -120,10 +121,22 @@ class SamHead(nn.Module):
         # Of the embedding's own grid, which may be coarser than the encoder's.
         position = self.prompt_encoder.pe_layer((grid, grid)).to(dtype).expand(targets, -1, -1, -1)
         states, source = decoder.transformer(source, position, tokens)
-        upscaled = decoder.output_upscaling(source.transpose(1, 2).unflatten(2, (grid, grid)))
         # Token 0 predicts the mask's quality, token 1 the single mask; the other three serve multi-mask output only.
-        kernel = decoder.output_hypernetworks_mlps[0](states[:, 1])
-        return torch.einsum("ic,ichw->ihw", kernel, upscaled)
+        kernel_IU = decoder.output_hypernetworks_mlps[0](states[:, 1])
+        return self.upscale(source.unflatten(1, (grid, grid)), kernel_IU)
+
+    def upscale(self, source_IGGC: Tensor, kernel_IU: Tensor) -> Tensor:
+        """Enlarges the image's states fourfold and weighs their channels by the kernels: mask logits (I, 4G, 4G).
+
+        It computes what `output_upscaling` does, whose transposed convolutions do not overlap: each is one matrix product
+        on channels that stay last, and every pixel is put in its place only when it is a single number.
+        """
+        layers: Any = self.mask_decoder.output_upscaling
+        first, norm, _, second, _ = layers
+        values = F.layer_norm(_enlarge(source_IGGC, first), norm.weight.shape, norm.weight, norm.bias, norm.eps)
+        values = F.gelu(_enlarge(F.gelu(values), second))
+        logits_IGG2222 = torch.einsum("ihwabcdu,iu->ihwabcd", values, kernel_IU)
+        return logits_IGG2222.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 6).flatten(1, 3)
 
     def _sparse(self, prompts: Prompts) -> Tensor:
         # The package's prompt encoder embeds geometry in float32; the text token joins behind it. Autocast would round
@@ -142,6 +155,13 @@ class SamHead(nn.Module):
         if not parts:
             raise ValueError("Prompts need at least one of text, boxes, points")
         return torch.cat(parts, dim=1)
+
+
+def _enlarge(values: Tensor, layer: nn.ConvTranspose2d) -> Tensor:
+    """Applies a transposed convolution of kernel and stride 2 to the last dimension: (..., C) -> (..., 2, 2, C')."""
+    weight = layer.weight.permute(2, 3, 1, 0).flatten(0, 2)
+    bias = None if layer.bias is None else layer.bias.repeat(4)
+    return F.linear(values, weight, bias).unflatten(-1, (2, 2, -1))
 
 
 _VIT = {

@@ -276,6 +276,23 @@ def test_gradients_flow_from_the_mask_to_box_and_text(head: SamHead, embedding: 
     assert (of_text.abs().sum(1) > 0).all()
 
 
+def test_upscaling_has_the_packages_values_and_gradients(head: SamHead) -> None:
+    layers = copy.deepcopy(head.mask_decoder.output_upscaling)
+    source_IGGC, kernel_IU = torch.randn(3, 4, 4, 32, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    theirs = torch.einsum("ic,ichw->ihw", kernel_IU, layers(source_IGGC.permute(0, 3, 1, 2)))
+    ours = head.upscale(source_IGGC, kernel_IU)
+    assert ours.shape == (3, 16, 16)
+    same(ours, theirs)
+    weights = torch.randn_like(theirs)
+    expected = torch.autograd.grad((weights * theirs).sum(), [source_IGGC, kernel_IU, *layers.parameters()])
+    own = head.mask_decoder.output_upscaling.parameters()
+    found = torch.autograd.grad((weights * ours).sum(), [source_IGGC, kernel_IU, *own])
+    for gradient, other in zip(found, expected, strict=True):
+        scale = float(other.abs().max())
+        assert scale > 0
+        same(gradient / scale, other / scale)
+
+
 @torch.no_grad()
 def test_autocast_does_not_round_box_coordinates() -> None:
     """In bf16 a box at 900 of 1024 pixels would move in steps of 4 pixels."""
