@@ -187,6 +187,9 @@ class Train(Section):
     """Whether the language model reads the sequences of a micro-batch one after another, each at its own length (rounded
     up to `model.mllm.pad_to`): no padding to the longest is computed, which is 15% of all positions in the mix of class
     and implicit questions. Not under ZeRO 3, where all ranks must read equally often."""
+    compile_layers: bool = False
+    """Whether torch.compile fuses what the language model's layers do between their matrix products: the same but for
+    rounding, after a minute at the start. A CPU needs a C++ compiler. Not under ZeRO 3, which gathers weights within."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage, under its launcher: 1 cuts the optimizer's state among the ranks, 2 the gradients too (the
     paper), 3 the weights too."""
@@ -226,6 +229,10 @@ class Train(Section):
             raise ValueError(f"offload {self.offload} needs zero_stage {needed} or more")
         if self.one_by_one and self.zero_stage == 3:
             raise ValueError("one_by_one needs zero_stage 2 or less: under stage 3 all ranks must read equally often")
+        if self.compile_layers and self.zero_stage == 3:
+            raise ValueError(
+                "compile_layers needs zero_stage 2 or less: stage 3 gathers weights between the operations"
+            )
         return self
 
 

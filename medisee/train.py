@@ -13,7 +13,7 @@ import argparse
 import random
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from medisee.interruption import Stopped, StopRequest
 from medisee.manifest import Manifest
 from medisee.missing import check_files, with_missing_weights
 from medisee.models.checkpoints import check_same_model, load_checkpoint, local_checkpoint, save_checkpoint
+from medisee.models.compilation import check_compiler, compile_layers
 from medisee.models.flex import check_flex
 from medisee.models.medisee import MaskDetail, MediSee
 from medisee.models.mllm import load_tokenizer
@@ -127,6 +128,8 @@ def train(config: Config, *, resume: bool = False, fresh: bool = False) -> Path:
     place = join_ranks()
     if config.model.mllm.attention == "flex":
         check_flex(place.device)
+    if config.train.compile_layers:
+        check_compiler(place.device)
     split = config.model_copy(update={"train": split_batch(config.train, place.world)})
     saved = find_last_together(out, place) if resume else None
     if saved is not None:
@@ -170,6 +173,8 @@ def _prepare(
     if settings.recompute_layers:
         recompute_layers(model.mllm, settings.recompute_layers)
     model.one_by_one = settings.one_by_one
+    if settings.compile_layers:
+        compile_layers(model.mllm)
     if saved is not None:
         restore_weights(saved, model)
     optimization = make_optimization(model, config.loss, settings, dtype=dtype, place=place, launched=is_launched())
@@ -323,7 +328,10 @@ def _check_finite(terms: Terms, batch: Batch, step: int, place: Place) -> None:
 def _validate(run: Run, val: Manifest, step: int) -> None:
     """Scores what chooses the checkpoint, and keeps it if it is the best so far."""
     split = run.config.data.select
-    summary = validate(run.model, val, run.config, run.cache, run.place)
+    # Its shapes differ from the steps': each would be compiled for one use.
+    eager = torch.compiler.set_stance("force_eager") if run.config.train.compile_layers else nullcontext()
+    with eager:
+        summary = validate(run.model, val, run.config, run.cache, run.place)
     run.log.validation(step, summary, split)
     if selection_figure(summary) > run.best:
         run.best = selection_figure(summary)

@@ -66,9 +66,10 @@ def test_lists_of_a_base_are_replaced_not_joined(tmp_path: Path) -> None:
     assert config.data.train == (Source(records="c.jsonl", weight=2),)
 
 
-def test_reading_one_by_one_is_refused_under_zero_3() -> None:
-    problem = only_problem(None, "train.one_by_one=true", "train.zero_stage=3")
-    assert "one_by_one needs zero_stage 2 or less" in problem
+@pytest.mark.parametrize("name", ["one_by_one", "compile_layers"])
+def test_what_zero_3_cannot_do_is_refused(name: str) -> None:
+    problem = only_problem(None, f"train.{name}=true", "train.zero_stage=3")
+    assert f"{name} needs zero_stage 2 or less" in problem
 
 
 def test_a_base_that_is_missing_names_the_file_that_asks_for_it(tmp_path: Path) -> None:
