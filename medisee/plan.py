@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -225,12 +226,10 @@ def _recomputed_share(config: Config) -> float:
 
 def _at_share(config: Config, workload: Workload, dtype: torch.dtype, share: float) -> StepCost:
     """Measures the release's way; between both ends where only some layers compute again."""
-    ends = [
-        training_cost(config, workload, RELEASE, dtype=dtype, recompute=end)
-        for end in (False, True)
-        if share != 1 - end
-    ]
-    return ends[0] if len(ends) == 1 else cost_between(ends[0], ends[1], share)
+    measure = partial(training_cost, config, workload, RELEASE, dtype=dtype)
+    if share in (0, 1):
+        return measure(recompute=share == 1)
+    return cost_between(measure(recompute=False), measure(recompute=True), share)
 
 
 def stage_memory(parts: Sequence[PartCount], train: Train, *, stage: int, gpus: int, weights: float) -> Memory:

@@ -123,8 +123,8 @@ def train(config: Config, *, resume: bool = False, fresh: bool = False) -> Path:
         if not (resume or fresh):
             check_no_run(out)
         check_files(config)
-    manifests = _training_manifests(config)
-    val = Manifest(config.data.selection, config.data.root) if config.data.selection else None
+        manifests = _training_manifests(config)
+        val = Manifest(config.data.selection, config.data.root) if config.data.selection else None
     place = join_ranks()
     if config.model.mllm.attention == "flex":
         check_flex(place.device)

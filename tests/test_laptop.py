@@ -33,6 +33,7 @@ def overrides(tiny_manifest: Path, folder: Path) -> list[str]:
         "train.steps": 2,
         "train.batch_size": 2,
         "train.warmup": 0,
+        "train.mask_from": 0,
         "train.coarse_masks_until": 1,
         "train.dtype": "float32",
         "eval.max_new_tokens": 4,
