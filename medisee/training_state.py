@@ -43,7 +43,8 @@ MAY_CHANGE = frozenset(
     {
         *(f"train.{name}" for name in ("out", "batch_size", "accumulation", "global_batch", "keep_last", "save_every")),
         *(f"train.{name}" for name in ("log_every", "zero_stage", "offload", "deepspeed", "recompute_layers")),
-        *("train.one_by_one", "train.compile_layers"),
+        "train.one_by_one",
+        "train.compile_layers",
         "data.workers",
     }
 )
