@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if missing := [name for name in COMMANDS[command] if find_spec(name) is None]:
         raise InputError(
-            f"python -m data_gen {command}: needs {', '.join(missing)}; install with `pip install 'medisee[engine]'`."
+            f"python -m data_gen {command}: needs {', '.join(missing)}; install with `pip install -e '.[engine]'`."
         )
     import_module(f"data_gen.{command}").main(words[1:])
 

@@ -91,7 +91,7 @@ class Source(Section):
     weight: int = Field(default=1, ge=1)
     """Share in the mixture (the paper: 7 for SA-Med2D-20M, 3 for MLMR-SD)."""
     from_step: int = Field(default=0, ge=0)
-    """First step at which the source is drawn from; at least one source starts at 0. 0 in the paper's run."""
+    """Steps before the source is drawn from; at least one source starts at 0. 0 in the paper's run."""
 
 
 class Data(Section):
@@ -189,7 +189,7 @@ class Train(Section):
     and implicit questions. Not under ZeRO 3, where all ranks must read equally often."""
     compile_layers: bool = False
     """Whether torch.compile fuses what the language model's layers do between their matrix products: the same but for
-    rounding, after a minute at the start. A CPU needs a C++ compiler. Not under ZeRO 3, which gathers weights within."""
+    rounding and for which values dropout drops. A CPU needs a C++ compiler. Not under ZeRO 3, which gathers within."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage, under its launcher: 1 cuts the optimizer's state among the ranks, 2 the gradients too (the
     paper), 3 the weights too."""
@@ -199,7 +199,7 @@ class Train(Section):
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """More of DeepSpeed's own settings, merged over ours, such as {zero_optimization: {overlap_comm: true}}."""
     mask_from: int = Field(default=0, ge=0)
-    """First step at which the mask decoder runs: earlier steps train text and boxes only. 0 in the paper's run."""
+    """Last step without the mask decoder, which trains text and boxes only. 0 in the paper's run."""
     coarse_masks_until: int = Field(default=0, ge=0)
     """Last step at which the mask decoder reads features of half the side, at about a quarter of the cost. 0 in the
     paper's run."""
@@ -231,7 +231,7 @@ class Train(Section):
             raise ValueError("one_by_one needs zero_stage 2 or less: under stage 3 all ranks must read equally often")
         if self.compile_layers and self.zero_stage == 3:
             raise ValueError(
-                "compile_layers needs zero_stage 2 or less: stage 3 gathers weights between the operations"
+                "compile_layers needs zero_stage 2 or less (stage 3 gathers weights within layers): set one of both"
             )
         return self
 
@@ -382,9 +382,9 @@ def _explain(problem: Any, where: str) -> str:
         known = _known(problem["loc"][:-1])
         hint = nearest(str(problem["loc"][-1]), known)
         return f"{where}: unknown key {location!r}; known here: {', '.join(known)}.{hint}"
-    if not location and problem["type"] == "value_error":
-        # Of two sections together: the input would be the whole configuration.
-        return f"{where}: {problem['ctx']['error']}."
+    if problem["type"] == "value_error" and isinstance(problem.get("input"), Mapping):
+        # Of settings that do not go together: the input would be their whole section.
+        return f"{where}: {f'{location}: ' if location else ''}{problem['ctx']['error']}."
     return f"{where}: {location or 'configuration'} = {problem.get('input')!r}: {problem['msg']}; fix the value."
 
 

@@ -95,3 +95,18 @@ def raise_together(problems: Sequence[str], place: Place) -> None:
     if largest(bool(problems), place):
         everyones = dict.fromkeys(problem for part in gather(list(problems), place) for problem in part)
         raise InputError(everyones if place.rank == 0 else ())
+
+
+@contextmanager
+def raised_together(place: Place) -> Iterator[None]:
+    """Ends every rank when what one of them does within is refused, as `raise_together` does.
+
+    Raises:
+        InputError: some rank has a problem.
+    """
+    problems: Sequence[str] = ()
+    try:
+        yield
+    except InputError as error:
+        problems = error.problems
+    raise_together(problems, place)

@@ -13,33 +13,30 @@ import argparse
 import random
 import sys
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from medisee.config import Config, Train, dump_config, load_config
 from medisee.data.dataset import TrainingBatches, training_batches
 from medisee.data.features import FeatureCache, fill_cache
-from medisee.data.prompts import ANSWERS, CLASS_QUESTIONS, REQUESTS, candidate_text
 from medisee.errors import InputError, exit_code
 from medisee.files import recover_folder
 from medisee.heap import keep_freed_memory
+from medisee.initial_model import build_model
 from medisee.interruption import Stopped, StopRequest
 from medisee.manifest import Manifest
 from medisee.missing import check_files, with_missing_weights
-from medisee.models.checkpoints import check_same_model, load_checkpoint, local_checkpoint, save_checkpoint
-from medisee.models.compilation import check_compiler, compile_layers
+from medisee.models.checkpoints import save_checkpoint
+from medisee.models.compilation import check_compiler, compile_layers, uncompiled
 from medisee.models.flex import check_flex
 from medisee.models.medisee import MaskDetail, MediSee
-from medisee.models.mllm import load_tokenizer
 from medisee.models.objective import Terms, mean_terms
 from medisee.models.recomputation import recompute_layers
-from medisee.models.tokenizer import add_candidate_tokens, train_tokenizer
 from medisee.optimization import (
     Optimization,
     describe_batch,
@@ -56,6 +53,7 @@ from medisee.ranks import (
     is_launched,
     join_ranks,
     raise_together,
+    raised_together,
     said_once,
     wait_for_ranks,
     world_from_environment,
@@ -118,18 +116,19 @@ def train(config: Config, *, resume: bool = False, fresh: bool = False) -> Path:
         Stopped: the run was asked to end; its state is saved.
     """
     out = Path(config.train.out)
-    # Before the ranks join: none can have written here while another still looks.
-    with said_once():
-        if not (resume or fresh):
+    if not (resume or fresh):
+        # Before the ranks join: none can have written here while another still looks.
+        with said_once():
             check_no_run(out)
+    place = join_ranks()
+    with raised_together(place):
         check_files(config)
         manifests = _training_manifests(config)
         val = Manifest(config.data.selection, config.data.root) if config.data.selection else None
-    place = join_ranks()
-    if config.model.mllm.attention == "flex":
-        check_flex(place.device)
-    if config.train.compile_layers:
-        check_compiler(place.device)
+        if config.model.mllm.attention == "flex":
+            check_flex(place.device)
+        if config.train.compile_layers:
+            check_compiler(place.device)
     split = config.model_copy(update={"train": split_batch(config.train, place.world)})
     saved = find_last_together(out, place) if resume else None
     if saved is not None:
@@ -187,7 +186,18 @@ def _prepare(
     )
     states = LastStates(out, settings.keep_last, saved.folder if saved is not None else None)
     return Run(
-        given, config, place, model, optimization, batches, val, cache, states, log, start=start, best=start.best
+        given=given,
+        config=config,
+        place=place,
+        model=model,
+        optimization=optimization,
+        batches=batches,
+        val=val,
+        cache=cache,
+        states=states,
+        log=log,
+        start=start,
+        best=start.best,
     )
 
 
@@ -220,37 +230,6 @@ def _steps(run: Run, stop: StopRequest) -> None:
         if request:
             run.log.close()
             raise Stopped(step, run.out, request)
-
-
-def build_model(config: Config, manifests: Sequence[Manifest]) -> MediSee:
-    """Builds the model, or loads the one that the run starts from.
-
-    Where no language model is named and there is nothing to start from, its tokenizer is trained on the manifests' texts.
-
-    Raises:
-        InputError: `train.init` is no checkpoint, or that of another model.
-    """
-    if config.train.init is not None:
-        folder = local_checkpoint(config.train.init)
-        check_same_model(folder, config.model)
-        return load_checkpoint(folder, MediSee)
-    if config.model.mllm.source is not None:
-        tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.model.mllm, config.model.candidate_tokens)
-    else:
-        tokenizer = train_tokenizer(_texts(config, manifests), config.model.mllm.vocabulary)
-        add_candidate_tokens(tokenizer, config.model.candidate_tokens)
-    return MediSee(config.model, tokenizer)
-
-
-def _texts(config: Config, manifests: Sequence[Manifest]) -> set[str]:
-    candidates = candidate_text(config.model.candidate_tokens)
-    texts = {text.format(candidates=candidates) for text in ANSWERS} | set(REQUESTS) | {"[INST] ", " [/INST]"}
-    for manifest in manifests:
-        for record in manifest:
-            for target in record.targets:
-                texts |= {question.format(name=target.category) for question in CLASS_QUESTIONS}
-                texts |= {text for qa in target.qa for text in (qa.question, qa.answer)}
-    return texts
 
 
 def _training_manifests(config: Config) -> list[Manifest]:
@@ -328,10 +307,8 @@ def _check_finite(terms: Terms, batch: Batch, step: int, place: Place) -> None:
 def _validate(run: Run, val: Manifest, step: int) -> None:
     """Scores what chooses the checkpoint, and keeps it if it is the best so far."""
     split = run.config.data.select
-    # Its shapes differ from the steps': each would be compiled for one use.
-    eager = torch.compiler.set_stance("force_eager") if run.config.train.compile_layers else nullcontext()
-    with eager:
-        summary = validate(run.model, val, run.config, run.cache, run.place)
+    with uncompiled(run.config.train.compile_layers):
+        summary = validate(run.model, val, run.config, cache=run.cache, place=run.place)
     run.log.validation(step, summary, split)
     if selection_figure(summary) > run.best:
         run.best = selection_figure(summary)

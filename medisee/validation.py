@@ -17,7 +17,7 @@ from medisee.prediction import Asked, all_questions, predict
 from medisee.ranks import Place, gather
 
 
-def validate(model: MediSee, val: Manifest, config: Config, cache: FeatureCache | None, place: Place) -> Summary:
+def validate(model: MediSee, val: Manifest, config: Config, *, cache: FeatureCache | None, place: Place) -> Summary:
     """Scores val; every rank calls it and gets the same summary, which is also that of a single rank.
 
     Args:
@@ -37,7 +37,7 @@ def validate(model: MediSee, val: Manifest, config: Config, cache: FeatureCache 
         for first in range(0, len(parts), place.world):
             # With nothing left of its own a rank repeats the last part, since cut parameters need every rank.
             number = min(first + place.rank, len(parts) - 1)
-            scores = _scores(model, val, parts[number], config, cache)
+            scores = _scores(model, val, parts[number], config=config, cache=cache)
             if number == first + place.rank:
                 own[number] = scores
     model.train()
@@ -51,7 +51,7 @@ def selection_figure(summary: Summary) -> float:
 
 
 def _scores(
-    model: MediSee, val: Manifest, asked: Sequence[Asked], config: Config, cache: FeatureCache | None
+    model: MediSee, val: Manifest, asked: Sequence[Asked], *, config: Config, cache: FeatureCache | None
 ) -> list[Score]:
     predictions = predict(model, val, asked, "forced", settings=config.eval, cache=cache, quiet=True)
     truths = [(val.mask(one.record, target), target) for one in asked for target, _ in one.questions]

@@ -2,7 +2,7 @@
 
   RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29613 python ranks_program.py jobs.json
 
-jobs.json: [{"config": run.yaml, "resume": false, "fault": null | "nan" | "term"}]. The second rank has the fault. How a
+jobs.json: [{"config": run.yaml, "resume": false, "fault": null | "nan" | "term" | "refused"}]. The second rank has the fault. How a
 job ended is written to <train.out>/ended_<rank>.json.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import medisee.train
-from medisee.config import load_config
+from medisee.config import Config, load_config
 from medisee.errors import InputError
 from medisee.interruption import Stopped
 from medisee.models import losses
@@ -29,11 +29,13 @@ FAULT_STEP = 3
 
 def run(job: dict[str, Any]) -> None:
     config = load_config(job["config"])
-    originals = medisee.train._seed_step, losses.l1_loss
+    originals = medisee.train._seed_step, medisee.train.check_files, losses.l1_loss
     if RANK == 1 and job["fault"] == "nan":
         losses.l1_loss = lambda boxes, truth: boxes.sum(1) * torch.nan
     if RANK == 1 and job["fault"] == "term":
         medisee.train._seed_step = _term
+    if RANK == 1 and job["fault"] == "refused":
+        medisee.train.check_files = _refuse
     ended = {"how": "finished"}
     try:
         medisee.train.train(config, resume=job["resume"])
@@ -42,14 +44,20 @@ def run(job: dict[str, Any]) -> None:
     except Stopped as stopped:
         ended = {"how": "stopped", "code": stopped.code}
     finally:
-        medisee.train._seed_step, losses.l1_loss = originals
-    (Path(config.train.out) / f"ended_{RANK}.json").write_text(json.dumps(ended), encoding="utf-8")
+        medisee.train._seed_step, medisee.train.check_files, losses.l1_loss = originals
+    out = Path(config.train.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"ended_{RANK}.json").write_text(json.dumps(ended), encoding="utf-8")
 
 
 def _term(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(seed)
     if step == FAULT_STEP:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _refuse(config: Config) -> None:
+    raise InputError("train.jsonl: cannot be read on this machine; copy it there.")
 
 
 if __name__ == "__main__":

@@ -232,10 +232,10 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_value_names_its_key(override: str) -> None:
-    key = override.partition("=")[0]
+    key = override.partition("=")[0].removesuffix(".x")
     for problem in problems(None, override):
-        assert key.removesuffix(".x").split(".")[0] in problem
-        assert "fix the value" in problem
+        assert key.split(".")[0] in problem and key.split(".")[-1] in problem
+        assert "fix the value" in problem or "must" in problem
 
 
 @pytest.mark.parametrize("value", ["original", "decoder", 32, 512])
@@ -245,6 +245,13 @@ def test_mask_resolutions(value: str | int) -> None:
 
 def test_a_wrong_mask_resolution_is_one_problem() -> None:
     assert "expected original, decoder, or the most pixels" in only_problem(None, "loss.mask_resolution=half")
+
+
+@pytest.mark.parametrize("other", ["compile_layers=true", "one_by_one=true"])
+def test_settings_that_do_not_go_together_are_told_without_their_section(other: str) -> None:
+    problem = only_problem(None, "train.zero_stage=3", f"train.{other}")
+    assert problem.startswith(f"overrides: train: {other.partition('=')[0]} needs zero_stage 2 or less")
+    assert "accumulation" not in problem
 
 
 def test_features_of_an_encoder_that_learns_are_refused(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import torch
 
 from medisee.config import Config, config_from, load_config
 from medisee.errors import InputError
+from medisee.initial_model import build_model
 from medisee.manifest import Manifest
 from medisee.missing import missing_files
 from medisee.models.medisee import MediSee
-from medisee.train import build_model, train
+from medisee.train import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

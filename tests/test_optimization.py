@@ -36,9 +36,12 @@ JOBS: dict[str, Run] = {
     "zero0": {"zero_stage": 0},
     "resumed_zero2": {"zero_stage": 2},
     "resumed_zero3": {"zero_stage": 3, "deepspeed": CUT_ALL},
+    "compiled": {"zero_stage": 2, "compile_layers": True},
     "nan": {"zero_stage": 2},
     "term": {"zero_stage": 2},
+    "refused": {"zero_stage": 2},
 }
+FAULTS = ("nan", "term", "refused")
 
 
 def logged(out: Path, key: str = "total") -> dict[int, float]:
@@ -87,7 +90,7 @@ def runs(base: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = changed(values, folder / name, batch_size=1, **section)
         path = folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
-        jobs.append({"config": str(path), "resume": resumed, "fault": name if name in ("nan", "term") else None})
+        jobs.append({"config": str(path), "resume": resumed, "fault": name if name in FAULTS else None})
     (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
     two_ranks(folder / "jobs.json")
     return folder
@@ -125,6 +128,11 @@ def test_two_ranks_are_one(runs: Path, name: str) -> None:
     ours, theirs = (load_file(runs / run / "last-00000008" / "model.safetensors") for run in (name, "one"))
     assert sorted(ours) == sorted(theirs)
     assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) < 1e-4
+
+
+def test_two_compiled_ranks_are_one(runs: Path) -> None:
+    assert sorted(logged(runs / "compiled")) == list(range(1, 9))
+    assert logged(runs / "compiled") == pytest.approx(logged(runs / "one"), rel=1e-4)
 
 
 def test_two_ranks_are_one_in_bf16(runs: Path) -> None:
@@ -183,6 +191,13 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_both(runs: Path) -> None:
     first, second = (json.loads((runs / "nan" / f"ended_{rank}.json").read_text()) for rank in (0, 1))
     assert (first["how"], second) == ("error", {"how": "error", "problems": []})
     assert "step 1: the loss is not finite on records r" in first["problems"][0]
+
+
+def test_what_one_rank_alone_refuses_ends_both(runs: Path) -> None:
+    """Such as a manifest that only another machine has."""
+    first, second = (json.loads((runs / "refused" / f"ended_{rank}.json").read_text()) for rank in (0, 1))
+    problem = "train.jsonl: cannot be read on this machine; copy it there."
+    assert (first, second) == ({"how": "error", "problems": [problem]}, {"how": "error", "problems": []})
 
 
 def test_sigterm_to_one_rank_ends_both_with_their_state_saved(runs: Path) -> None:

@@ -282,7 +282,7 @@ def _unpack(path: Path, unpacking: _Unpacking) -> Iterator[Record]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise InputError(f"{path}: needs pyarrow; install it with `pip install 'medisee[engine]'`.") from error
+        raise InputError(f"{path}: needs pyarrow; install it with `pip install -e '.[engine]'`.") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             missing = [name for name in _COLUMNS if name not in file.schema_arrow.names]

@@ -5,37 +5,46 @@ Layers are compiled one by one: they share their code, so that the first step co
 
 from __future__ import annotations
 
-import os
-import shutil
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from transformers import LlavaForConditionalGeneration
 
 from medisee.errors import InputError
 
-COMPILERS = ("g++", "clang++", "c++", "cl")
-"""C++ compilers that torch.compile takes on a CPU; the variable CXX names another."""
-
 
 def check_compiler(device: torch.device) -> None:
-    """Checks that torch.compile can build kernels for a device.
+    """Checks that torch.compile can build kernels for a device, by building one; the first time takes seconds.
 
     Raises:
-        InputError: a CPU without a C++ compiler.
+        InputError: it cannot: no C++ compiler or no headers of Python on a CPU, no Triton for a GPU.
     """
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
-    if device.type == "cpu" and not any(shutil.which(name) for name in names):
+    probe = torch.compile(lambda values: (values.sin() + 1).sum())
+    try:
+        probe(torch.ones(64, device=device, requires_grad=True)).backward()
+    except (RuntimeError, OSError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
-            f"train.compile_layers = true: no C++ compiler found ({', '.join(names)}), which torch.compile needs on a "
-            "CPU; install one, such as g++, or set train.compile_layers=false, which computes the same more slowly."
-        )
+            f"train.compile_layers = true: torch.compile cannot build kernels for {device.type!r} here ({reason}); a CPU "
+            "needs g++, or what the variable CXX names, and Python's headers (python3-dev), a GPU needs Triton. Install "
+            "them, or set train.compile_layers=false, which computes the same more slowly."
+        ) from error
 
 
 def compile_layers(llava: LlavaForConditionalGeneration) -> None:
-    """Lets the language model's layers run as compiled kernels; results stay the same but for rounding.
+    """Lets the language model's layers run as compiled kernels.
 
-    Every new length of a batch is compiled anew, up to torch's limit; `model.mllm.pad_to` keeps them few. Whoever
-    reads other shapes for a while does so within `torch.compiler.set_stance("force_eager")`.
+    Results stay the same but for rounding, and for the values that a dropout drops: kernels draw numbers of their own.
+    The first length of a batch is compiled, then one kernel for all others.
     """
     for layer in llava.model.language_model.layers:
         layer.compile()
+
+
+def uncompiled(compiled: bool) -> AbstractContextManager[object]:
+    """Returns a context in which compiled layers run as if they were not: where shapes or modes would be compiled anew.
+
+    Args:
+        compiled: whether there are any.
+    """
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

@@ -127,7 +127,7 @@ def _read(path: Path) -> tuple[PreTrainedTokenizerBase, Any]:
             path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True, **unpacked
         )
     except ImportError as error:
-        raise InputError(f"{path}: reading it needs the package gguf; run pip install 'medisee[laptop]'.") from error
+        raise InputError(f"{path}: reading it needs the package gguf; run pip install -e '.[laptop]'.") from error
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, struct.error) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"{path}: no GGUF file of a language model that transformers reads ({reason}).") from error

@@ -41,7 +41,7 @@ def test_a_missing_package_is_told_with_its_remedy(
     monkeypatch.setitem(sys.modules, package, None)
     assert exit_code(command.main, [name, "--help"]) == 2
     told = capsys.readouterr().err
-    assert f"python -m data_gen {name}: needs {package}; " in told and "pip install 'medisee[engine]'" in told
+    assert f"python -m data_gen {name}: needs {package}; " in told and "pip install -e '.[engine]'" in told
 
 
 HIDDEN = ("openai", "datasets", "pyarrow", "wordcloud")
