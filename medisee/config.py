@@ -199,7 +199,7 @@ class Train(Section):
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """More of DeepSpeed's own settings, merged over ours, such as {zero_optimization: {overlap_comm: true}}."""
     mask_from: int = Field(default=0, ge=0)
-    """Last step without the mask decoder, which trains text and boxes only. 0 in the paper's run."""
+    """Last step that trains text and boxes only, without the mask decoder. 0 in the paper's run."""
     coarse_masks_until: int = Field(default=0, ge=0)
     """Last step at which the mask decoder reads features of half the side, at about a quarter of the cost. 0 in the
     paper's run."""
@@ -230,9 +230,7 @@ class Train(Section):
         if self.one_by_one and self.zero_stage == 3:
             raise ValueError("one_by_one needs zero_stage 2 or less: under stage 3 all ranks must read equally often")
         if self.compile_layers and self.zero_stage == 3:
-            raise ValueError(
-                "compile_layers needs zero_stage 2 or less (stage 3 gathers weights within layers): set one of both"
-            )
+            raise ValueError("compile_layers needs zero_stage 2 or less: stage 3 gathers weights within layers")
         return self
 
 
@@ -384,7 +382,8 @@ def _explain(problem: Any, where: str) -> str:
         return f"{where}: unknown key {location!r}; known here: {', '.join(known)}.{hint}"
     if problem["type"] == "value_error" and isinstance(problem.get("input"), Mapping):
         # Of settings that do not go together: the input would be their whole section.
-        return f"{where}: {f'{location}: ' if location else ''}{problem['ctx']['error']}."
+        error = problem["ctx"]["error"]
+        return f"{where}: {location}: {error}; fix the value." if location else f"{where}: {error}."
     return f"{where}: {location or 'configuration'} = {problem.get('input')!r}: {problem['msg']}; fix the value."
 
 

@@ -265,12 +265,9 @@ def _seed_step(seed: int, step: int, rank: int) -> None:
 
 def _next_batch(run: Run) -> Batch:
     """Returns this rank's next micro-batch; a record that cannot be read ends every rank, or is named and replaced."""
-    batch, problems = None, ()
-    try:
+    batch = None
+    with raised_together(run.place):
         batch = next(run.batches)
-    except InputError as error:
-        problems = error.problems
-    raise_together(problems, run.place)
     for one in run.batches.skipped:
         if one not in run.named:
             run.named.add(one)

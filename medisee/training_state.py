@@ -28,7 +28,7 @@ from medisee.files import replace_folder, sha256, write_json
 from medisee.models.checkpoints import WEIGHTS, load_trained, trained_state
 from medisee.models.medisee import MediSee
 from medisee.optimization import Optimization
-from medisee.ranks import Place, gather, raise_together
+from medisee.ranks import Place, gather, raise_together, raised_together
 
 CHECKPOINT = "checkpoint"
 """Folder of the best checkpoint, beside the saved states."""
@@ -200,13 +200,10 @@ def find_last(out: Path) -> Saved:
 
 def find_last_together(out: Path, place: Place) -> Saved:
     """Lets the first rank find the state, and returns the same one on every rank; see `find_last`."""
-    found, problems = None, ()
-    if place.rank == 0:
-        try:
+    found = None
+    with raised_together(place):
+        if place.rank == 0:
             found = find_last(out)
-        except InputError as error:
-            problems = error.problems
-    raise_together(problems, place)
     first = gather(found, place)[0]
     if first is None:
         raise ValueError("the first rank found neither a state nor a problem")
