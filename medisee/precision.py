@@ -9,14 +9,15 @@ from torch import nn
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """Resolves `float32`, `bfloat16` or `auto`.
 
-    `auto` is bfloat16 where the device multiplies it faster than float32: GPUs since Ampere, CPUs with AMX.
+    `auto` is bfloat16 where the device multiplies it faster than float32: GPUs since Ampere, CPUs with AMX or AVX-512's
+    bfloat16 products (AMD since Zen 4).
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        fast = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if fast else torch.float32
 
 

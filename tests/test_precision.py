@@ -1,4 +1,4 @@
-"""What training stores its weights in."""
+"""What a run computes in, and what training stores its weights in."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from medisee.precision import to_training_precision
+from medisee.precision import compute_dtype, to_training_precision
+
+CPU = torch.device("cpu")
 
 
 class Stored(nn.Module):
@@ -40,3 +42,28 @@ def test_each_kind_of_weight_is_stored_as_the_run_needs_it(
     }
     assert model.packed.tolist() == [-3, 7]
     assert model.stored_half.tolist() == [1.5, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "expected"),
+    [
+        (True, True, torch.bfloat16),
+        (False, True, torch.bfloat16),  # AMD since Zen 4
+        (False, False, torch.float32),
+    ],
+)
+def test_auto_depends_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert compute_dtype("auto", CPU) == expected
+
+
+@pytest.mark.parametrize(("name", "expected"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_named_type_is_taken_as_it_is(name: str, expected: torch.dtype) -> None:
+    assert compute_dtype(name, CPU) == expected
+
+
+def test_auto_is_float32_on_an_unknown_device() -> None:
+    assert compute_dtype("auto", torch.device("meta")) == torch.float32
