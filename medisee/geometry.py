@@ -86,6 +86,31 @@ def boxes_to_frame(boxes_I4: Tensor, frames: list[Frame], scale: Literal["resize
     return boxes_I4.float() * scale_I4
 
 
+def token_places(frame: Frame, grid: int, over: Literal["frame", "pad", "centre_crop"]) -> Tensor:
+    """Returns where each of grid x grid image tokens lies, row by row: normalised (cx, cy, w, h), float32 (grid^2, 4).
+
+    Args:
+        frame: of the image.
+        grid: tokens per side.
+        over: what they divide: the seg head's frame, the image padded to a square, or its centre square. Tokens of padding
+            lie outside [0, 1].
+    """
+    sides = frame.height, frame.width
+    if over == "frame":
+        scale = frame.size / frame.resized_height, frame.size / frame.resized_width
+        first = 0.0, 0.0
+    else:
+        side = max(sides) if over == "pad" else min(sides)
+        scale = side / frame.height, side / frame.width
+        # As the image is padded and cut: by whole pixels, the odd one behind.
+        gaps = [abs(side - own) // 2 / own for own in sides]
+        first = (-gaps[0], -gaps[1]) if over == "pad" else (gaps[0], gaps[1])
+    steps = (torch.arange(grid, dtype=torch.float32) + 0.5) / grid
+    y, x = torch.meshgrid(first[0] + steps * scale[0], first[1] + steps * scale[1], indexing="ij")
+    width, height = torch.full_like(x, scale[1] / grid), torch.full_like(y, scale[0] / grid)
+    return torch.stack([x, y, width, height], dim=-1).flatten(0, 1)
+
+
 def normalise_box(
     box: tuple[float, float, float, float],
     height: int,

@@ -236,6 +236,10 @@ class Model(Section):
     """Hidden width of both routers (Table 4)."""
     box_hidden: int = 512
     """Hidden width of the box decoder."""
+    box_start: Literal["centre", "map"] = "centre"
+    """What the box decoder corrects. `centre`: the same box for every query (the paper). `map`: the box over which the
+    similarity map of h_seg and the image tokens spreads (a divergence for small data: which tokens a query fits is learnt
+    from each of them, where it lies from one state a query)."""
     prompts: tuple[Literal["text", "box"], ...] = ("text", "box")
     """What prompts the mask decoder (Table 5)."""
     box_frame: Literal["resized", "frame"] = "resized"

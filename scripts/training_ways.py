@@ -120,7 +120,7 @@ class WayLoss(TrainingLoss):
             boxes_I4=cxcywh_to_xyxy(centred_I4),
             masks_Jhh=model.decode_masks(batch, embedding_BCGG, segmentation_ID, centred_I4),
             text_logits_NV=all_logits(model, hidden_SLD),
-            similarity_IT=model._similarity(batch.sequence_of_target_I, hidden_SLD, segmentation_ID),
+            similarity_IT=model._similarity(hidden_SLD[batch.sequence_of_target_I], segmentation_ID),
             plain_similarity_QT=None,
         )
 

@@ -25,6 +25,7 @@ from medisee.geometry import (
     mask_to_frame,
     normalise_box,
     to_frame,
+    token_places,
 )
 
 Resize = Literal["longest", "stretch"]
@@ -339,3 +340,31 @@ def test_normalise_and_back(placed: tuple[int, int, Box]) -> None:
     height, width, box = placed
     normalised = torch.tensor(normalise_box(box, height, width))
     assert denormalise_box(normalised, height, width) == pytest.approx(box, abs=1e-3)
+
+
+@given(st.integers(24, 160), st.integers(24, 160), resizes, st.integers(1, 6))
+def test_tokens_of_the_frame_lie_where_boxes_are_sent(height: int, width: int, resize: Resize, grid: int) -> None:
+    """A token's own corners, taken as a box of the image, come out as its cell of the frame."""
+    frame = fit(height, width, 96, resize)
+    corners = cxcywh_to_xyxy(token_places(frame, grid, "frame"))
+    cells = boxes_to_frame(corners, [frame] * grid**2) / (96 / grid)
+    rows, columns = torch.arange(grid).repeat_interleave(grid), torch.arange(grid).repeat(grid)
+    expected = torch.stack([columns, rows, columns + 1, rows + 1], dim=1).float()
+    torch.testing.assert_close(cells, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("over", "first", "last"),
+    [
+        # 40 x 80: the padded square of 80 begins 20 pixels, half the height, above the image; two tokens a side.
+        ("pad", (0.25, 0.0, 0.5, 1.0), (0.75, 1.0, 0.5, 1.0)),
+        # Its centre square of 40 begins a quarter of the width to the right.
+        ("centre_crop", (0.375, 0.25, 0.25, 0.5), (0.625, 0.75, 0.25, 0.5)),
+    ],
+)
+def test_tokens_of_a_vision_tower_by_hand(
+    over: Literal["pad", "centre_crop"], first: tuple[float, ...], last: tuple[float, ...]
+) -> None:
+    places = token_places(fit(40, 80, 64, "longest"), 2, over)
+    assert places.shape == (4, 4)
+    torch.testing.assert_close(places[[0, 3]], torch.tensor([first, last]))

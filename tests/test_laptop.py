@@ -70,3 +70,29 @@ def test_the_brain_s_run_differs_in_its_data_alone() -> None:
     assert without_data(both) == without_data(brain)
     assert not [source.records for source in brain.data.train if "abdomen" in source.records]
     assert {source.records for source in brain.data.train} < {source.records for source in both.data.train}
+
+
+def test_from_scratch_differs_in_the_language_model_and_what_it_needs() -> None:
+    """The comparison is on equal terms: the same questions, slices, frozen features and steps."""
+    pretrained, scratch = (load_config(ROOT / "configs" / f"{name}.yaml") for name in ("laptop", "laptop_scratch"))
+    demo = load_config(ROOT / "configs" / "demo.yaml")
+    assert scratch.data.model_copy(update={"word_dropout": 0.0}) == pretrained.data
+    assert scratch.model.mllm == demo.model.mllm.model_copy(
+        update={"image_grid": pretrained.model.mllm.image_grid, "lora": pretrained.model.mllm.lora}
+    )
+    mllm = {"mllm": pretrained.model.mllm}
+    assert scratch.model.model_copy(update=mllm) == pretrained.model
+    own = {"out", "compile_layers", "lr", "warmup"}
+    assert scratch.train.model_dump(exclude=own) == pretrained.train.model_dump(exclude=own)
+    assert (scratch.train.lr, scratch.train.warmup) == (demo.train.lr, demo.train.warmup)
+    assert scratch.loss == demo.loss
+
+
+def test_a_step_from_scratch(tiny_manifest: Path, tmp_path: Path) -> None:
+    size = {"hidden": 32, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate": 48}
+    changes = [change for change in overrides(tiny_manifest, tmp_path) if not change.startswith("model.mllm.")]
+    changes += [f"model.mllm.size={json.dumps(size)}", "model.mllm.vocabulary=300", "model.mllm.image_grid=4"]
+    config = load_config(ROOT / "configs" / "laptop_scratch.yaml", changes)
+    model = MediSee.from_pretrained(train(config))
+    assert not [name for name, _ in model.named_parameters() if "lora" in name]
+    assert (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").count("giou") >= 1

@@ -47,15 +47,29 @@ def left_padded(input_ids_SL: Tensor, segments_SL: Tensor) -> Questions:
     return Questions(input_ids_SL.gather(1, order), own_SL.gather(1, order).long())
 
 
-def read_prefix(language_model: Any, inputs_BPD: Tensor, mask_BPP: Tensor | BlockMask) -> DynamicCache:
-    """Reads the prefix of every image and returns its keys and values.
+@dataclass(frozen=True, slots=True)
+class Prefixes:
+    """What the language model made of the images' prefixes.
+
+    Attributes:
+        cache: keys and values.
+        states_BPD: last states.
+    """
+
+    cache: DynamicCache
+    states_BPD: Tensor
+
+
+def read_prefix(language_model: Any, inputs_BPD: Tensor, mask_BPP: Tensor | BlockMask) -> Prefixes:
+    """Reads the prefix of every image.
 
     Args:
         language_model: the decoder of a Llava.
         inputs_BPD: embedded prefixes.
         mask_BPP: the attention kernel's mask, (B, 1, P, P).
     """
-    return language_model(inputs_embeds=inputs_BPD, attention_mask=mask_BPP, use_cache=True).past_key_values
+    read = language_model(inputs_embeds=inputs_BPD, attention_mask=mask_BPP, use_cache=True)
+    return Prefixes(read.past_key_values, read.last_hidden_state)
 
 
 def write_answers(

@@ -10,6 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+START_EDGE = 0.005
+"""Least and, from 1, most of a box's start: the decoder could not correct what lies further out."""
+
 
 class Router(nn.Module):
     """R_s or R_d: weighs the candidate tokens' states and sums them (paper, equation 2).
@@ -43,7 +46,10 @@ class Router(nn.Module):
 
 
 class BoxDecoder(nn.Module):
-    """G_b: h_det (I, D) -> normalised (cx, cy, w, h) in [0, 1]. The last layer starts at zero: the centre half box."""
+    """G_b: h_det (I, D) -> normalised (cx, cy, w, h) in [0, 1].
+
+    The last layer starts at zero: the first boxes are the centre half box, or those that `start_I4` names.
+    """
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
@@ -54,9 +60,15 @@ class BoxDecoder(nn.Module):
         nn.init.zeros_(last.weight)  # type: ignore[arg-type]
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
 
-    def forward(self, detection_ID: Tensor) -> Tensor:
-        """Returns (I, 4) in float32: bf16 would step by 4 pixels above 512."""
-        return self.layers(detection_ID).float().sigmoid()
+    def forward(self, detection_ID: Tensor, start_I4: Tensor | None = None) -> Tensor:
+        """Returns (I, 4) in float32: bf16 would step by 4 pixels above 512.
+
+        Args:
+            detection_ID: h_det.
+            start_I4: boxes that are corrected, not decoded from nothing (`Model.box_start`).
+        """
+        logits_I4 = self.layers(detection_ID).float()
+        return (logits_I4 if start_I4 is None else logits_I4 + start_I4.logit(eps=START_EDGE)).sigmoid()
 
 
 class TextProjection(nn.Sequential):

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medisee.config import Decoding
 from medisee.errors import InputError
-from medisee.geometry import boxes_to_frame, cxcywh_to_xyxy
+from medisee.geometry import boxes_to_frame, cxcywh_to_xyxy, token_places
 from medisee.model_config import Model
 from medisee.models.checkpoints import load_checkpoint, local_checkpoint, push_checkpoint, save_checkpoint
 from medisee.models.flex import flex_mask, use_flex
@@ -30,6 +30,7 @@ from medisee.models.packing import block_mask
 from medisee.models.pretrained import pinned_device
 from medisee.models.sam_med2d import sam_med2d_head
 from medisee.models.seg_head import Prompts, SamHead, sam_head
+from medisee.models.similarity import map_box, similarity_map
 from medisee.models.tokenizer import decode
 from medisee.processing import Batch, MediSeeProcessor
 
@@ -110,11 +111,12 @@ class MediSee(nn.Module):
         embedding_BCGG = self.embed_images(batch)
         hidden_SLD = self.hidden_states(batch, embedding_BCGG)
         tokens_IKD = hidden_SLD[batch.sequence_of_target_I[:, None], batch.candidates_IK].to(self.head_dtype)
-        centred_I4 = self.box_decoder(self.box_router(tokens_IKD))
         plain_QKD = hidden_SLD.detach()[batch.plain_sequence_Q[:, None], batch.plain_candidates_QK].to(self.head_dtype)
         # One call, even without plain queries: under ZeRO 3 every rank must gather the router's weights as often.
         segmentation_XD = self.seg_router(torch.cat([tokens_IKD, plain_QKD]))
         segmentation_ID, plain_QD = segmentation_XD.split([len(tokens_IKD), len(plain_QKD)])
+        similarity_IT = self._similarity(hidden_SLD[batch.sequence_of_target_I], segmentation_ID)
+        centred_I4 = self.box_decoder(self.box_router(tokens_IKD), self._box_start(batch, similarity_IT))
         features_BCGG = F.avg_pool2d(embedding_BCGG, 2) if masks == "coarse" else embedding_BCGG
         masks_Jhh = None if masks == "none" else self.decode_masks(batch, features_BCGG, segmentation_ID, centred_I4)
         supervised_ND = hidden_SLD[batch.supervised_N2[:, 0], batch.supervised_N2[:, 1]]
@@ -122,7 +124,7 @@ class MediSee(nn.Module):
             boxes_I4=cxcywh_to_xyxy(centred_I4),
             masks_Jhh=masks_Jhh,
             text_logits_NV=self.text_logits(supervised_ND),
-            similarity_IT=self._similarity(batch.sequence_of_target_I, hidden_SLD, segmentation_ID),
+            similarity_IT=similarity_IT,
             plain_similarity_QT=self._plain_similarity(batch, hidden_SLD, plain_QD),
         )
 
@@ -229,9 +231,10 @@ class MediSee(nn.Module):
         prefix_BP = batch.input_ids_SL[first_B, :prefix]
         inputs_BPD = self._embed_inputs(prefix_BP, batch.image_of_sequence_S[first_B], batch, embedding_BCGG)
         mask_BPP = self._attention_mask(batch.segments_SL[first_B, :prefix], inputs_BPD.dtype)
+        prefixes = read_prefix(self.mllm.model.language_model, inputs_BPD, mask_BPP)
         written = write_answers(
             self.mllm,
-            read_prefix(self.mllm.model.language_model, inputs_BPD, mask_BPP),
+            prefixes.cache,
             prefix_BP[0],
             left_padded(batch.input_ids_SL[:, prefix:], batch.segments_SL[:, prefix:]),
             image_of_sequence_S=batch.image_of_sequence_S,
@@ -243,8 +246,10 @@ class MediSee(nn.Module):
         tokens_IKD, emitted = self._written_candidates(written.ids_SA, written.states_SAD.to(self.head_dtype))
         plain = decoding == "plain"
         box_route, seg_route = (router.picked if plain else router for router in (self.box_router, self.seg_router))
-        centred_I4 = self.box_decoder(box_route(tokens_IKD))
-        masks_Jhh = self.decode_masks(batch, embedding_BCGG, seg_route(tokens_IKD), centred_I4, box_prompt=not plain)
+        segmentation_ID = seg_route(tokens_IKD)
+        similarity_IT = self._similarity(prefixes.states_BPD[batch.image_of_target_I], segmentation_ID)
+        centred_I4 = self.box_decoder(box_route(tokens_IKD), self._box_start(batch, similarity_IT))
+        masks_Jhh = self.decode_masks(batch, embedding_BCGG, segmentation_ID, centred_I4, box_prompt=not plain)
         texts = [decode(self.tokenizer, ids) for ids in self._without_padding(written.ids_SA)]
         return Generated(tuple(text.strip() for text in texts), emitted, cxcywh_to_xyxy(centred_I4), masks_Jhh)
 
@@ -281,12 +286,19 @@ class MediSee(nn.Module):
     def _plain_similarity(self, batch: Batch, hidden_SLD: Tensor, plain_QD: Tensor) -> Tensor | None:
         if not len(plain_QD):
             return None
-        return self._similarity(batch.plain_sequence_Q, hidden_SLD, plain_QD)
+        return self._similarity(hidden_SLD[batch.plain_sequence_Q], plain_QD)
 
-    def _similarity(self, sequence_I: Tensor, hidden_SLD: Tensor, segmentation_ID: Tensor) -> Tensor:
-        start, count = self.processor.image_start, self.processor.image_tokens
-        image_ITD = hidden_SLD[:, start : start + count][sequence_I]
-        return torch.einsum("itd,id->it", image_ITD.float(), segmentation_ID.float()) / hidden_SLD.shape[-1] ** 0.5
+    def _similarity(self, states_ILD: Tensor, segmentation_ID: Tensor) -> Tensor:
+        start = self.processor.image_start
+        return similarity_map(states_ILD[:, start : start + self.processor.image_tokens], segmentation_ID)
+
+    def _box_start(self, batch: Batch, similarity_IT: Tensor) -> Tensor | None:
+        if self.config.box_start == "centre":
+            return None
+        mllm, grid = self.config.mllm, int(self.processor.image_tokens**0.5)
+        over = "frame" if mllm.image_tokens == "seg_head" else mllm.vision_input
+        places_BT4 = torch.stack([token_places(frame, grid, over) for frame in batch.frames])
+        return map_box(similarity_IT, places_BT4.to(similarity_IT.device)[batch.image_of_target_I])
 
     @classmethod
     def from_pretrained(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from medisee.models.heads import BoxDecoder, Router, TextProjection
+from medisee.models.heads import START_EDGE, BoxDecoder, Router, TextProjection
 
 HIDDEN, WIDTH, TARGETS = 12, 7, 5
 
@@ -95,6 +95,20 @@ def test_the_order_of_tokens_matters() -> None:
 def test_box_decoder_starts_at_the_centre_half_box() -> None:
     boxes = BoxDecoder(HIDDEN, WIDTH)(100 * torch.randn(TARGETS, HIDDEN))
     assert torch.equal(boxes, torch.full((TARGETS, 4), 0.5))
+
+
+@torch.no_grad()
+def test_box_decoder_starts_at_the_boxes_that_it_is_to_correct() -> None:
+    start = torch.tensor([[0.3, 0.6, 0.2, 0.1], [0.5, -0.2, 1.4, 0.0]])
+    boxes = BoxDecoder(HIDDEN, WIDTH)(torch.randn(2, HIDDEN), start)
+    torch.testing.assert_close(boxes, start.clamp(START_EDGE, 1 - START_EDGE))
+
+
+def test_a_start_at_the_edge_can_be_corrected() -> None:
+    decoder: Any = BoxDecoder(HIDDEN, WIDTH)
+    start = torch.tensor([[1.0, 0.0, 2.0, -1.0]])
+    decoder(states(1)[:1, 0], start).sum().backward()
+    assert (decoder.layers[4].bias.grad > 1e-3).all()
 
 
 @torch.no_grad()

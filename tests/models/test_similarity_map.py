@@ -1,0 +1,42 @@
+"""The map of a query over its image tokens, and the box that it spreads over."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medisee.geometry import fit, token_places
+from medisee.models.similarity import SPREADS, map_box, similarity_map
+
+SIDE = SPREADS / math.sqrt(12)  # of an even rectangle of side 1
+
+
+def test_a_map_is_a_scaled_dot_product() -> None:
+    image_ITD, segmentation_ID = torch.randn(2, 5, 9, dtype=torch.bfloat16), torch.randn(2, 9)
+    expected = (image_ITD.float() * segmentation_ID[:, None]).sum(2) / 3
+    found = similarity_map(image_ITD, segmentation_ID)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@given(st.integers(1, 6), st.data())
+def test_an_even_rectangle_comes_back(grid: int, data: st.DataObject) -> None:
+    """Mean and spread of a map that is flat on a rectangle of tokens and nothing elsewhere."""
+    x0, y0 = data.draw(st.integers(0, grid - 1)), data.draw(st.integers(0, grid - 1))
+    x1, y1 = data.draw(st.integers(x0 + 1, grid)), data.draw(st.integers(y0 + 1, grid))
+    similarity = torch.full((grid, grid), -1e4)
+    similarity[y0:y1, x0:x1] = 7.0
+    box = map_box(similarity.reshape(1, -1), token_places(fit(32, 32, 32, "stretch"), grid, "frame")[None])
+    expected = torch.tensor([[(x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) * SIDE, (y1 - y0) * SIDE]]) / grid
+    torch.testing.assert_close(box, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [-50.0, 0.0, 50.0])
+def test_a_constant_added_to_a_map_moves_nothing(shift: float) -> None:
+    places = token_places(fit(20, 40, 32, "longest"), 4, "frame")[None]
+    similarity = torch.randn(1, 16)
+    torch.testing.assert_close(map_box(similarity + shift, places), map_box(similarity, places), rtol=1e-4, atol=1e-5)
