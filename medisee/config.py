@@ -178,7 +178,7 @@ class Train(Section):
     """Gradient norm limit."""
     dtype: Literal["float32", "bfloat16", "auto"] = "bfloat16"
     """Compute precision; geometry, losses and optimizer state stay in float32. `auto`: bfloat16 where the device
-    multiplies it faster than float32 (GPUs since Ampere, CPUs with AMX), float32 elsewhere."""
+    multiplies it faster than float32 (GPUs since Ampere, CPUs with AMX or AVX512_BF16), float32 elsewhere."""
     recompute_layers: bool | Annotated[int, Field(ge=0)] = False
     """Which of the language model's layers keep their inputs only and compute again in the backward pass (activation
     checkpointing): true: all, with a third more arithmetic and far less memory; a number: so many, the first ones. The

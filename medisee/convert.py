@@ -125,6 +125,7 @@ def from_release(weights: Path, model: Model, tokenizer_folder: Path, out: Path)
 def _check_model(model: Model, weights: Path) -> None:
     wanted = {
         "model.fusion": (model.fusion, "soft"),
+        "model.box_start": (model.box_start, "centre"),
         "model.mllm.image_tokens": (model.mllm.image_tokens, "vision_tower"),
         "model.mllm.train_tokens": (model.mllm.train_tokens, "all"),
         "model.seg_head.kind": (model.seg_head.kind, "medsam"),

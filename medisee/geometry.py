@@ -87,28 +87,38 @@ def boxes_to_frame(boxes_I4: Tensor, frames: list[Frame], scale: Literal["resize
 
 
 def token_places(frame: Frame, grid: int, over: Literal["frame", "pad", "centre_crop"]) -> Tensor:
-    """Returns where each of grid x grid image tokens lies, row by row: normalised (cx, cy, w, h), float32 (grid^2, 4).
+    """Returns the part of the image that each of grid x grid image tokens sees, row by row.
 
     Args:
         frame: of the image.
         grid: tokens per side.
-        over: what they divide: the seg head's frame, the image padded to a square, or its centre square. Tokens of padding
-            lie outside [0, 1].
+        over: what they divide: the seg head's frame, the image padded to a square, or its centre square.
+
+    Returns:
+        Normalised (cx, cy, w, h), float32 (grid^2, 4); a token of padding alone has no area.
     """
-    sides = frame.height, frame.width
     if over == "frame":
-        scale = frame.size / frame.resized_height, frame.size / frame.resized_width
-        first = 0.0, 0.0
+        top = left = 0.0
+        height, width = frame.size / frame.resized_height, frame.size / frame.resized_width
     else:
-        side = max(sides) if over == "pad" else min(sides)
-        scale = side / frame.height, side / frame.width
-        # As the image is padded and cut: by whole pixels, the odd one behind.
-        gaps = [abs(side - own) // 2 / own for own in sides]
-        first = (-gaps[0], -gaps[1]) if over == "pad" else (gaps[0], gaps[1])
-    steps = (torch.arange(grid, dtype=torch.float32) + 0.5) / grid
-    y, x = torch.meshgrid(first[0] + steps * scale[0], first[1] + steps * scale[1], indexing="ij")
-    width, height = torch.full_like(x, scale[1] / grid), torch.full_like(y, scale[0] / grid)
-    return torch.stack([x, y, width, height], dim=-1).flatten(0, 1)
+        side, above, before = square_of(frame.height, frame.width, over)
+        top, left = above / frame.height, before / frame.width
+        height, width = side / frame.height, side / frame.width
+    edges = torch.arange(grid + 1, dtype=torch.float32) / grid
+    rows, columns = (top + edges * height).clamp(0, 1), (left + edges * width).clamp(0, 1)
+    y0, x0 = torch.meshgrid(rows[:-1], columns[:-1], indexing="ij")
+    y1, x1 = torch.meshgrid(rows[1:], columns[1:], indexing="ij")
+    return torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], dim=-1).flatten(0, 1)
+
+
+def square_of(height: int, width: int, kind: Literal["pad", "centre_crop"]) -> tuple[int, int, int]:
+    """Returns side, top and left of the square that a vision tower sees of an image, in its pixels.
+
+    `pad`: the smallest square around it, which begins above or before it. `centre_crop`: the largest inside.
+    """
+    side = max(height, width) if kind == "pad" else min(height, width)
+    top, left = abs(side - height) // 2, abs(side - width) // 2
+    return (side, -top, -left) if kind == "pad" else (side, top, left)
 
 
 def normalise_box(

@@ -238,8 +238,8 @@ class Model(Section):
     """Hidden width of the box decoder."""
     box_start: Literal["centre", "map"] = "centre"
     """What the box decoder corrects. `centre`: the same box for every query (the paper). `map`: the box over which the
-    similarity map of h_seg and the image tokens spreads (a divergence for small data: which tokens a query fits is learnt
-    from each of them, where it lies from one state a query)."""
+    similarity map of h_seg spreads (a divergence for small data: every image token then teaches where targets lie, not
+    one state a query alone). Gradients of boxes then reach h_seg and the image tokens too."""
     prompts: tuple[Literal["text", "box"], ...] = ("text", "box")
     """What prompts the mask decoder (Table 5)."""
     box_frame: Literal["resized", "frame"] = "resized"

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from medisee.config import MaskResolution
 from medisee.data.prompts import CANDIDATE_TOKENS, FORCED_ANSWER, candidate_text
 from medisee.errors import InputError
-from medisee.geometry import Frame, bounded_mask, fit, mask_to_frame, normalise_box, to_frame
+from medisee.geometry import Frame, bounded_mask, fit, mask_to_frame, normalise_box, square_of, to_frame
 from medisee.masks import mask_box
 from medisee.model_config import Model
 from medisee.models.mllm import MAX_TOKENS, image_token_count
@@ -147,6 +147,7 @@ class MediSeeProcessor:
         self.pad_id = token_id(tokenizer, str(tokenizer.pad_token))
         self.answer_end = answer_end(tokenizer)
         self.image_tokens = image_token_count(config.mllm)
+        self.image_grid = int(self.image_tokens**0.5)
         self.mask_side = 4 * spec.grid
         before = tokenizer("[INST] ", add_special_tokens=False).input_ids
         self.prefix: list[int] = [
@@ -352,19 +353,15 @@ class MediSeeProcessor:
 
     def _token_coverage(self, mask: np.ndarray, frame: Frame, inside: Tensor) -> Tensor:
         # Image tokens of the seg head lie on its frame, those of a vision tower on the padded square or the centre.
-        grid = int(self.image_tokens**0.5)
         if self.config.mllm.image_tokens == "vision_tower":
-            height, width = mask.shape
-            if self.config.mllm.vision_input == "pad":
-                side = max(height, width)
-                top, left = (side - height) // 2, (side - width) // 2
-                mask = np.pad(mask, ((top, side - height - top), (left, side - width - left)))
+            kind, (height, width) = self.config.mllm.vision_input, mask.shape
+            side, top, left = square_of(height, width, kind)
+            if kind == "pad":
+                mask = np.pad(mask, ((-top, side - height + top), (-left, side - width + left)))
             else:
-                side = min(height, width)
-                top, left = (height - side) // 2, (width - side) // 2
                 mask = mask[top : top + side, left : left + side]
             inside = torch.from_numpy(mask).float()
-        return torch.nn.functional.adaptive_avg_pool2d(inside[None], grid).flatten()
+        return torch.nn.functional.adaptive_avg_pool2d(inside[None], self.image_grid).flatten()
 
 
 def _mask_of_loss(mask: np.ndarray, inside: Tensor, resolution: MaskResolution) -> Tensor:
@@ -378,10 +375,9 @@ def _plain_query(query: Query) -> Query:
 
 
 def _padded(image: np.ndarray, size: int) -> Image.Image:
-    height, width = image.shape[:2]
-    side = max(height, width)
+    side, top, left = square_of(image.shape[0], image.shape[1], "pad")
     square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in CLIP_MEAN))
-    square.paste(Image.fromarray(image), ((side - width) // 2, (side - height) // 2))
+    square.paste(Image.fromarray(image), (-left, -top))
     return square.resize((size, size), Image.Resampling.BICUBIC)
 
 

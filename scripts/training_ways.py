@@ -114,13 +114,14 @@ class WayLoss(TrainingLoss):
         inputs_SLD = input_states(model, batch, embedding_BCGG)
         hidden_SLD = language_states(model, inputs_SLD, batch, self.way)
         tokens_IKD = hidden_SLD[batch.sequence_of_target_I[:, None], batch.candidates_IK].to(model.head_dtype)
-        centred_I4 = model.box_decoder(model.box_router(tokens_IKD))
         segmentation_ID = model.seg_router(tokens_IKD)
+        similarity_IT = model._similarity(hidden_SLD, batch.sequence_of_target_I, segmentation_ID)
+        centred_I4 = model.box_decoder(model.box_router(tokens_IKD), model._box_start(batch, similarity_IT))
         return Output(
             boxes_I4=cxcywh_to_xyxy(centred_I4),
             masks_Jhh=model.decode_masks(batch, embedding_BCGG, segmentation_ID, centred_I4),
             text_logits_NV=all_logits(model, hidden_SLD),
-            similarity_IT=model._similarity(hidden_SLD[batch.sequence_of_target_I], segmentation_ID),
+            similarity_IT=similarity_IT,
             plain_similarity_QT=None,
         )
 

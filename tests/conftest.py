@@ -8,10 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from medisee.masks import encode_mask
 from medisee.records import QA, Record, Target, write_records
+
+# How long an example takes is no matter of right or wrong.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 SIZES = ((48, 64), (64, 40), (56, 72), (40, 64))
 CATEGORIES = {"liver": ["liver", "hepatic tissue"], "left kidney": ["left kidney", "ren sinister"]}

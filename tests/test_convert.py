@@ -256,6 +256,7 @@ def damage(folder: Path, what: str) -> None:
         ("heads", (), "config.json: num_attention_heads is 8, but model.mllm.size.heads is 4"),
         ("", ("model.router_hidden=8",), r"router_seg.gate.0.weight has shape \(16, 64\), .* expects \(8, 64\)"),
         ("", ("model.fusion=hard",), "model.fusion = 'hard': the release has 'soft'"),
+        ("", ("model.box_start=map",), "model.box_start = 'map': the release has 'centre'"),
         ("", ("model.mllm.train_tokens=new",), "model.mllm.train_tokens = 'new': the release has 'all'"),
         ("", ("model.candidate_tokens=['[SEG]', '[BOX]']",), r"the release has \['\[BBOX\]', '\[SEG\]'\]"),
         ("", ("model.mllm.train=frozen",), "the weights have LoRA, so set model.mllm.train=lora"),

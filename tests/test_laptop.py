@@ -73,7 +73,7 @@ def test_the_brain_s_run_differs_in_its_data_alone() -> None:
 
 
 def test_from_scratch_differs_in_the_language_model_and_what_it_needs() -> None:
-    """The comparison is on equal terms: the same questions, slices, frozen features and steps."""
+    """The same questions, slices, frozen features and steps; rate and losses are the demo's."""
     pretrained, scratch = (load_config(ROOT / "configs" / f"{name}.yaml") for name in ("laptop", "laptop_scratch"))
     demo = load_config(ROOT / "configs" / "demo.yaml")
     assert scratch.data.model_copy(update={"word_dropout": 0.0}) == pretrained.data

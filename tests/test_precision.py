@@ -48,6 +48,7 @@ def test_each_kind_of_weight_is_stored_as_the_run_needs_it(
     ("amx", "avx512", "expected"),
     [
         (True, True, torch.bfloat16),
+        (True, False, torch.bfloat16),
         (False, True, torch.bfloat16),  # AMD since Zen 4
         (False, False, torch.float32),
     ],

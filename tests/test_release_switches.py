@@ -66,7 +66,7 @@ class Says(nn.Module):
         super().__init__()
         self.boxes_I4 = nn.Parameter(torch.tensor(boxes))
 
-    def forward(self, _: Tensor) -> Tensor:
+    def forward(self, _: Tensor, start_I4: Tensor | None = None) -> Tensor:
         return self.boxes_I4
 
 

@@ -90,7 +90,7 @@ def test_a_resumed_run_keeps_what_it_came_from_and_drops_what_was_damaged(three:
     assert steps_in(three) == [10, 12]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(NAMES),
     place=st.floats(0, 1, exclude_max=True),

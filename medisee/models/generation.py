@@ -15,6 +15,19 @@ from transformers import DynamicCache, LlavaForConditionalGeneration
 
 
 @dataclass(frozen=True, slots=True)
+class Prefixes:
+    """What the language model made of the images' prefixes.
+
+    Attributes:
+        cache: keys and values.
+        states_BPD: last states.
+    """
+
+    cache: DynamicCache
+    states_BPD: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Questions:
     """What stands behind the prefixes, with the padding on the left: generation appends on the right.
 
@@ -47,19 +60,6 @@ def left_padded(input_ids_SL: Tensor, segments_SL: Tensor) -> Questions:
     return Questions(input_ids_SL.gather(1, order), own_SL.gather(1, order).long())
 
 
-@dataclass(frozen=True, slots=True)
-class Prefixes:
-    """What the language model made of the images' prefixes.
-
-    Attributes:
-        cache: keys and values.
-        states_BPD: last states.
-    """
-
-    cache: DynamicCache
-    states_BPD: Tensor
-
-
 def read_prefix(language_model: Any, inputs_BPD: Tensor, mask_BPP: Tensor | BlockMask) -> Prefixes:
     """Reads the prefix of every image.
 
@@ -74,7 +74,7 @@ def read_prefix(language_model: Any, inputs_BPD: Tensor, mask_BPP: Tensor | Bloc
 
 def write_answers(
     llava: LlavaForConditionalGeneration,
-    prefixes: DynamicCache,
+    cache: DynamicCache,
     prefix_ids_P: Tensor,
     questions: Questions,
     *,
@@ -88,7 +88,7 @@ def write_answers(
 
     Args:
         llava: the language model.
-        prefixes: from `read_prefix`, one an image; changed by this call.
+        cache: `Prefixes.cache`; changed by this call.
         prefix_ids_P: token ids of the prefix, the same for all images.
         questions: what stands behind it.
         image_of_sequence_S: the image that each question is about.
@@ -97,7 +97,7 @@ def write_answers(
         pad_id: id of the padding.
         never: id that is not to be written.
     """
-    prefixes.batch_select_indices(image_of_sequence_S)
+    cache.batch_select_indices(image_of_sequence_S)
     prefix_SP = prefix_ids_P.expand(len(questions.input_ids_SL), -1)
     # The padding stands between prefix and question; positions are counted over what the mask shows.
     input_ids = torch.cat([prefix_SP, questions.input_ids_SL], dim=1)
@@ -105,7 +105,7 @@ def write_answers(
     result: Any = model.generate(
         input_ids=input_ids,
         attention_mask=torch.cat([torch.ones_like(prefix_SP), questions.mask_SL], dim=1),
-        past_key_values=prefixes,
+        past_key_values=cache,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,

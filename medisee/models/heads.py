@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 START_EDGE = 0.005
-"""Least and, from 1, most of a box's start: the decoder could not correct what lies further out."""
+"""A box's start lies at least so far from 0 and from 1, since the decoder could not correct what lies further out. The map
+learns nothing from a coordinate that was moved there."""
 
 
 class Router(nn.Module):

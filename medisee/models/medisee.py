@@ -115,7 +115,7 @@ class MediSee(nn.Module):
         # One call, even without plain queries: under ZeRO 3 every rank must gather the router's weights as often.
         segmentation_XD = self.seg_router(torch.cat([tokens_IKD, plain_QKD]))
         segmentation_ID, plain_QD = segmentation_XD.split([len(tokens_IKD), len(plain_QKD)])
-        similarity_IT = self._similarity(hidden_SLD[batch.sequence_of_target_I], segmentation_ID)
+        similarity_IT = self._similarity(hidden_SLD, batch.sequence_of_target_I, segmentation_ID)
         centred_I4 = self.box_decoder(self.box_router(tokens_IKD), self._box_start(batch, similarity_IT))
         features_BCGG = F.avg_pool2d(embedding_BCGG, 2) if masks == "coarse" else embedding_BCGG
         masks_Jhh = None if masks == "none" else self.decode_masks(batch, features_BCGG, segmentation_ID, centred_I4)
@@ -231,10 +231,10 @@ class MediSee(nn.Module):
         prefix_BP = batch.input_ids_SL[first_B, :prefix]
         inputs_BPD = self._embed_inputs(prefix_BP, batch.image_of_sequence_S[first_B], batch, embedding_BCGG)
         mask_BPP = self._attention_mask(batch.segments_SL[first_B, :prefix], inputs_BPD.dtype)
-        prefixes = read_prefix(self.mllm.model.language_model, inputs_BPD, mask_BPP)
+        read = read_prefix(self.mllm.model.language_model, inputs_BPD, mask_BPP)
         written = write_answers(
             self.mllm,
-            prefixes.cache,
+            read.cache,
             prefix_BP[0],
             left_padded(batch.input_ids_SL[:, prefix:], batch.segments_SL[:, prefix:]),
             image_of_sequence_S=batch.image_of_sequence_S,
@@ -247,7 +247,7 @@ class MediSee(nn.Module):
         plain = decoding == "plain"
         box_route, seg_route = (router.picked if plain else router for router in (self.box_router, self.seg_router))
         segmentation_ID = seg_route(tokens_IKD)
-        similarity_IT = self._similarity(prefixes.states_BPD[batch.image_of_target_I], segmentation_ID)
+        similarity_IT = self._similarity(read.states_BPD, batch.image_of_target_I, segmentation_ID)
         centred_I4 = self.box_decoder(box_route(tokens_IKD), self._box_start(batch, similarity_IT))
         masks_Jhh = self.decode_masks(batch, embedding_BCGG, segmentation_ID, centred_I4, box_prompt=not plain)
         texts = [decode(self.tokenizer, ids) for ids in self._without_padding(written.ids_SA)]
@@ -286,18 +286,19 @@ class MediSee(nn.Module):
     def _plain_similarity(self, batch: Batch, hidden_SLD: Tensor, plain_QD: Tensor) -> Tensor | None:
         if not len(plain_QD):
             return None
-        return self._similarity(hidden_SLD[batch.plain_sequence_Q], plain_QD)
+        return self._similarity(hidden_SLD, batch.plain_sequence_Q, plain_QD)
 
-    def _similarity(self, states_ILD: Tensor, segmentation_ID: Tensor) -> Tensor:
+    def _similarity(self, states_SLD: Tensor, sequence_I: Tensor, segmentation_ID: Tensor) -> Tensor:
         start = self.processor.image_start
-        return similarity_map(states_ILD[:, start : start + self.processor.image_tokens], segmentation_ID)
+        image_STD = states_SLD[:, start : start + self.processor.image_tokens]
+        return similarity_map(image_STD[sequence_I], segmentation_ID)
 
     def _box_start(self, batch: Batch, similarity_IT: Tensor) -> Tensor | None:
         if self.config.box_start == "centre":
             return None
-        mllm, grid = self.config.mllm, int(self.processor.image_tokens**0.5)
+        mllm = self.config.mllm
         over = "frame" if mllm.image_tokens == "seg_head" else mllm.vision_input
-        places_BT4 = torch.stack([token_places(frame, grid, over) for frame in batch.frames])
+        places_BT4 = torch.stack([token_places(frame, self.processor.image_grid, over) for frame in batch.frames])
         return map_box(similarity_IT, places_BT4.to(similarity_IT.device)[batch.image_of_target_I])
 
     @classmethod

@@ -42,7 +42,7 @@ def test_image_and_classes_stay_aligned(seed: int) -> None:
 
 
 @given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_classes_follow_the_largest_linear_weight(seed: int) -> None:
     rng = np.random.default_rng(seed)
     classes = np.kron(rng.integers(0, 5, (6, 7)), np.ones((8, 8))).astype(np.uint8)

@@ -188,7 +188,7 @@ def test_pillows_own_limit_is_told_alike(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")  # Pillow warns of damaged tags
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from(["png", "jpg", "tif"]), st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1)
 )

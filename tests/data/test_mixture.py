@@ -41,7 +41,7 @@ def draws(own: Mixture, count: int) -> list[Draw]:
     return [own.draw(number) for number in range(count)]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(sources, st.integers(0, 5))
 def test_weights_are_kept_exactly_over_every_cycle(shape: list[tuple[int, int]], turn: int) -> None:
     own = mixture(shape)
@@ -57,7 +57,7 @@ def test_seven_to_three() -> None:
     assert Counter(draw.source for draw in draws(mixture([(5, 700), (5, 300)]), 10)) == {0: 7, 1: 3}
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(sources, st.integers(0, 3))
 def test_every_record_comes_once_per_pass(shape: list[tuple[int, int]], seed: int) -> None:
     own = mixture(shape, seed)
@@ -82,7 +82,7 @@ def test_sources_are_mixed_within_cycles() -> None:
     assert len(patterns) > 5
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(sources, st.integers(0, 1000))
 def test_a_draw_is_a_pure_function_of_its_number(shape: list[tuple[int, int]], number: int) -> None:
     own, other = mixture(shape, 3), mixture(shape, 3)
@@ -116,7 +116,7 @@ def test_an_unseeded_source_joins_when_it_is_its_turn() -> None:
     assert set(found[:50]) == {0} and set(found[50:]) == {0, 1}
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(sources, st.integers(1, 40))
 def test_a_source_that_joins_later(shape: list[tuple[int, int]], join: int) -> None:
     """Before it joins the others keep their shares; then all do; and passes stay whole across the change."""
@@ -159,7 +159,7 @@ def test_accumulation_changes_no_order() -> None:
     assert [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)] == numbers(run())
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     splits=st.lists(st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 3, 4, 6, 12])), min_size=1, max_size=6),
     seed=st.integers(0, 3),

@@ -114,7 +114,7 @@ def test_what_is_right_is_yielded_before_an_error(tmp_path: Path) -> None:
         next(entries)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(st.integers(1, 590), st.binary(min_size=1, max_size=3))
 def test_damage_is_told_or_harmless(tmp_path: Path, place: int, junk: bytes) -> None:
     """Bytes that are written over the index give an InputError, or entries of the right form: never another error."""

@@ -62,7 +62,7 @@ def _sentences(draw: st.DrawFn) -> str:
     return " ".join(spoken)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(_sentences(), max_size=25))
 def test_the_fast_search_finds_what_comparing_all_finds(sentences: list[str]) -> None:
     seen, kept = Duplicates(), []

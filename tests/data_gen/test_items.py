@@ -48,7 +48,7 @@ def test_objects_of_a_case_are_drawn_once_while_others_are_left(records: Callabl
     assert set(Counter(item.category for item in items).values()) == {10}
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 1000))
 def test_the_same_seed_draws_the_same(tmp_path: Path, seed: int) -> None:
     path = tmp_path / "many.jsonl"

@@ -98,7 +98,7 @@ def _said(scene: dict[str, Box], compact: bool) -> list[str]:
     return [statement.phrase for statement in statements(scene["alpha"], others, landmarks, compact=compact)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(boxes(), min_size=1, max_size=5), st.booleans())
 def test_statements_hold_of_the_target_and_of_nothing_else(found: list[Box], compact: bool) -> None:
     scene = dict(zip(ORGANS, found, strict=False))

@@ -55,7 +55,7 @@ def segments_of(rows: list[tuple[int, list[int]]]) -> Tensor:
     return pack([[1] * prefix for prefix, _ in rows], [[[2] * n for n in own] for _, own in rows], 0).segments_SL
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(lengths, st.booleans())
 def test_the_mask_is_the_block_mask(rows: list[tuple[int, list[int]]], full_prefix: bool) -> None:
     segments = segments_of(rows)

@@ -53,7 +53,7 @@ def test_it_equals_the_packages_encoder() -> None:
     everywhere=st.booleans(),
     count=st.integers(1, 3),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @torch.no_grad()
 def test_it_equals_the_packages_encoder_at_any_size(
     patches: int, window: int, heads: int, everywhere: bool, count: int

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -99,7 +99,6 @@ def test_giou_loss_by_hand(first: tuple[float, ...], second: tuple[float, ...], 
     assert giou_loss(box(*second), box(*first)).item() == pytest.approx(1 - giou, abs=1e-5)
 
 
-@settings(deadline=None)
 @given(boxes, boxes)
 def test_giou_loss_is_finite_and_in_range(first: tuple[float, ...], second: tuple[float, ...]) -> None:
     predicted = box(*first).requires_grad_()
@@ -156,7 +155,6 @@ value = st.floats(-100, 100, width=32)
 pairs = st.integers(1, 12).flatmap(lambda tokens: st.tuples(*[st.lists(value, min_size=tokens, max_size=tokens)] * 2))
 
 
-@settings(deadline=None)
 @given(pairs, value)
 def test_js_divergence_is_a_symmetric_bounded_measure_of_shapes(
     maps: tuple[list[float], list[float]], shift: float
@@ -181,7 +179,6 @@ def test_js_divergence_by_hand() -> None:
     assert js_divergence(1e4 * first, 1e4 * second).tolist() == pytest.approx([math.log(2)])
 
 
-@settings(deadline=None)
 @given(pairs)
 def test_similarity_mse_is_symmetric_and_zero_for_equal_maps(maps: tuple[list[float], list[float]]) -> None:
     first, second = (torch.tensor([one]) for one in maps)

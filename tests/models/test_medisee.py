@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import pytest
 import torch
@@ -12,11 +12,8 @@ from torch import Tensor, nn
 
 from medisee.config import Loss
 from medisee.data.prompts import candidate_text
-from medisee.geometry import cxcywh_to_xyxy, token_places
-from medisee.models.heads import START_EDGE
 from medisee.models.medisee import Generated, MediSee, Output
 from medisee.models.objective import end_to_end_loss
-from medisee.models.similarity import map_box
 from medisee.processing import Batch, Example
 
 BuildModel: TypeAlias = Callable[..., MediSee]
@@ -373,36 +370,3 @@ def test_a_true_box_prompts_only_where_asked(tiny_model: MediSee, make_example: 
     assert hinted.masks_Jhh is not None
     assert (plain.masks_Jhh[0] - hinted.masks_Jhh[0]).abs().max() > 1e-4
     same(plain.masks_Jhh[1], hinted.masks_Jhh[1], 1e-6)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("image_tokens", ["seg_head", "vision_tower"])
-def test_a_box_starts_where_its_own_images_map_lies(
-    build_tiny: BuildModel, make_example: MakeExample, image_tokens: str
-) -> None:
-    """With a decoder that corrects nothing, a box is that of the map over the query's own, non-square image."""
-    model = build_tiny(mllm={"image_tokens": image_tokens}, box_start="map")
-    last: Any = model.box_decoder.layers[-1]
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
-    examples = [make_example(QUESTIONS[:2], answer=FORCED), make_example(QUESTIONS[2:], size=(30, 70), answer=FORCED)]
-    batch = model.processor(examples)
-    output = model(batch)
-    over = "frame" if image_tokens == "seg_head" else "pad"
-    for index, image in enumerate((0, 0, 1)):
-        places = token_places(batch.frames[image], 2, over)
-        expected = map_box(output.similarity_IT[index, None], places[None]).clamp(START_EDGE, 1 - START_EDGE)
-        torch.testing.assert_close(output.boxes_I4[index, None], cxcywh_to_xyxy(expected))
-    assert not torch.allclose(output.boxes_I4[0], output.boxes_I4[2], atol=1e-2)
-
-
-def test_boxes_from_the_map_teach_the_image_tokens(build_tiny: BuildModel, make_example: MakeExample) -> None:
-    """The gradient of a box reaches both sides of the map, though the decoder's own last layer is zero."""
-    model = build_tiny(box_start="map")
-    last: Any = model.box_decoder.layers[-1]
-    nn.init.zeros_(last.weight)
-    model(model.processor([make_example(QUESTIONS, answer=FORCED)]), masks="none").boxes_I4.sum().backward()
-    projector: Any = model.mllm.model.multi_modal_projector
-    routed: Any = model.seg_router.gate[0]
-    assert projector.linear_1.weight.grad.abs().sum() > 0
-    assert routed.weight.grad.abs().sum() > 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import flex_attention as torchs_flex
@@ -149,7 +149,6 @@ def test_pack_by_hand() -> None:
     assert packed.starts == ((2, 4), (1,))
 
 
-@settings(deadline=None)
 @given(sequences)
 def test_pack_keeps_every_token_in_its_place(rows: list[tuple[list[int], list[list[int]]]]) -> None:
     packed = pack([prefix for prefix, _ in rows], [queries for _, queries in rows], PAD)
@@ -170,7 +169,6 @@ def test_pack_keeps_every_token_in_its_place(rows: list[tuple[list[int], list[li
         assert (ids[lengths[row] :] == PAD).all()
 
 
-@settings(deadline=None)
 @given(sequences)
 def test_block_mask_is_causal_and_blind_to_other_queries(rows: list[tuple[list[int], list[list[int]]]]) -> None:
     segments = pack([prefix for prefix, _ in rows], [queries for _, queries in rows], PAD).segments_SL

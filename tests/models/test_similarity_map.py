@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from medisee.models.similarity import SPREADS, map_box, similarity_map
 SIDE = SPREADS / math.sqrt(12)  # of an even rectangle of side 1
 
 
-def test_a_map_is_a_scaled_dot_product() -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_map_is_a_scaled_dot_product(autocast: bool) -> None:
     image_ITD, segmentation_ID = torch.randn(2, 5, 9, dtype=torch.bfloat16), torch.randn(2, 9)
     expected = (image_ITD.float() * segmentation_ID[:, None]).sum(2) / 3
-    found = similarity_map(image_ITD, segmentation_ID)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = similarity_map(image_ITD, segmentation_ID)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -40,3 +43,19 @@ def test_a_constant_added_to_a_map_moves_nothing(shift: float) -> None:
     places = token_places(fit(20, 40, 32, "longest"), 4, "frame")[None]
     similarity = torch.randn(1, 16)
     torch.testing.assert_close(map_box(similarity + shift, places), map_box(similarity, places), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("over", ["frame", "pad"])
+@pytest.mark.parametrize("size", [(30, 70), (70, 30), (64, 64), (8, 640)])
+def test_padding_counts_for_nothing(over: Literal["frame", "pad"], size: tuple[int, int]) -> None:
+    """An even map spreads over the whole image, whatever its shape, and every coordinate can learn."""
+    places = token_places(fit(*size, 64, "longest"), 4, over)[None]
+    similarity = torch.zeros(1, 16)
+    torch.testing.assert_close(map_box(similarity, places), torch.tensor([[0.5, 0.5, SIDE, SIDE]]))
+    similarity = torch.randn(1, 16, requires_grad=True)
+    box = map_box(similarity, places)
+    assert ((box > 0) & (box < 1)).all()
+    for coordinate in (0, 1) if 8 in size else range(4):
+        (gradient,) = torch.autograd.grad(box[0, coordinate], similarity, retain_graph=True)
+        assert gradient.isfinite().all()
+        assert 8 in size or gradient.abs().sum() > 0
