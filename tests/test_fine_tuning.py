@@ -106,7 +106,6 @@ def test_no_checkpoint_is_refused_and_named_beforehand(tiny_config: Run, tmp_pat
     [
         ("medisee_7b_ft", "medisee_7b", (2.0, 1.0)),
         ("demo_ft", "demo", (2.0, 1.0)),
-        ("laptop_ft", "laptop", (2.0, 1.0)),
         ("ablations/without_l_sim", "medisee_7b", (0.0, 0.0)),
         ("ablations/demo_without_l_sim", "demo", (0.0, 0.0)),
     ],
@@ -118,5 +117,5 @@ def test_configurations_of_the_second_stage(name: str, first: str, weights: tupl
     assert config.model == before.model
     assert config.train.init == f"{before.train.out}/checkpoint"
     assert config.train.out != before.train.out
-    assert {source.records for source in config.data.train} <= {source.records for source in before.data.train}
-    assert not [source.records for source in config.data.train if source.from_step or "class" in source.records]
+    (source,) = config.data.train
+    assert source.records in [one.records for one in before.data.train] and source.from_step == 0
