@@ -19,6 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from medisee.masks import bounded_size
+
 SAM_MEAN = (123.675, 116.28, 103.53)
 SAM_STD = (58.395, 57.12, 57.375)
 
@@ -145,12 +147,6 @@ def cxcywh_to_xyxy(boxes_I4: Tensor) -> Tensor:
     """Converts normalised (cx, cy, w, h) boxes (I, 4) to (x0, y0, x1, y1); they may pass the image's border."""
     center, half = boxes_I4[:, :2], boxes_I4[:, 2:] / 2
     return torch.cat([center - half, center + half], dim=1)
-
-
-def bounded_size(height: int, width: int, longest: int) -> tuple[int, int]:
-    """Returns (height, width) of an image scaled down so that its longer side has `longest` pixels; never up."""
-    scale = min(1.0, longest / max(height, width))
-    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def logits_to_original(logits_hw: Tensor, frame: Frame, size: tuple[int, int] | None = None) -> Tensor:

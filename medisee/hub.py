@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -20,6 +21,21 @@ from medisee.errors import InputError
 TEXTS = ("*.json", "tokenizer.model")
 SAFETENSORS = ("*.safetensors",)
 PICKLES = ("pytorch_model*.bin", "*.pth")
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def is_hub_id(source: Path | str) -> bool:
+    """Tells whether a checkpoint's name is no path here but could be that of a hub repository."""
+    return not Path(source).exists() and _HUB_ID.fullmatch(str(source)) is not None
+
+
+def cached_folder(source: str, member: str, revision: str | None = None) -> Path | None:
+    """Returns the folder in the hub's cache that holds a repository's file `member`; None where there is none."""
+    if not is_hub_id(source) or source.count("/") != 1:
+        return None
+    cached = try_to_load_from_cache(source, member, revision=revision)
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def fetch(repository: str, revision: str | None = None, folder: Path | None = None, *, weights: bool = True) -> Path:

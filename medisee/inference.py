@@ -39,10 +39,11 @@ from medisee.data.prompts import candidate_text
 from medisee.drawing import overlay
 from medisee.errors import InputError, exit_code
 from medisee.files import atomic_path, write_json
+from medisee.hub import is_hub_id
 from medisee.masks import Box, decode_mask, encode_mask
-from medisee.models.checkpoints import is_hub_id, local_checkpoint
+from medisee.model_config import MAX_TOKENS
+from medisee.models.checkpoints import local_checkpoint
 from medisee.models.medisee import MediSee
-from medisee.models.mllm import MAX_TOKENS
 from medisee.plan import GPU, checkpoint_config, plan_inference
 from medisee.plan_tables import render_inference_plan
 from medisee.processing import Example, Query

@@ -59,9 +59,3 @@ class StopRequest:
         self.noted = 128 + number
         # os.write: a signal may come in the middle of print.
         os.write(2, b"\nending after this step; its state will be saved (Ctrl-C again: end at once)\n")
-
-
-def leave_to_parent(_: int = 0) -> None:
-    """Makes a loader process ignore both signals, which reach whole groups: its parent still needs batches."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

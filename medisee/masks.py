@@ -110,3 +110,9 @@ def mask_box(mask: NDArray[np.bool_]) -> Box | None:
     if not columns.size:
         return None
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+def bounded_size(height: int, width: int, longest: int) -> tuple[int, int]:
+    """Returns (height, width) of an image scaled down so that its longer side has `longest` pixels; never up."""
+    scale = min(1.0, longest / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PACKAGE = "package:"
 """Begins a source that is a file inside an installed PyPI package."""
+MAX_TOKENS = 1024
+"""Most tokens of a question with its answer (release)."""
 PLACING = ("bits", "device_map", "max_memory", "offload_folder")
 """Settings of `Mllm` that say how and where its layers are held, not which model it is."""
 
@@ -146,6 +148,13 @@ class Mllm(Section):
     def is_gguf(self) -> bool:
         """Whether `source` is a GGUF file."""
         return self.source is not None and (self.source.startswith(PACKAGE) or self.source.endswith(".gguf"))
+
+    @property
+    def image_token_count(self) -> int:
+        """T, the number of image tokens in a prompt."""
+        if self.image_tokens == "seg_head":
+            return self.image_grid**2
+        return (self.vision_size // self.vision_patch) ** 2
 
 
 class SamSizes(Section):

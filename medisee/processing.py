@@ -21,8 +21,7 @@ from medisee.data.prompts import CANDIDATE_TOKENS, FORCED_ANSWER, candidate_text
 from medisee.errors import InputError
 from medisee.geometry import Frame, bounded_mask, fit, mask_to_frame, normalise_box, square_of, to_frame
 from medisee.masks import mask_box
-from medisee.model_config import Model
-from medisee.models.mllm import MAX_TOKENS, image_token_count
+from medisee.model_config import MAX_TOKENS, Model
 from medisee.models.packing import pack
 from medisee.models.seg_head import SegHeadSpec
 from medisee.models.tokenizer import IMAGE_TOKEN, answer_end, token_id
@@ -146,7 +145,7 @@ class MediSeeProcessor:
         self.end_id = token_id(tokenizer, str(tokenizer.eos_token))
         self.pad_id = token_id(tokenizer, str(tokenizer.pad_token))
         self.answer_end = answer_end(tokenizer)
-        self.image_tokens = image_token_count(config.mllm)
+        self.image_tokens = config.mllm.image_token_count
         self.image_grid = int(self.image_tokens**0.5)
         self.mask_side = 4 * spec.grid
         before = tokenizer("[INST] ", add_special_tokens=False).input_ids

@@ -21,8 +21,8 @@ from medisee.config import Config
 from medisee.data.prompts import ANSWERS, CANDIDATE_TOKENS, CLASS_QUESTIONS, candidate_text
 from medisee.errors import InputError
 from medisee.jsonl import read_lines
+from medisee.model_config import MAX_TOKENS
 from medisee.models.medisee import MediSee
-from medisee.models.mllm import MAX_TOKENS
 from medisee.processing import Batch, Example, Query
 from medisee.records import Record, Target, read_record
 

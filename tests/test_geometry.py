@@ -16,7 +16,6 @@ from medisee.geometry import (
     SAM_STD,
     Frame,
     bounded_mask,
-    bounded_size,
     boxes_to_frame,
     cxcywh_to_xyxy,
     denormalise_box,
@@ -28,6 +27,7 @@ from medisee.geometry import (
     to_frame,
     token_places,
 )
+from medisee.masks import bounded_size
 
 Resize = Literal["longest", "stretch"]
 Box = tuple[int, int, int, int]

@@ -21,9 +21,8 @@ from medisee.data.query_bank import load_bank, split_bank
 from medisee.data.questions import ask_held_out, ask_seen, ask_training
 from medisee.errors import InputError
 from medisee.files import atomic_path, is_new_or_earlier, write_json
-from medisee.geometry import bounded_size
 from medisee.manifest import Manifest
-from medisee.masks import encode_mask, mask_box
+from medisee.masks import bounded_size, encode_mask, mask_box
 from medisee.records import Record, Target, write_records
 
 SUMMARY = "asked.json"

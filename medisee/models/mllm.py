@@ -34,7 +34,6 @@ from medisee.models.pretrained import DTYPES, general_kernel, load_pretrained, p
 from medisee.models.seg_head import SegHeadSpec
 from medisee.models.tokenizer import IMAGE_TOKEN, add_candidate_tokens, token_id
 
-MAX_TOKENS = 1024
 POSITION_FREQUENCIES = 16
 
 _ADAPTED = r".*language_model.*\.(q_proj|v_proj)"
@@ -246,13 +245,6 @@ def _check_vision(llava: LlavaForConditionalGeneration, config: Mllm) -> None:
         )
     if problems:
         raise InputError(problems)
-
-
-def image_token_count(config: Mllm) -> int:
-    """Returns T, the number of image tokens in a prompt."""
-    if config.image_tokens == "seg_head":
-        return config.image_grid**2
-    return (config.vision_size // config.vision_patch) ** 2
 
 
 def seg_head_tokens(embedding_BCGG: Tensor, grid: int) -> Tensor:

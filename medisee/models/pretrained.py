@@ -22,9 +22,8 @@ from transformers import (
 )
 
 from medisee.errors import InputError
-from medisee.hub import fetch
+from medisee.hub import fetch, is_hub_id
 from medisee.model_config import Mllm
-from medisee.models.checkpoints import is_hub_id
 from medisee.models.conversion import converted, vocabulary_problems
 from medisee.models.gguf import gguf_folder
 from medisee.models.llava_format import CONFIG, is_original, original_tokenizer

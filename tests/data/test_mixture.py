@@ -382,7 +382,7 @@ def test_a_record_that_cannot_be_read_is_named(
 ABANDONED = """
 import sys
 from medisee.data.dataset import TrainingBatches
-from medisee.interruption import leave_to_parent
+from medisee.data.dataset import leave_to_parent
 from torch.utils.data import DataLoader
 
 kept = TrainingBatches(DataLoader([1, 2, 3], batch_size=None, num_workers=1, worker_init_fn=leave_to_parent))

@@ -14,7 +14,8 @@ from torch import Tensor
 from medisee.errors import InputError
 from medisee.model_config import SegHeadConfig
 from medisee.models import lite_medsam
-from medisee.models.lite_medsam import LiteEncoder, lite_medsam_head, packaged_weights
+from medisee.models.lite_medsam import LiteEncoder, lite_medsam_head
+from medisee.models.sam_format import packaged_weights
 from medisee.models.seg_head import Prompts, SamHead
 
 CONFIG = SegHeadConfig(kind="lite_medsam", size=256, resize="longest", pixels="minmax")

@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 from medisee.errors import InputError
 from medisee.model_config import Mllm, Model
 from medisee.models.medisee import MediSee
-from medisee.models.mllm import POSITION_FREQUENCIES, image_token_count, load_mllm, load_tokenizer, seg_head_tokens
+from medisee.models.mllm import POSITION_FREQUENCIES, load_mllm, load_tokenizer, seg_head_tokens
 from medisee.models.seg_head import SegHeadSpec
 from medisee.models.tokenizer import IMAGE_TOKEN, add_candidate_tokens, train_tokenizer
 from medisee.processing import Example
@@ -88,9 +88,9 @@ def test_adding_candidate_tokens_twice_changes_nothing() -> None:
 
 
 def test_image_token_count() -> None:
-    assert image_token_count(mllm_config()) == 4
-    assert image_token_count(Mllm()) == 576
-    assert image_token_count(mllm_config(image_tokens="seg_head", image_grid=3)) == 9
+    assert mllm_config().image_token_count == 4
+    assert Mllm().image_token_count == 576
+    assert mllm_config(image_tokens="seg_head", image_grid=3).image_token_count == 9
 
 
 def test_sizes_reach_the_llava() -> None:
