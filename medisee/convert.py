@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from medisee.config import load_config
+from medisee.config_load import load_config
 from medisee.errors import InputError, exit_code
 from medisee.files import atomic_path, write_json
 from medisee.model_config import PLACING, LanguageSize, Mllm, Model

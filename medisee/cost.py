@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from medisee.config import Config
+from medisee.models.layers import recompute_layers
+from medisee.models.losses import end_to_end_loss
 from medisee.models.medisee import MediSee
-from medisee.models.objective import end_to_end_loss
-from medisee.models.recomputation import recompute_layers
 from medisee.parameters import language_layers, meta_model
 from medisee.processing import Batch
 from medisee.workload import Way, Workload, add_pixels, make_batch

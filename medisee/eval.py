@@ -26,11 +26,12 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from medisee.config import Config, load_config
+from medisee.config import Config
+from medisee.config_load import load_config
 from medisee.data.features import FeatureCache, fill_cache
 from medisee.errors import InputError, exit_code, nearest
 from medisee.files import atomic_path, write_json
-from medisee.heap import keep_freed_memory
+from medisee.hardware import compute_dtype, keep_freed_memory
 from medisee.manifest import Manifest
 from medisee.masks import decode_mask
 from medisee.metrics import score
@@ -38,7 +39,6 @@ from medisee.model_config import PLACING, Mllm
 from medisee.models.checkpoints import load_checkpoint
 from medisee.models.medisee import MediSee
 from medisee.naming import named_category, read_categories
-from medisee.precision import compute_dtype
 from medisee.prediction import Asked, Mode, all_questions, predict, shuffled_questions
 from medisee.provenance import run_facts
 from medisee.records import QA, Prediction, Target, read_predictions

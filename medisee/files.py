@@ -6,10 +6,13 @@ import hashlib
 import json
 import os
 import shutil
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from medisee.errors import InputError
 
@@ -118,3 +121,27 @@ def inside(root: Path, relative: str, where: str) -> Path:
     if Path(relative).is_absolute() or not path.is_relative_to(root.resolve()):
         raise InputError(f"{where}: path {relative!r} leaves the root {str(root)!r}; use a path inside it.")
     return path
+
+
+class Fingerprints:
+    """64-bit hashes of names, in the order in which they were added."""
+
+    def __init__(self) -> None:
+        self._hashes = array("Q")
+
+    def add(self, name: str) -> None:
+        """Adds a name."""
+        self._hashes.append(fingerprint(name))
+
+    def repeated(self) -> frozenset[int]:
+        """Returns the fingerprints that were added twice or more.
+
+        Two names may share one, so the names that have one of these are to be compared: a second look at a few.
+        """
+        ranked = np.sort(np.frombuffer(self._hashes, np.uint64))
+        return frozenset(ranked[1:][ranked[1:] == ranked[:-1]].tolist())
+
+
+def fingerprint(name: str) -> int:
+    """Returns the 64-bit hash of a name, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")

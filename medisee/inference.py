@@ -33,7 +33,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from medisee import prediction
-from medisee.config import Eval, load_config
+from medisee.config import Eval
+from medisee.config_load import load_config
 from medisee.data.images import read_image
 from medisee.data.prompts import candidate_text
 from medisee.drawing import overlay

@@ -18,13 +18,13 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from medisee.errors import InputError
+from medisee.hardware import to_training_precision
 from medisee.model_config import LanguageSize, Mllm, Model
 from medisee.models.gguf import find_gguf, gguf_folder
 from medisee.models.llava_format import CONFIG, is_original
 from medisee.models.medisee import MediSee
 from medisee.models.shards import read_json
 from medisee.models.tokenizer import IMAGE_TOKEN, SPECIAL, add_candidate_tokens
-from medisee.precision import to_training_precision
 
 VOCABULARY = 32000
 """Tokens of Mistral's, Llama's and Vicuna's tokenizers."""

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from medisee.config import Config, Train, config_from
+from medisee.config import Config, Train
+from medisee.config_load import config_from
 from medisee.cost import StepCost, cost_between, query_cost, training_cost
 from medisee.errors import InputError
 from medisee.gpus import Gpu, find_gpu

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from medisee.config import Config
 from medisee.files import write_json, write_text
 from medisee.metrics import Summary
+from medisee.models.losses import Terms
 from medisee.models.medisee import MediSee
-from medisee.models.objective import Terms
 from medisee.provenance import run_facts
 
 

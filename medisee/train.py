@@ -21,22 +21,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from medisee.config import Config, Train, dump_config, load_config
+from medisee.config import Config, Train
+from medisee.config_load import dump_config, load_config
 from medisee.data.dataset import TrainingBatches, training_batches
 from medisee.data.features import FeatureCache, fill_cache
 from medisee.errors import InputError, exit_code
 from medisee.files import recover_folder
-from medisee.heap import keep_freed_memory
+from medisee.hardware import compute_dtype, keep_freed_memory, to_training_precision
 from medisee.initial_model import build_model
 from medisee.interruption import Stopped, StopRequest
 from medisee.manifest import Manifest
 from medisee.missing import check_files, with_missing_weights
 from medisee.models.checkpoints import save_checkpoint
-from medisee.models.compilation import check_compiler, compile_layers, uncompiled
-from medisee.models.flex import check_flex
+from medisee.models.layers import check_compiler, compile_layers, recompute_layers, uncompiled
+from medisee.models.losses import Terms, mean_terms
 from medisee.models.medisee import MaskDetail, MediSee
-from medisee.models.objective import Terms, mean_terms
-from medisee.models.recomputation import recompute_layers
+from medisee.models.packing import check_flex
 from medisee.optimization import (
     Optimization,
     describe_batch,
@@ -46,7 +46,6 @@ from medisee.optimization import (
 )
 from medisee.plan import GPU, GPUS, plan_training
 from medisee.plan_tables import render_plan
-from medisee.precision import compute_dtype, to_training_precision
 from medisee.processing import Batch
 from medisee.ranks import (
     Place,

@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from medisee.config import Config, config_from
+from medisee.config import Config
+from medisee.config_load import config_from
 from medisee.errors import InputError
 from medisee.files import replace_folder, sha256, write_json
 from medisee.models.checkpoints import WEIGHTS, load_trained, trained_state

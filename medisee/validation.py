@@ -8,11 +8,11 @@ import torch
 
 from medisee.config import Config
 from medisee.data.features import FeatureCache
+from medisee.hardware import compute_dtype, is_mixed
 from medisee.manifest import Manifest
 from medisee.masks import decode_mask, mask_box
 from medisee.metrics import Score, Summary, score, summarise
 from medisee.models.medisee import MediSee
-from medisee.precision import compute_dtype, is_mixed
 from medisee.prediction import Asked, all_questions, predict
 from medisee.ranks import Place, gather
 

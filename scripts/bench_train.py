@@ -41,13 +41,13 @@ from training_ways import (
 )
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from medisee.config import Config, config_from, load_config
+from medisee.config import Config
+from medisee.config_load import config_from, load_config
 from medisee.data.prompts import CANDIDATE_TOKENS, candidate_text
 from medisee.errors import InputError, exit_code, nearest
-from medisee.heap import keep_freed_memory
-from medisee.models.losses import text_loss
+from medisee.hardware import keep_freed_memory
+from medisee.models.losses import Terms, text_loss
 from medisee.models.medisee import MediSee
-from medisee.models.objective import Terms
 from medisee.models.tokenizer import SPECIAL, add_candidate_tokens
 from medisee.optimization import TorchOptimization
 from medisee.plan import plan_training

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from medisee.config import Loss
 from medisee.geometry import cxcywh_to_xyxy
 from medisee.models.image_encoder import package_encoder
+from medisee.models.losses import Terms, end_to_end_loss
 from medisee.models.medisee import MaskDetail, MediSee, Output
-from medisee.models.objective import Terms, end_to_end_loss
 from medisee.models.seg_head import vit_sizes
 from medisee.optimization import TrainingLoss
 from medisee.processing import Batch, Example

@@ -22,7 +22,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from medisee.config import Config, config_from
+from medisee.config import Config
+from medisee.config_load import config_from
 from medisee.models.checkpoints import load_trained
 from medisee.models.medisee import MediSee, Output
 from medisee.models.packing import Packed, pack

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from medisee.config import Config, config_from
+from medisee.config import Config
+from medisee.config_load import config_from
+from medisee.models.layers import recompute_layers
 from medisee.models.medisee import MediSee
-from medisee.models.recomputation import recompute_layers
 from medisee.optimization import TorchOptimization, TrainingLoss
 from medisee.parameters import stand_in_tokenizer
 from medisee.workload import OURS, add_pixels, make_batch, training_workload

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 import medisee.train
-from medisee.config import Config, load_config
+from medisee.config import Config
+from medisee.config_load import load_config
 from medisee.errors import InputError
 from medisee.interruption import Stopped
 from medisee.models import losses

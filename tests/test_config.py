@@ -10,7 +10,8 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from medisee.config import Config, Source, config_from, dump_config, load_config
+from medisee.config import Config, Source
+from medisee.config_load import config_from, dump_config, load_config
 from medisee.errors import InputError
 
 ROOT = Path(__file__).parents[1] / "configs"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medisee import MediSee
-from medisee.config import config_from, load_config
+from medisee.config_load import config_from, load_config
 from medisee.convert import main
 from medisee.errors import InputError, exit_code
 from medisee.model_config import SegHeadConfig

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from medisee import cost
-from medisee.config import Config, config_from
+from medisee.config import Config
+from medisee.config_load import config_from
 from medisee.cost import Flops, Tally, query_cost, training_cost
+from medisee.models.layers import recompute_layers
+from medisee.models.losses import end_to_end_loss
 from medisee.models.medisee import MediSee
-from medisee.models.objective import end_to_end_loss
-from medisee.models.recomputation import recompute_layers
 from medisee.parameters import stand_in_tokenizer
 from medisee.workload import CACHED, OURS, RELEASE, add_pixels, make_batch, training_workload
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from medisee import download_weights
-from medisee.config import load_config
+from medisee.config_load import load_config
 from medisee.download_weights import MANIFEST, SETS, WEIGHTS, check, main, read_manifest, wanted
 from medisee.errors import InputError, exit_code
 

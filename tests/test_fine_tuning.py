@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from medisee.config import Config, config_from, load_config
+from medisee.config import Config
+from medisee.config_load import config_from, load_config
 from medisee.errors import InputError
 from medisee.initial_model import build_model
 from medisee.manifest import Manifest

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from medisee.config import config_from, load_config
+from medisee.config_load import config_from, load_config
 from medisee.errors import InputError
 from medisee.model_config import Model
 from medisee.parameters import meta_model, parameter_counts, quantised_weights, stand_in_tokenizer

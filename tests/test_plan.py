@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from medisee import inference, train
-from medisee.config import Config, config_from, load_config
+from medisee.config import Config
+from medisee.config_load import config_from, load_config
 from medisee.errors import InputError, exit_code
 from medisee.gpus import GPUS, find_gpu
 from medisee.missing import missing_files, missing_weights

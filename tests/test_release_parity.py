@@ -21,7 +21,7 @@ from torch import Tensor
 from medisee.geometry import cxcywh_to_xyxy, logits_to_original
 from medisee.metrics import score, summarise
 from medisee.models import losses
-from medisee.models.objective import Terms, end_to_end_loss
+from medisee.models.losses import Terms, end_to_end_loss
 from medisee.models.release import our_name, our_values
 
 GOLDEN = Path(os.environ.get("MEDISEE_GOLDEN", Path(__file__).parent / "golden"))

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medisee.config import RELEASE, Config, Loss, config_from, dump_config, load_config
+from medisee.config import RELEASE, Config, Loss
+from medisee.config_load import config_from, dump_config, load_config
 from medisee.data.dataset import MicroBatchReader
 from medisee.errors import InputError
 from medisee.model_config import Model
-from medisee.models.losses import giou_loss, giou_loss_of_release
+from medisee.models.losses import end_to_end_loss, giou_loss, giou_loss_of_release
 from medisee.models.medisee import Decoding, Generated, MediSee
-from medisee.models.objective import end_to_end_loss
 from medisee.models.tokenizer import IMAGE_TOKEN, add_candidate_tokens, train_tokenizer
 from medisee.processing import CLIP_MEAN, CLIP_STD, Example, Query
 

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from medisee.config import load_config
+from medisee.config_load import load_config
 
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = tuple(f"scripts/train_{name}.sh" for name in ("4gpu", "hostfile", "slurm"))

@@ -20,7 +20,8 @@ import yaml
 from free_port import free_port
 from safetensors.torch import load_file
 
-from medisee.config import Config, config_from
+from medisee.config import Config
+from medisee.config_load import config_from
 from medisee.errors import InputError, exit_code
 from medisee.interruption import Stopped
 from medisee.train import main, train

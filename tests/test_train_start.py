@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from medisee.config import config_from
+from medisee.config_load import config_from
 from medisee.errors import InputError, exit_code
 from medisee.missing import check_files, with_missing_weights
 from medisee.model_config import Model

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from medisee.config import Config, config_from
+from medisee.config import Config
+from medisee.config_load import config_from
 from medisee.errors import InputError
 from medisee.training_state import (
     FILES,

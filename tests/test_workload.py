@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from medisee.config import config_from
+from medisee.config_load import config_from
 from medisee.errors import InputError
 from medisee.models.medisee import MediSee
 from medisee.parameters import meta_model

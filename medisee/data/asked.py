@@ -17,8 +17,7 @@ from tqdm import tqdm
 from medisee.data.augment import augment
 from medisee.data.brain import Split
 from medisee.data.images import read_image
-from medisee.data.query_bank import load_bank, split_bank
-from medisee.data.questions import ask_held_out, ask_seen, ask_training
+from medisee.data.query_bank import ask_held_out, ask_seen, ask_training, load_bank, split_bank
 from medisee.errors import InputError
 from medisee.files import atomic_path, is_new_or_earlier, write_json
 from medisee.manifest import Manifest

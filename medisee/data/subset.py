@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from medisee.errors import InputError, nearest
-from medisee.fingerprints import fingerprint
+from medisee.files import fingerprint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

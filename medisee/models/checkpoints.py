@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from medisee.config import config_from
+from medisee.config_load import config_from
 from medisee.errors import InputError
 from medisee.files import atomic_path, sha256, write_json
 from medisee.hub import cached_folder, is_hub_id

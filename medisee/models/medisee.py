@@ -21,16 +21,14 @@ from medisee.errors import InputError
 from medisee.geometry import boxes_to_frame, cxcywh_to_xyxy, token_places
 from medisee.model_config import Model
 from medisee.models.checkpoints import load_checkpoint, local_checkpoint, push_checkpoint, save_checkpoint
-from medisee.models.flex import flex_mask, use_flex
 from medisee.models.generation import left_padded, read_prefix, write_answers
-from medisee.models.heads import BoxDecoder, Router, TextProjection
+from medisee.models.heads import BoxDecoder, Router, TextProjection, map_box, similarity_map
 from medisee.models.lite_medsam import lite_medsam_head
 from medisee.models.mllm import load_mllm, seg_head_tokens
-from medisee.models.packing import block_mask
+from medisee.models.packing import block_mask, flex_mask, use_flex
 from medisee.models.pretrained import pinned_device
 from medisee.models.sam_med2d import sam_med2d_head
 from medisee.models.seg_head import Prompts, SamHead, sam_head
-from medisee.models.similarity import map_box, similarity_map
 from medisee.models.tokenizer import decode
 from medisee.processing import Batch, MediSeeProcessor
 

@@ -29,7 +29,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from medisee.errors import InputError
 from medisee.model_config import Mllm
-from medisee.models.flex import use_flex
+from medisee.models.packing import use_flex
 from medisee.models.pretrained import DTYPES, general_kernel, load_pretrained, pretrained_tokenizer
 from medisee.models.seg_head import SegHeadSpec
 from medisee.models.tokenizer import IMAGE_TOKEN, add_candidate_tokens, token_id

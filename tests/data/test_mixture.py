@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from medisee.config import Config, config_from
+from medisee.config import Config
+from medisee.config_load import config_from
 from medisee.data.dataset import MicroBatches, TrainingData, training_batches
 from medisee.data.mixture import Draw, Mixture
 from medisee.errors import InputError

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from medisee.geometry import cxcywh_to_xyxy, token_places
-from medisee.models.heads import START_EDGE
+from medisee.models.heads import START_EDGE, map_box
 from medisee.models.medisee import MediSee
-from medisee.models.similarity import map_box
 from medisee.processing import Example
 
 BuildModel: TypeAlias = Callable[..., MediSee]

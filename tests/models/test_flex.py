@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torchs_flex
 from torch.nn.attention.flex_attention import create_mask
 
-from medisee.config import Loss, config_from
+from medisee.config import Loss
+from medisee.config_load import config_from
 from medisee.cost import training_cost
 from medisee.errors import InputError
-from medisee.models import flex
-from medisee.models.flex import check_flex, flex_mask
+from medisee.models import packing
+from medisee.models.layers import recompute_layers
+from medisee.models.losses import end_to_end_loss
 from medisee.models.medisee import MediSee
-from medisee.models.objective import end_to_end_loss
-from medisee.models.packing import block_mask, pack
-from medisee.models.recomputation import recompute_layers
+from medisee.models.packing import block_mask, check_flex, flex_mask, pack
 from medisee.processing import Example
 from medisee.train import train
 from medisee.workload import OURS, training_workload
@@ -45,7 +45,7 @@ lengths = st.lists(
 @pytest.fixture
 def reference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Lets torch's reference implementation of flex attention run on the CPU, forward and backward."""
-    monkeypatch.setattr(flex, "DEVICES", ("cpu",))
+    monkeypatch.setattr(packing, "DEVICES", ("cpu",))
     monkeypatch.setattr(torchs_flex, "_validate_device", lambda *_: None)
     with torch.compiler.set_stance("force_eager"):
         yield
@@ -60,7 +60,7 @@ def segments_of(rows: list[tuple[int, list[int]]]) -> Tensor:
 def test_the_mask_is_the_block_mask(rows: list[tuple[int, list[int]]], full_prefix: bool) -> None:
     segments = segments_of(rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flex, "DEVICES", ("cpu",))
+        patch.setattr(packing, "DEVICES", ("cpu",))
         mask = flex_mask(segments, full_prefix=full_prefix)
     sequences, length = segments.shape
     assert mask.shape == (sequences, 1, length, length)

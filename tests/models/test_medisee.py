@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from medisee.config import Loss
 from medisee.data.prompts import candidate_text
+from medisee.models.losses import end_to_end_loss
 from medisee.models.medisee import Generated, MediSee, Output
-from medisee.models.objective import end_to_end_loss
 from medisee.processing import Batch, Example
 
 BuildModel: TypeAlias = Callable[..., MediSee]

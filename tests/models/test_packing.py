@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torchs_flex
 from transformers import MistralConfig, MistralModel
 
-from medisee.models import flex
+from medisee.models import packing
 from medisee.models.packing import PADDING, PREFIX, Packed, block_mask, pack
 
 PAD = 0
@@ -51,7 +51,7 @@ def mistral(request: pytest.FixtureRequest) -> Iterator[MistralModel]:
         "attn_implementation": request.param,
     }
     with pytest.MonkeyPatch.context() as patch, torch.compiler.set_stance("force_eager"):
-        patch.setattr(flex, "DEVICES", ("cpu",))
+        patch.setattr(packing, "DEVICES", ("cpu",))
         patch.setattr(torchs_flex, "_validate_device", lambda *_: None)
         yield MistralModel(MistralConfig(**sizes)).eval()
 
@@ -61,7 +61,7 @@ def states(
 ) -> Tensor:
     segments = packed.segments_SL if segments is None else segments
     flexible = model.config._attn_implementation == "flex_attention"
-    mask = flex.flex_mask(segments) if flexible else block_mask(segments, torch.float32)
+    mask = packing.flex_mask(segments) if flexible else block_mask(segments, torch.float32)
     return model(
         input_ids=packed.input_ids_SL,
         position_ids=packed.positions_SL if positions is None else positions,

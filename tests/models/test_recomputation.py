@@ -7,11 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from medisee.config import Loss, load_config
+from medisee.config import Loss
+from medisee.config_load import load_config
 from medisee.errors import InputError
+from medisee.models.layers import recompute_layers
+from medisee.models.losses import end_to_end_loss
 from medisee.models.medisee import MediSee
-from medisee.models.objective import end_to_end_loss
-from medisee.models.recomputation import recompute_layers
 from medisee.processing import Example
 
 LAYERS = 3

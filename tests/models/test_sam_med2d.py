@@ -11,7 +11,7 @@ from segment_anything.modeling.image_encoder import window_partition, window_unp
 from torch import Tensor
 from torch.nn import functional as F
 
-from medisee.config import load_config
+from medisee.config_load import load_config
 from medisee.errors import InputError
 from medisee.model_config import Model, SegHeadConfig
 from medisee.models.medisee import build_seg_head

@@ -15,7 +15,7 @@ from segment_anything import build_sam_vit_b, build_sam_vit_h, build_sam_vit_l
 from torch import Tensor, nn
 
 from medisee import MediSee
-from medisee.config import config_from, load_config
+from medisee.config_load import config_from, load_config
 from medisee.errors import InputError
 from medisee.model_config import Lora, SegHeadConfig
 from medisee.models.image_encoder import package_encoder

@@ -13,10 +13,9 @@ from torch import Tensor
 from medisee.config import Loss
 from medisee.data.prompts import FORCED_ANSWER
 from medisee.errors import InputError
-from medisee.models import objective
-from medisee.models.losses import js_divergence, similarity_mse
+from medisee.models import losses
+from medisee.models.losses import end_to_end_loss, js_divergence, similarity_mse
 from medisee.models.medisee import MediSee
-from medisee.models.objective import end_to_end_loss
 from medisee.processing import Batch, Example
 
 MakeExample: TypeAlias = Callable[..., Example]
@@ -46,7 +45,7 @@ def mixed(examples: list[Example]) -> list[Example]:
     return [with_plain(examples[0], [None, "Find the spleen here."]), with_plain(examples[1], [PLAIN])]
 
 
-def loss_of(model: MediSee, batch: Batch) -> objective.Terms:
+def loss_of(model: MediSee, batch: Batch) -> losses.Terms:
     return end_to_end_loss(model(batch), batch, Loss())
 
 
@@ -125,7 +124,7 @@ def test_the_count_of_all_ranks_divides(
     without, batch = tiny_model.processor(examples), tiny_model.processor(mixed)
     alone = loss_of(tiny_model, batch)
 
-    def ranks(own: Batch, other: Batch) -> objective.Terms:
+    def ranks(own: Batch, other: Batch) -> losses.Terms:
         more = [len(other.labels_N), len(other.queries), len(other.masked_J), len(other.target_of_plain_Q)]
         monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts: counts.add_(torch.tensor(more)))
         return end_to_end_loss(tiny_model(own), own, Loss(), world=2)

@@ -13,11 +13,12 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from medisee.config import Loss, load_config
+from medisee.config import Loss
+from medisee.config_load import load_config
 from medisee.errors import InputError
 from medisee.model_config import Mllm
+from medisee.models.losses import end_to_end_loss
 from medisee.models.medisee import MediSee
-from medisee.models.objective import end_to_end_loss
 from medisee.parameters import parameter_counts
 from medisee.processing import Batch, Example
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
-from medisee.precision import compute_dtype, to_training_precision
+from medisee.hardware import compute_dtype, to_training_precision
 
 CPU = torch.device("cpu")
 
@@ -68,3 +71,38 @@ def test_a_named_type_is_taken_as_it_is(name: str, expected: torch.dtype) -> Non
 
 def test_auto_is_float32_on_an_unknown_device() -> None:
     assert compute_dtype("auto", torch.device("meta")) == torch.float32
+
+
+PROGRAM = """
+import resource
+import torch
+from medisee.hardware import keep_freed_memory
+if {keep}:
+    assert keep_freed_memory()
+def faults_of(tensors):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(tensors):
+        torch.ones(12_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults_of(10)
+print(faults_of(20))
+"""
+
+
+def page_faults(*, keep: bool) -> int:
+    """Returns how many pages a process asks the system for while it makes a tensor of 48 MB again and again."""
+    argv = [sys.executable, "-c", PROGRAM.format(keep=keep)]
+    return int(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
+def test_freed_memory_serves_the_next_tensor() -> None:
+    kept, returned = page_faults(keep=True), page_faults(keep=False)
+    assert kept < returned / 10
+
+
+def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from medisee import hardware
+
+    monkeypatch.setattr(hardware.sys, "platform", "darwin")
+    assert hardware.keep_freed_memory() is False

@@ -1,4 +1,4 @@
-"""Compiled layers: torch.compile fuses what a language model's layer does between its matrix products.
+"""How the language model's layers run in training: compiled by torch.compile, or recomputed in the backward pass.
 
 Layers are compiled one by one: they share their code, so that the first step compiles one layer, not the whole model.
 """
@@ -6,6 +6,7 @@ Layers are compiled one by one: they share their code, so that the first step co
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from transformers import LlavaForConditionalGeneration
@@ -48,3 +49,18 @@ def uncompiled(compiled: bool) -> AbstractContextManager[object]:
         compiled: whether there are any.
     """
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+def recompute_layers(llava: LlavaForConditionalGeneration, count: bool | int = True) -> None:
+    """Lets the language model's layers compute again what the backward pass needs; results stay the same.
+
+    Args:
+        llava: whose language model it is.
+        count: how many layers, the first ones; True: all.
+    """
+    language: Any = llava.model.language_model
+    # transformers renamed it on the way to version 6.
+    enable = getattr(language, "activation_checkpointing_enable", None) or language.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    for place, layer in enumerate(language.layers):
+        layer.gradient_checkpointing = count is True or place < count

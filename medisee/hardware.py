@@ -1,6 +1,9 @@
-"""Which floating-point type a run computes in, and which ones it stores."""
+"""What the machine decides: which floating-point types are fast, and how the C library's allocator keeps memory."""
 
 from __future__ import annotations
+
+import ctypes
+import sys
 
 import torch
 from torch import nn
@@ -43,3 +46,26 @@ def to_training_precision(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.float()
         elif parameter.dtype == torch.float16 and dtype == torch.bfloat16:
             parameter.data = parameter.data.bfloat16()
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt(3)
+_LARGEST_BLOCKS = (1 << 30, 1 << 25)  # bytes; glibc before 2.35 takes no more than the second
+_MOST_FREE = (1 << 31) - 1  # bytes; mallopt takes an int
+
+
+def keep_freed_memory() -> bool:
+    """Lets the process keep the memory that tensors have freed, for the next ones.
+
+    glibc returns large blocks to the system at once, which clears every page before it hands it out again. Affects CPU
+    tensors only. Does nothing where the C library has no such setting (macOS, Windows, musl).
+
+    Returns:
+        Whether it is set.
+    """
+    if sys.platform != "linux":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    blocks = any(mallopt(_MMAP_THRESHOLD, size) for size in _LARGEST_BLOCKS)
+    return bool(mallopt(_TRIM_THRESHOLD, _MOST_FREE)) and blocks
