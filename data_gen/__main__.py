@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 
-from medisee.errors import InputError, exit_code, nearest
+from medisee.foundation.errors import InputError, exit_code, nearest
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "plan": ("openai", "aiohttp"),

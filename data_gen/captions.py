@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.jsonl import Fields, parse, read_lines
 
 

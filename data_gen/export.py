@@ -40,8 +40,8 @@ from data_gen.screening import screen
 from data_gen.splits import SPLITS
 from data_gen.summary import Made, Source, read_sources, summary
 from medisee.data.mlmr_sd import write_splits
-from medisee.errors import InputError
-from medisee.files import atomic_path, inside, is_new_or_earlier, write_json, write_text
+from medisee.foundation.errors import InputError
+from medisee.foundation.files import atomic_path, inside, is_new_or_earlier, write_json, write_text
 from medisee.records import Record
 
 SUMMARY = "data.json"

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from medisee.errors import InputError
-from medisee.files import sha256
+from medisee.foundation.errors import InputError
+from medisee.foundation.files import sha256
 from medisee.manifest import Manifest
 from medisee.masks import Box, MaskFiles, Rle, encode_mask, mask_box
 from medisee.records import Record, Target

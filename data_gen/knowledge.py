@@ -25,7 +25,7 @@ import yaml
 from data_gen.items import Perspective
 from data_gen.names import SIDES
 from medisee.data.query_bank import Pool, load_bank
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 ATLAS = Path(__file__).with_name("atlas")
 

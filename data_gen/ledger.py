@@ -24,7 +24,7 @@ from data_gen.calls import canonical
 from data_gen.items import Decision, Drop, Entity, Item, Pair
 from data_gen.names import Names, load_names
 from data_gen.store import Store
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.masks import Rle
 
 VERSION = 1

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 NAMES_FILE = Path(__file__).with_name("names.yaml")
 SIDES = ("left", "right")

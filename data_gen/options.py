@@ -17,8 +17,8 @@ from data_gen.prices import FREE, Price, find_price, load_prices
 from data_gen.prompts import MOST_VARIANTS
 from data_gen.recipe import OFFLINE, Recipe
 from data_gen.wire import CAPTION_KEY, KEY, is_same
-from medisee.errors import InputError
-from medisee.files import sha256
+from medisee.foundation.errors import InputError
+from medisee.foundation.files import sha256
 from medisee.manifest import Manifest
 
 LOCAL = "local:"

@@ -15,8 +15,8 @@ from PIL import Image
 
 from data_gen.items import Item
 from medisee.data.images import read_image
-from medisee.errors import InputError
-from medisee.files import inside, sha256
+from medisee.foundation.errors import InputError
+from medisee.foundation.files import inside, sha256
 from medisee.manifest import read_mask
 from medisee.masks import Rle, decode_mask
 

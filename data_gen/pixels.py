@@ -11,8 +11,8 @@ from PIL import Image
 
 from data_gen.calls import IMAGE_PREFIX
 from medisee.data.images import read_image
-from medisee.errors import InputError
-from medisee.files import inside, sha256
+from medisee.foundation.errors import InputError
+from medisee.foundation.files import inside, sha256
 
 
 def identify(root: Path, image: str) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from medisee.errors import InputError, nearest
+from medisee.foundation.errors import InputError, nearest
 
 FILE = Path(__file__).with_name("prices.yaml")
 CHARACTERS = 3.8

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data_gen.entries import Entry, questions
 from data_gen.splits import SPLITS
-from medisee.files import write_json
+from medisee.foundation.files import write_json
 from medisee.jsonl import write_lines
 
 

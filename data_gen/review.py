@@ -33,7 +33,7 @@ from data_gen.items import Decision, Item, Pair
 from data_gen.ledger import Ledger
 from data_gen.pictures import image_png, mask_png
 from data_gen.server import Refused, ReviewServer
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 _LONGEST_NAME = 64
 

@@ -40,7 +40,7 @@ from data_gen.plan import count_items
 from data_gen.prices import Price
 from data_gen.recipe import OFFLINE
 from data_gen.wire import CAPTION_KEY, KEY, Server, Wire, api_key, is_same
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> None:

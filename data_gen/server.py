@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 from urllib.parse import urlsplit
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 ADDRESS = "127.0.0.1"
 MOST_BYTES = 64 * 1024

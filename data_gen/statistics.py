@@ -15,7 +15,7 @@ from data_gen.ledger import Ledger
 from data_gen.screening import screen
 from data_gen.summary import authorship, dropped
 from medisee.data.mlmr_sd import SPLITS, read_release
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)

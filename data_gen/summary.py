@@ -17,7 +17,7 @@ from data_gen.items import Decision, Drop, Item, Pair
 from data_gen.screening import Screening
 from data_gen.splits import SPLITS
 from medisee.data.image_name import parse_name
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 OFFLINE = "offline"
 """The author of pairs that no model wrote."""

@@ -20,7 +20,7 @@ from data_gen.limits import Purse, RateLimit, StopRun
 from data_gen.pixels import with_pixels
 from data_gen.prices import Price, size_of
 from data_gen.transport import HttpClient
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 OPENAI = "https://api.openai.com/v1"
 KEY, CAPTION_KEY = "OPENAI_API_KEY", "MEDISEE_CAPTION_KEY"

@@ -9,8 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from medisee.config import Config
-    from medisee.config_load import load_config
+    from medisee.config import Config, load_config
     from medisee.data.images import read_image
     from medisee.drawing import overlay
     from medisee.inference import Answer, ask, ask_all
@@ -48,7 +47,7 @@ _MODULES = {
     "Target": "records",
     "ask": "inference",
     "ask_all": "inference",
-    "load_config": "config_load",
+    "load_config": "config",
     "overlay": "drawing",
     "read_image": "data.images",
 }

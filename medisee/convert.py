@@ -21,10 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from medisee.config_load import load_config
-from medisee.errors import InputError, exit_code
-from medisee.files import atomic_path, write_json
-from medisee.model_config import PLACING, LanguageSize, Mllm, Model
+from medisee.config.load import load_config
+from medisee.config.model import PLACING, LanguageSize, Mllm, Model
+from medisee.foundation.errors import InputError, exit_code
+from medisee.foundation.files import atomic_path, write_json
 from medisee.models.checkpoints import (
     WEIGHTS,
     check_replaceable,

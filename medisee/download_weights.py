@@ -21,8 +21,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from medisee.errors import InputError, exit_code, nearest
-from medisee.files import inside, sha256, write_json
+from medisee.foundation.errors import InputError, exit_code, nearest
+from medisee.foundation.files import inside, sha256, write_json
 from medisee.hub import fetch
 
 MANIFEST = "weights.json"

@@ -27,20 +27,20 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from medisee.config import Config
-from medisee.config_load import load_config
+from medisee.config.load import load_config
+from medisee.config.model import PLACING, Mllm
 from medisee.data.features import FeatureCache, fill_cache
-from medisee.errors import InputError, exit_code, nearest
-from medisee.files import atomic_path, write_json
-from medisee.hardware import compute_dtype, keep_freed_memory
+from medisee.foundation.errors import InputError, exit_code, nearest
+from medisee.foundation.files import atomic_path, write_json
+from medisee.foundation.hardware import compute_dtype, keep_freed_memory
+from medisee.foundation.provenance import run_facts
 from medisee.manifest import Manifest
 from medisee.masks import decode_mask
 from medisee.metrics import score
-from medisee.model_config import PLACING, Mllm
 from medisee.models.checkpoints import load_checkpoint
 from medisee.models.medisee import MediSee
 from medisee.naming import named_category, read_categories
 from medisee.prediction import Asked, Mode, all_questions, predict, shuffled_questions
-from medisee.provenance import run_facts
 from medisee.records import QA, Prediction, Target, read_predictions
 from medisee.references import References, learn_references
 from medisee.report import (

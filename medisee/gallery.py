@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from medisee.files import write_text
+from medisee.foundation.files import write_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from medisee.errors import InputError, nearest
+from medisee.foundation.errors import InputError, nearest
 
 USABLE = 0.95
 """Share of a GPU's memory that a plan may fill: the rest holds CUDA's own context and gaps between tensors."""

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 TEXTS = ("*.json", "tokenizer.model")
 SAFETENSORS = ("*.safetensors",)

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from medisee.errors import InputError, nearest
-from medisee.files import atomic_path
+from medisee.foundation.errors import InputError, nearest
+from medisee.foundation.files import atomic_path
 
 
 @dataclass(frozen=True, slots=True)

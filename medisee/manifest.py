@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from medisee.errors import InputError
-from medisee.files import Fingerprints, fingerprint, inside
+from medisee.foundation.errors import InputError
+from medisee.foundation.files import Fingerprints, fingerprint, inside
 from medisee.jsonl import Line, read_lines
 from medisee.masks import MaskFiles, Rle, decode_mask
 from medisee.offsets import file_stamp, keep_offsets, kept_offsets

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 Box: TypeAlias = tuple[float, float, float, float]
 """(x0, y0, x1, y1) in pixels of the original image; half-open: the pixel at x=3, y=4 is (3, 4, 4, 5)."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.masks import Box, mask_box
 
 _CHUNK = 2**22  # entries of the resampling matrix that are in memory at a time: 32 MB

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medisee.config import Config
-from medisee.errors import InputError
+from medisee.config.model import Model
+from medisee.foundation.errors import InputError
 from medisee.hub import cached_folder
-from medisee.model_config import Model
 from medisee.models.gguf import find_gguf, gguf_fix
 from medisee.models.llava_format import CONFIG
 from medisee.models.shards import shard_paths

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 _FORM = '{"liver": ["liver", "hepatic tissue"], ...}'
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from medisee.files import atomic_path
+from medisee.foundation.files import atomic_path
 
 LARGE = 1 << 26
 """Bytes from which a file's offsets are kept, 64 MiB; a smaller file is checked within seconds."""

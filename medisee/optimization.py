@@ -19,7 +19,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from medisee.config import Loss, Train
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.models.checkpoints import trained_state
 from medisee.models.losses import Terms, end_to_end_loss
 from medisee.models.medisee import MaskDetail, MediSee

@@ -17,9 +17,9 @@ from tokenizers import models as tokenizer_models
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from medisee.errors import InputError
-from medisee.hardware import to_training_precision
-from medisee.model_config import LanguageSize, Mllm, Model
+from medisee.config.model import LanguageSize, Mllm, Model
+from medisee.foundation.errors import InputError
+from medisee.foundation.hardware import to_training_precision
 from medisee.models.gguf import find_gguf, gguf_folder
 from medisee.models.llava_format import CONFIG, is_original
 from medisee.models.medisee import MediSee

@@ -17,9 +17,9 @@ import torch
 from tqdm import tqdm
 
 from medisee.config import Config, Train
-from medisee.config_load import config_from
+from medisee.config.load import config_from
 from medisee.cost import StepCost, cost_between, query_cost, training_cost
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.gpus import Gpu, find_gpu
 from medisee.missing import Missing, missing_files, missing_weights
 from medisee.models.checkpoints import CONFIG

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medisee.errors import InputError, exit_code, nearest
-from medisee.files import write_json
+from medisee.foundation.errors import InputError, exit_code, nearest
+from medisee.foundation.files import write_json
 from medisee.jsonl import read_lines
 
 DEMO = """Makes the demo data set, offline and in about a minute: MRI slices of an averaged brain with the outlines of
@@ -263,7 +263,7 @@ def _check_out(out: Path) -> None:
 
 def _write_run(out: Path, settings: dict[str, Any], seconds: float) -> None:
     # Late: the processes that read masks import this module, and have no use for torch.
-    from medisee.provenance import run_facts
+    from medisee.foundation.provenance import run_facts
 
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     write_json(out / "run.json", {**run_facts(plain, settings["seed"], "cpu"), "seconds": round(seconds, 3)})

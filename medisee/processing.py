@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from medisee.config import MaskResolution
+from medisee.config.model import MAX_TOKENS, Model
+from medisee.config.run import MaskResolution
 from medisee.data.prompts import CANDIDATE_TOKENS, FORCED_ANSWER, candidate_text
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.geometry import Frame, bounded_mask, fit, mask_to_frame, normalise_box, square_of, to_frame
 from medisee.masks import mask_box
-from medisee.model_config import MAX_TOKENS, Model
 from medisee.models.packing import pack
 from medisee.models.seg_head import SegHeadSpec
 from medisee.models.tokenizer import IMAGE_TOKEN, answer_end, token_id

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(days=1)

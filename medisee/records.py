@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.jsonl import Fields, Line, LineWriter, is_number, line_writer, parse, read_lines, write_lines
 from medisee.masks import Box, MaskFiles, Rle, check_rle
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from medisee.data.images import read_image
 from medisee.drawing import overlay
-from medisee.errors import InputError
-from medisee.files import write_json, write_text
+from medisee.foundation.errors import InputError
+from medisee.foundation.files import write_json, write_text
 from medisee.gallery import GalleryCase, write_gallery
 from medisee.manifest import Manifest
 from medisee.masks import decode_mask, mask_box

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,12 +22,12 @@ import torch
 from tqdm import tqdm
 
 from medisee.config import Config, Train
-from medisee.config_load import dump_config, load_config
+from medisee.config.load import dump_config, load_config
 from medisee.data.dataset import TrainingBatches, training_batches
 from medisee.data.features import FeatureCache, fill_cache
-from medisee.errors import InputError, exit_code
-from medisee.files import recover_folder
-from medisee.hardware import compute_dtype, keep_freed_memory, to_training_precision
+from medisee.foundation.errors import InputError, exit_code
+from medisee.foundation.files import recover_folder
+from medisee.foundation.hardware import compute_dtype, keep_freed_memory, to_training_precision
 from medisee.initial_model import build_model
 from medisee.interruption import Stopped, StopRequest
 from medisee.manifest import Manifest

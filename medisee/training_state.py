@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medisee.config import Config
-from medisee.config_load import config_from
-from medisee.errors import InputError
-from medisee.files import replace_folder, sha256, write_json
+from medisee.config.load import config_from
+from medisee.foundation.errors import InputError
+from medisee.foundation.files import replace_folder, sha256, write_json
 from medisee.models.checkpoints import WEIGHTS, load_trained, trained_state
 from medisee.models.medisee import MediSee
 from medisee.optimization import Optimization

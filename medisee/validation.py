@@ -8,7 +8,7 @@ import torch
 
 from medisee.config import Config
 from medisee.data.features import FeatureCache
-from medisee.hardware import compute_dtype, is_mixed
+from medisee.foundation.hardware import compute_dtype, is_mixed
 from medisee.manifest import Manifest
 from medisee.masks import decode_mask, mask_box
 from medisee.metrics import Score, Summary, score, summarise

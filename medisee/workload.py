@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from medisee.config import Config
+from medisee.config.model import MAX_TOKENS
 from medisee.data.prompts import ANSWERS, CANDIDATE_TOKENS, CLASS_QUESTIONS, candidate_text
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.jsonl import read_lines
-from medisee.model_config import MAX_TOKENS
 from medisee.models.medisee import MediSee
 from medisee.processing import Batch, Example, Query
 from medisee.records import Record, Target, read_record

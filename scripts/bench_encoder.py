@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from medisee.errors import InputError, exit_code
-from medisee.model_config import SegHeadConfig
+from medisee.config.model import SegHeadConfig
+from medisee.foundation.errors import InputError, exit_code
 from medisee.models.image_encoder import PATCH, image_encoder, package_encoder
 from medisee.models.seg_head import vit_sizes
 

@@ -42,10 +42,10 @@ from training_ways import (
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from medisee.config import Config
-from medisee.config_load import config_from, load_config
+from medisee.config.load import config_from, load_config
 from medisee.data.prompts import CANDIDATE_TOKENS, candidate_text
-from medisee.errors import InputError, exit_code, nearest
-from medisee.hardware import keep_freed_memory
+from medisee.foundation.errors import InputError, exit_code, nearest
+from medisee.foundation.hardware import keep_freed_memory
 from medisee.models.losses import Terms, text_loss
 from medisee.models.medisee import MediSee
 from medisee.models.tokenizer import SPECIAL, add_candidate_tokens

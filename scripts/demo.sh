@@ -46,7 +46,7 @@ training_state() {
 import json, sys
 from pathlib import Path
 from medisee.config import config_from, load_config
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 config, run = load_config(sys.argv[1]), Path(sys.argv[2])
 

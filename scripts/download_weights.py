@@ -1,5 +1,5 @@
 from medisee.download_weights import main
-from medisee.errors import exit_code
+from medisee.foundation.errors import exit_code
 
 if __name__ == "__main__":
     raise SystemExit(exit_code(main))

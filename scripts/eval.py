@@ -1,5 +1,5 @@
-from medisee.errors import exit_code
 from medisee.eval import main
+from medisee.foundation.errors import exit_code
 
 if __name__ == "__main__":
     raise SystemExit(exit_code(main))

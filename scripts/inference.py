@@ -1,4 +1,4 @@
-from medisee.errors import exit_code
+from medisee.foundation.errors import exit_code
 from medisee.inference import main
 
 if __name__ == "__main__":

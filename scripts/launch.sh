@@ -43,7 +43,7 @@ run_folder() {
   "${PYTHON:-python}" - "$@" <<'END'
 import sys
 from medisee.config import load_config
-from medisee.errors import exit_code
+from medisee.foundation.errors import exit_code
 
 sys.exit(exit_code(lambda _: print(load_config(sys.argv[1], sys.argv[2:]).train.out)))
 END

@@ -1,4 +1,4 @@
-from medisee.errors import exit_code
+from medisee.foundation.errors import exit_code
 from medisee.prepare_data import main
 
 # The guard matters: the processes that read masks import this file again.

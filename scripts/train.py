@@ -1,4 +1,4 @@
-from medisee.errors import exit_code
+from medisee.foundation.errors import exit_code
 from medisee.train import main
 
 # The guard matters: data loader workers that are spawned import this file again.

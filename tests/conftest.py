@@ -108,7 +108,7 @@ def tiny_config(tiny_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_config: dict[str, Any]) -> Path:
     """Returns the checkpoint of the micro run."""
-    from medisee.config_load import config_from
+    from medisee.config.load import config_from
     from medisee.train import train
 
     return train(config_from(tiny_config, where="tiny_config"))

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from medisee.config import Config
-from medisee.config_load import config_from
+from medisee.config.load import config_from
 from medisee.models.checkpoints import load_trained
 from medisee.models.medisee import MediSee, Output
 from medisee.models.packing import Packed, pack

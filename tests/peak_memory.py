@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from medisee.config import Config
-from medisee.config_load import config_from
+from medisee.config.load import config_from
 from medisee.models.layers import recompute_layers
 from medisee.models.medisee import MediSee
 from medisee.optimization import TorchOptimization, TrainingLoss

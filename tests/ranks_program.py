@@ -19,8 +19,8 @@ import torch
 
 import medisee.train
 from medisee.config import Config
-from medisee.config_load import load_config
-from medisee.errors import InputError
+from medisee.config.load import load_config
+from medisee.foundation.errors import InputError
 from medisee.interruption import Stopped
 from medisee.models import losses
 

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medisee import MediSee
-from medisee.config_load import config_from, load_config
+from medisee.config.load import config_from, load_config
+from medisee.config.model import SegHeadConfig
 from medisee.convert import main
-from medisee.errors import InputError, exit_code
-from medisee.model_config import SegHeadConfig
+from medisee.foundation.errors import InputError, exit_code
 from medisee.models.mllm import load_tokenizer
 from medisee.models.release import our_values, release_key
 from medisee.models.seg_head import sam_head

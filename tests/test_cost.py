@@ -10,7 +10,7 @@ import torch
 
 from medisee import cost
 from medisee.config import Config
-from medisee.config_load import config_from
+from medisee.config.load import config_from
 from medisee.cost import Flops, Tally, query_cost, training_cost
 from medisee.models.layers import recompute_layers
 from medisee.models.losses import end_to_end_loss

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from medisee import download_weights
-from medisee.config_load import load_config
+from medisee.config.load import load_config
 from medisee.download_weights import MANIFEST, SETS, WEIGHTS, check, main, read_manifest, wanted
-from medisee.errors import InputError, exit_code
+from medisee.foundation.errors import InputError, exit_code
 
 Hub = dict[str, dict[str, bytes]]
 

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from medisee import eval as evaluation
-from medisee.errors import InputError, exit_code
 from medisee.eval import main
+from medisee.foundation.errors import InputError, exit_code
 from medisee.manifest import Manifest
 from medisee.masks import Rle, decode_mask, encode_mask
 from medisee.metrics import score

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from medisee.config import Config
-from medisee.config_load import config_from, load_config
-from medisee.errors import InputError
+from medisee.config.load import config_from, load_config
+from medisee.foundation.errors import InputError
 from medisee.initial_model import build_model
 from medisee.manifest import Manifest
 from medisee.missing import missing_files

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from medisee import hub
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.hub import fetch
 
 RESPONSE = Mock(headers={})

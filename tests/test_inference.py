@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from medisee import MediSee, ask, ask_all, inference, overlay
-from medisee.errors import InputError, exit_code
+from medisee.foundation.errors import InputError, exit_code
 from medisee.inference import main, plain_text
 from medisee.masks import Rle, decode_mask
 from medisee.models import checkpoints

@@ -9,7 +9,7 @@ import pytest
 from tiny_gguf import TEXTS, tiny_llama, write_gguf
 
 from medisee.config import Config
-from medisee.config_load import load_config
+from medisee.config.load import load_config
 from medisee.eval import main as evaluate
 from medisee.models.medisee import MediSee
 from medisee.models.tokenizer import train_tokenizer

@@ -12,7 +12,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from medisee import manifest as manifests
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.manifest import Manifest
 from medisee.masks import MaskFiles, Rle, encode_mask
 from medisee.records import Record, Target, write_records

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.masks import Box, mask_box
 from medisee.metrics import Score, Summary, box_iou, score, summarise
 

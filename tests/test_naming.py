@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.naming import named_category, read_categories
 
 CATEGORIES = {

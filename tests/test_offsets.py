@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from medisee import manifest as manifests
 from medisee import offsets
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.jsonl import Line
 from medisee.manifest import Manifest
 from medisee.offsets import file_stamp, keep_offsets, kept_offsets

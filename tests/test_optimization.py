@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from medisee.config import Config, Train
-from medisee.config_load import config_from
-from medisee.errors import InputError
+from medisee.config.load import config_from
+from medisee.foundation.errors import InputError
 from medisee.optimization import deepspeed_config, describe_batch, effective_batch, split_batch, warmup_decay
 from medisee.train import train
 

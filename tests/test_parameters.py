@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from medisee.config_load import config_from, load_config
-from medisee.errors import InputError
-from medisee.model_config import Model
+from medisee.config.load import config_from, load_config
+from medisee.config.model import Model
+from medisee.foundation.errors import InputError
 from medisee.parameters import meta_model, parameter_counts, quantised_weights, stand_in_tokenizer
 
 CONFIG_7B = Path(__file__).parents[1] / "configs" / "medisee_7b.yaml"

@@ -11,8 +11,8 @@ import torch
 
 from medisee import inference, train
 from medisee.config import Config
-from medisee.config_load import config_from, load_config
-from medisee.errors import InputError, exit_code
+from medisee.config.load import config_from, load_config
+from medisee.foundation.errors import InputError, exit_code
 from medisee.gpus import GPUS, find_gpu
 from medisee.missing import missing_files, missing_weights
 from medisee.parameters import PartCount

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from medisee.config_load import config_from
+from medisee.config.load import config_from
 from medisee.plan import plan_training
 
 PROGRAM = Path(__file__).with_name("peak_memory.py")

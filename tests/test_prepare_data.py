@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medisee.errors import exit_code
+from medisee.foundation.errors import exit_code
 from medisee.manifest import Manifest
 from medisee.prepare_data import main
 

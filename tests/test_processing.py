@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from medisee.errors import InputError
-from medisee.model_config import Model
+from medisee.config.model import Model
+from medisee.foundation.errors import InputError
 from medisee.models.seg_head import SegHeadSpec
 from medisee.models.tokenizer import IMAGE_TOKEN, add_candidate_tokens, train_tokenizer
 from medisee.processing import CLIP_MEAN, CLIP_STD, Batch, Example, MediSeeProcessor, Query

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.jsonl import Line
 from medisee.masks import MaskFiles, encode_mask
 from medisee.records import (

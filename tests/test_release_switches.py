@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medisee.config import RELEASE, Config, Loss
-from medisee.config_load import config_from, dump_config, load_config
+from medisee.config.load import config_from, dump_config, load_config
+from medisee.config.model import Model
+from medisee.config.run import RELEASE, Config, Loss
 from medisee.data.dataset import MicroBatchReader
-from medisee.errors import InputError
-from medisee.model_config import Model
+from medisee.foundation.errors import InputError
 from medisee.models.losses import end_to_end_loss, giou_loss, giou_loss_of_release
 from medisee.models.medisee import Decoding, Generated, MediSee
 from medisee.models.tokenizer import IMAGE_TOKEN, add_candidate_tokens, train_tokenizer

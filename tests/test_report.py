@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.manifest import Manifest
 from medisee.metrics import Score
 from medisee.records import QA, Prediction

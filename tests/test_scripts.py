@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from medisee.config_load import load_config
+from medisee.config.load import load_config
 
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = tuple(f"scripts/train_{name}.sh" for name in ("4gpu", "hostfile", "slurm"))
@@ -60,7 +60,7 @@ def _applies(requirement: Requirement, python: str) -> bool:
 def test_a_shim_only_calls_main(name: str) -> None:
     lines = [line for line in (ROOT / "scripts" / f"{name}.py").read_text(encoding="utf-8").splitlines() if line]
     code = [line for line in lines if not line.startswith("#")]
-    imports = ["from medisee.errors import exit_code", f"from medisee.{name} import main"]
+    imports = ["from medisee.foundation.errors import exit_code", f"from medisee.{name} import main"]
     assert code == [
         *sorted(imports),
         'if __name__ == "__main__":',

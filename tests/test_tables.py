@@ -7,7 +7,7 @@ import io
 
 import pytest
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.tables import Row, Table, to_csv, to_latex, to_markdown, to_terminal
 
 TABLE = Table(

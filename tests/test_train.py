@@ -21,8 +21,8 @@ from free_port import free_port
 from safetensors.torch import load_file
 
 from medisee.config import Config
-from medisee.config_load import config_from
-from medisee.errors import InputError, exit_code
+from medisee.config.load import config_from
+from medisee.foundation.errors import InputError, exit_code
 from medisee.interruption import Stopped
 from medisee.train import main, train
 from medisee.training_state import damage, saved_folders

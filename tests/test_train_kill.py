@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from medisee.config_load import config_from
+from medisee.config.load import config_from
 from medisee.models.checkpoints import load_checkpoint
 from medisee.models.medisee import MediSee
 from medisee.train import train

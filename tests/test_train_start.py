@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from medisee.config_load import config_from
-from medisee.errors import InputError, exit_code
+from medisee.config.load import config_from
+from medisee.config.model import Model
+from medisee.foundation.errors import InputError, exit_code
 from medisee.missing import check_files, with_missing_weights
-from medisee.model_config import Model
 from medisee.train import main, train
 from medisee.training_state import damage, saved_folders
 

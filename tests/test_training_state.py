@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from medisee.config import Config
-from medisee.config_load import config_from
-from medisee.errors import InputError
+from medisee.config.load import config_from
+from medisee.foundation.errors import InputError
 from medisee.training_state import (
     FILES,
     OPTIMIZER,
@@ -243,7 +243,7 @@ def test_a_disk_that_is_really_full(
 
     import yaml
 
-    from medisee.errors import exit_code
+    from medisee.foundation.errors import exit_code
     from medisee.train import main
 
     section = {"out": str(small_disk / "run"), "steps": 12, "save_every": 2, "keep_last": 5, "log_every": 1}

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from medisee.config_load import config_from
-from medisee.errors import InputError
+from medisee.config.load import config_from
+from medisee.foundation.errors import InputError
 from medisee.models.medisee import MediSee
 from medisee.parameters import meta_model
 from medisee.workload import (

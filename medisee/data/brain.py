@@ -13,7 +13,7 @@ import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from numpy.typing import NDArray
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 Plane = Literal["axial", "coronal", "sagittal"]
 Split = Literal["train", "val", "test"]

@@ -19,7 +19,7 @@ from medisee.data.features import FeatureCache
 from medisee.data.images import read_image
 from medisee.data.mixture import Draw, Mixture
 from medisee.data.prompts import class_answer, class_question
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.manifest import Manifest
 from medisee.masks import mask_box
 from medisee.processing import Batch, Example, MediSeeProcessor, Query

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from medisee.data.augment import augment
 from medisee.data.brain import PLANES, STRUCTURES, Slice, Split, block_number, block_of, cut, load_brain, source_files
 from medisee.data.query_bank import ask_held_out, ask_seen, ask_training, load_bank, split_bank
-from medisee.errors import InputError
-from medisee.files import atomic_path, is_new_or_earlier, sha256, write_json
+from medisee.foundation.errors import InputError
+from medisee.foundation.files import atomic_path, is_new_or_earlier, sha256, write_json
 from medisee.masks import encode_mask, mask_box
 from medisee.records import Record, Target, write_records
 

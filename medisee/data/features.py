@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from medisee.data.images import read_image
-from medisee.errors import InputError
-from medisee.files import atomic_path, sha256, write_json
+from medisee.foundation.errors import InputError
+from medisee.foundation.files import atomic_path, sha256, write_json
 from medisee.models.seg_head import SamHead
 from medisee.processing import MediSeeProcessor
 

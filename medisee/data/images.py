@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 FORMATS = ("PNG", "JPEG", "TIFF")
 MAX_PIXELS = 1 << 26

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from medisee.data.image_name import parse_name
 from medisee.data.prompts import reasoning_answer, reasoning_question
 from medisee.data.sa_med2d import Split
-from medisee.errors import InputError
-from medisee.files import inside
+from medisee.foundation.errors import InputError
+from medisee.foundation.files import inside
 from medisee.jsonl import Fields, parse, read_lines
 from medisee.records import QA, Length, Perspective, Record, Target, Turn, write_records
 

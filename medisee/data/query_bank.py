@@ -17,7 +17,7 @@ import yaml
 
 from medisee.data.brain import STRUCTURES, Split
 from medisee.data.prompts import reasoning_answer, reasoning_question
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.records import QA, Record, Target
 
 Perspective = Literal["attribute", "location"]

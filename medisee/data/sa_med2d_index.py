@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 import ijson
 
 from medisee.data.image_name import ImageName, parse_name
-from medisee.errors import InputError, nearest
-from medisee.files import Fingerprints, fingerprint
+from medisee.foundation.errors import InputError, nearest
+from medisee.foundation.files import Fingerprints, fingerprint
 
 INDEX_FILE = "SAMed2D_v1.json"
 CLASSES_FILE = "SAMed2D_v1_class_mapping_id.json"

@@ -11,7 +11,7 @@ from PIL import Image
 
 from medisee.data.images import read_image
 from medisee.data.sa_med2d_index import ClassMasks, Entry, Reject
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.masks import MaskFiles, encode_mask, mask_box
 from medisee.records import Record, Target
 

@@ -6,8 +6,8 @@ import heapq
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from medisee.errors import InputError, nearest
-from medisee.files import fingerprint
+from medisee.foundation.errors import InputError, nearest
+from medisee.foundation.files import fingerprint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

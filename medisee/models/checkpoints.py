@@ -25,11 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from medisee.config_load import config_from
-from medisee.errors import InputError
-from medisee.files import atomic_path, sha256, write_json
+from medisee.config.load import config_from
+from medisee.config.model import PLACING, Mllm, Model
+from medisee.foundation.errors import InputError
+from medisee.foundation.files import atomic_path, sha256, write_json
 from medisee.hub import cached_folder, is_hub_id
-from medisee.model_config import PLACING, Mllm, Model
 from medisee.models.gguf import gguf_file
 from medisee.models.model_card import CARD, model_card
 from medisee.models.sam_format import packaged_weights, weights_file

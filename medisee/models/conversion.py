@@ -21,10 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
-from medisee.errors import InputError
-from medisee.files import atomic_path, write_json
+from medisee.config.model import Mllm
+from medisee.foundation.errors import InputError
+from medisee.foundation.files import atomic_path, write_json
 from medisee.hub import fetch
-from medisee.model_config import Mllm
 from medisee.models.llava_format import (
     CLIP_DROPPED,
     CLIP_NAMES,

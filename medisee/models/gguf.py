@@ -27,9 +27,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from medisee.errors import InputError
-from medisee.files import atomic_path, sha256
-from medisee.model_config import PACKAGE, Mllm
+from medisee.config.model import PACKAGE, Mllm
+from medisee.foundation.errors import InputError
+from medisee.foundation.files import atomic_path, sha256
 from medisee.models.conversion import convert_once
 from medisee.models.shards import some
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from medisee.model_config import SamSizes
+from medisee.config.model import SamSizes
 
 PATCH = 16
 BIAS_ELEMENTS = 1 << 28

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 
 def check_compiler(device: torch.device) -> None:

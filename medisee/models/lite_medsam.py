@@ -12,8 +12,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from medisee.errors import InputError
-from medisee.model_config import SamSizes, SegHeadConfig
+from medisee.config.model import SamSizes, SegHeadConfig
+from medisee.foundation.errors import InputError
 from medisee.models.sam_format import packaged_weights
 from medisee.models.seg_head import SamHead, SegHeadSpec, load_weights, sam_parts
 

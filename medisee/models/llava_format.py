@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.models.shards import TensorFacts, read_json, some
 from medisee.models.tokenizer import as_legacy, sentencepiece_tokenizer
 

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedTokenizerBase
 
-from medisee.config import Decoding
-from medisee.errors import InputError
+from medisee.config.model import Model
+from medisee.config.run import Decoding
+from medisee.foundation.errors import InputError
 from medisee.geometry import boxes_to_frame, cxcywh_to_xyxy, token_places
-from medisee.model_config import Model
 from medisee.models.checkpoints import load_checkpoint, local_checkpoint, push_checkpoint, save_checkpoint
 from medisee.models.generation import left_padded, read_prefix, write_answers
 from medisee.models.heads import BoxDecoder, Router, TextProjection, map_box, similarity_map

@@ -27,8 +27,8 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from medisee.errors import InputError
-from medisee.model_config import Mllm
+from medisee.config.model import Mllm
+from medisee.foundation.errors import InputError
 from medisee.models.packing import use_flex
 from medisee.models.pretrained import DTYPES, general_kernel, load_pretrained, pretrained_tokenizer
 from medisee.models.seg_head import SegHeadSpec

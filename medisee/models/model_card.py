@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from huggingface_hub import ModelCardData
 
-from medisee.model_config import Model
+from medisee.config.model import Model
 
 CARD = "README.md"
 

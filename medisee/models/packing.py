@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import LlavaForConditionalGeneration
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 PREFIX = 0
 PADDING = -1

@@ -21,9 +21,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from medisee.errors import InputError
+from medisee.config.model import Mllm
+from medisee.foundation.errors import InputError
 from medisee.hub import fetch, is_hub_id
-from medisee.model_config import Mllm
 from medisee.models.conversion import converted, vocabulary_problems
 from medisee.models.gguf import gguf_folder
 from medisee.models.llava_format import CONFIG, is_original, original_tokenizer

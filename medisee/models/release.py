@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from medisee.errors import InputError
-from medisee.model_config import Model
+from medisee.config.model import Model
+from medisee.foundation.errors import InputError
 from medisee.models.llava_format import LLAVA_DROPPED, LLAVA_NAMES
 from medisee.models.shards import Shard, TensorFacts
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import SamConfig, SamModel
 
-from medisee.errors import InputError
+from medisee.config.model import SamSizes
+from medisee.foundation.errors import InputError
 from medisee.hub import fetch
-from medisee.model_config import SamSizes
 
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 FILE_TYPES = (".safetensors", ".pth", ".pt", ".bin")

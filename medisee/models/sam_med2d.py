@@ -15,8 +15,8 @@ import torch
 from segment_anything.modeling.image_encoder import Block, window_partition, window_unpartition
 from torch import Tensor, nn
 
-from medisee.errors import InputError
-from medisee.model_config import SegHeadConfig
+from medisee.config.model import SegHeadConfig
+from medisee.foundation.errors import InputError
 from medisee.models.image_encoder import image_encoder
 from medisee.models.seg_head import SamHead, assemble, vit_sizes
 

@@ -17,8 +17,8 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransfor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medisee.errors import InputError
-from medisee.model_config import Lora, SamSizes, SegHeadConfig
+from medisee.config.model import Lora, SamSizes, SegHeadConfig
+from medisee.foundation.errors import InputError
 from medisee.models.image_encoder import PATCH, image_encoder
 from medisee.models.sam_format import is_transformers, read_weights, transformers_name, weights_file, without_tied
 

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 WEIGHTS = (SAFETENSORS_INDEX, "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")

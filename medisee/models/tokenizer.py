@@ -18,7 +18,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 IMAGE_TOKEN = "<image>"

@@ -13,8 +13,8 @@ from PIL import Image
 
 from medisee.data.asked import COPY_SIDE, prepare
 from medisee.data.query_bank import BANKS, load_bank, split_bank
-from medisee.errors import InputError
-from medisee.files import sha256
+from medisee.foundation.errors import InputError
+from medisee.foundation.files import sha256
 from medisee.manifest import Manifest
 from medisee.masks import encode_mask, mask_box
 from medisee.records import Record, Target, write_records

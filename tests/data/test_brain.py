@@ -19,7 +19,7 @@ from medisee.data.brain import (
     load_brain,
     source_files,
 )
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 WHITE_MATTER = (2, 41)
 

@@ -12,8 +12,8 @@ from medisee.data import demo as demo_module
 from medisee.data.brain import PLANES, STRUCTURES, Split
 from medisee.data.demo import prepare_demo
 from medisee.data.query_bank import load_bank, split_bank
-from medisee.errors import InputError
-from medisee.files import sha256
+from medisee.foundation.errors import InputError
+from medisee.foundation.files import sha256
 from medisee.manifest import Manifest
 from medisee.masks import mask_box
 from medisee.records import Record

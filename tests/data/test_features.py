@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from medisee.config.model import Lora, Model, SegHeadConfig
 from medisee.data import features
 from medisee.data.features import INDEX, FeatureCache, encoder_key, fill_cache
 from medisee.data.images import read_image
-from medisee.errors import InputError
-from medisee.model_config import Lora, Model, SegHeadConfig
+from medisee.foundation.errors import InputError
 from medisee.models.seg_head import SamHead, sam_head
 from medisee.models.tokenizer import add_candidate_tokens, train_tokenizer
 from medisee.processing import MediSeeProcessor

@@ -12,7 +12,7 @@ from PIL import Image
 
 from medisee.data import images
 from medisee.data.images import read_image
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 RAMP = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 

@@ -20,10 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from medisee.config import Config
-from medisee.config_load import config_from
+from medisee.config.load import config_from
 from medisee.data.dataset import MicroBatches, TrainingData, training_batches
 from medisee.data.mixture import Draw, Mixture
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.manifest import Manifest
 from medisee.models.seg_head import SegHeadSpec
 from medisee.models.tokenizer import add_candidate_tokens, train_tokenizer

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from medisee.data.mlmr_sd import Question, prepare, worded
-from medisee.errors import InputError, exit_code
+from medisee.foundation.errors import InputError, exit_code
 from medisee.manifest import Manifest
 from medisee.prepare_data import main
 from medisee.records import Turn

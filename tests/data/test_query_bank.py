@@ -18,7 +18,7 @@ from medisee.data.query_bank import (
     split_bank,
     training_questions,
 )
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 BANK = load_bank()
 ORGANS = (

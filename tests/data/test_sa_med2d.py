@@ -13,7 +13,7 @@ from PIL import Image
 from medisee.data.sa_med2d import SaMed2D, prepare, split_cases
 from medisee.data.sa_med2d_index import CLASSES_FILE, INDEX_FILE
 from medisee.data.subset import Subset
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.manifest import Manifest
 from medisee.masks import MaskFiles, Rle, decode_mask
 from medisee.records import Record

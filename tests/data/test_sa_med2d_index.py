@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medisee.data.sa_med2d_index import CLASSES_FILE, INDEX_FILE, Entry, Index, Reject
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 CLASSES = {"d": {"union_all": 0, "left_kidney": 1, "liver": 2, "twice": 3, "again": 3}}
 STEM = "ct_00--d--a--z_1"

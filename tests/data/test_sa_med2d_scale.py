@@ -16,7 +16,7 @@ from made_up_index import UNKNOWN, class_names, sources, write_index
 from medisee import offsets
 from medisee.data.image_name import parse_name
 from medisee.data.sa_med2d_index import INDEX_FILE
-from medisee.errors import exit_code
+from medisee.foundation.errors import exit_code
 from medisee.manifest import Manifest
 from medisee.masks import MaskFiles
 from medisee.prepare_data import main

@@ -7,7 +7,7 @@ from pathlib import Path
 from fake_server import FakeServer
 
 from data_gen import run
-from medisee.errors import exit_code
+from medisee.foundation.errors import exit_code
 
 
 def options(path: Path, server: FakeServer, ledger: Path, *more: str) -> list[str]:

@@ -18,7 +18,7 @@ from data_gen.captioner import LocalCaptioner
 from data_gen.ledger import Ledger
 from data_gen.pixels import identify
 from data_gen.prompts import MAX_TOKENS, request
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.models.tokenizer import add_candidate_tokens, token_id, train_tokenizer
 
 FACTS = {"item": "r", "modality": "ct", "category": "liver", "box": [0, 0, 1, 1], "template": "first"}

@@ -15,7 +15,7 @@ from data_gen import __main__ as command
 from data_gen.ledger import Ledger
 from data_gen.review import ReviewDesk
 from data_gen.server import Refused
-from medisee.errors import exit_code
+from medisee.foundation.errors import exit_code
 
 Capture = pytest.CaptureFixture[str]
 

@@ -17,8 +17,8 @@ from data_gen.export import main
 from data_gen.items import Decision
 from data_gen.ledger import Ledger
 from medisee.data.dataset import record_example
-from medisee.errors import exit_code
-from medisee.files import sha256
+from medisee.foundation.errors import exit_code
+from medisee.foundation.files import sha256
 from medisee.manifest import Manifest
 from medisee.naming import read_categories
 from medisee.records import Turn

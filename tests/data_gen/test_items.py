@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_gen.items import items_from_manifest, length_of, perspective_of
-from medisee.errors import InputError
-from medisee.files import sha256
+from medisee.foundation.errors import InputError
+from medisee.foundation.files import sha256
 from medisee.manifest import Manifest
 from medisee.masks import Rle
 from medisee.records import Record, Target, write_records

@@ -9,7 +9,7 @@ import pytest
 from data_gen.knowledge import load_knowledge
 from data_gen.names import load_names
 from medisee.data.brain import STRUCTURES
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 NAMES = load_names()
 KNOWLEDGE = load_knowledge()

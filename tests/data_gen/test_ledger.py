@@ -14,7 +14,7 @@ import pytest
 from data_gen.calls import Answer, Fault, Reply, Request
 from data_gen.items import Decision, Drop, Entity, Item, Pair
 from data_gen.ledger import Ledger
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.masks import Rle
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_gen.names import NAMES_FILE, load_names, read_names
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 NAMES = load_names()
 TABLE = yaml.safe_load(NAMES_FILE.read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ from data_gen.items import Decision
 from data_gen.ledger import Ledger
 from data_gen.review import ReviewDesk, main
 from data_gen.server import MOST_BYTES, PAGE, ReviewServer
-from medisee.errors import InputError, exit_code
+from medisee.foundation.errors import InputError, exit_code
 
 LedgerMaker = Callable[..., Path]
 SHORT = "case0_0/liver#first-attribute-short"

@@ -13,7 +13,7 @@ from data_gen import export, stats
 from data_gen.items import Decision
 from data_gen.ledger import Ledger
 from data_gen.statistics import Statistics, balance, statistics_of_ledger
-from medisee.errors import exit_code
+from medisee.foundation.errors import exit_code
 
 LedgerMaker = Callable[..., Path]
 

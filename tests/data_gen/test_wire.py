@@ -24,7 +24,7 @@ from data_gen.pixels import identify
 from data_gen.prices import FREE, Price
 from data_gen.prompts import request
 from data_gen.wire import Server, Unreachable, Wire, retry_after
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 Serve = Callable[..., FakeServer]
 SECRET = "sk-a-very-secret-key-0123456789"

@@ -13,8 +13,8 @@ import torch
 from original_checkpoint import OriginalCheckpoint, original_settings, original_shapes, random_tensors
 from sentencepiece import SentencePieceTrainer
 
-from medisee.config_load import config_from
-from medisee.model_config import Model
+from medisee.config.load import config_from
+from medisee.config.model import Model
 from medisee.models.medisee import MediSee
 from medisee.models.tokenizer import add_candidate_tokens, train_tokenizer
 from medisee.processing import Example, Query

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from medisee import MediSee
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.models import checkpoints
 from medisee.processing import Example, Query
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch._dynamo.utils import counters  # torch has no public count of compiled graphs
 
-from medisee.config_load import config_from
+from medisee.config.load import config_from
 from medisee.train import train
 
 GRAPHS = 3

@@ -18,8 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
-from medisee.errors import InputError
-from medisee.model_config import Mllm
+from medisee.config.model import Mllm
+from medisee.foundation.errors import InputError
 from medisee.models import conversion
 from medisee.models.conversion import converted
 from medisee.models.mllm import load_mllm, load_tokenizer
@@ -408,7 +408,7 @@ MEASURE = """
 import sys, threading, time
 from pathlib import Path
 import torch
-from medisee.model_config import Mllm
+from medisee.config.model import Mllm
 from medisee.models.conversion import converted
 
 def resident():

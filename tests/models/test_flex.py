@@ -19,9 +19,9 @@ from torch.nn.attention import flex_attention as torchs_flex
 from torch.nn.attention.flex_attention import create_mask
 
 from medisee.config import Loss
-from medisee.config_load import config_from
+from medisee.config.load import config_from
 from medisee.cost import training_cost
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.models import packing
 from medisee.models.layers import recompute_layers
 from medisee.models.losses import end_to_end_loss

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from tiny_gguf import TEXTS, tiny_llama, write_gguf
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
-from medisee.errors import InputError
+from medisee.config.model import Mllm, Model
+from medisee.foundation.errors import InputError
 from medisee.missing import missing_weights
-from medisee.model_config import Mllm, Model
 from medisee.models.gguf import find_gguf, gguf_file, gguf_folder
 from medisee.models.medisee import MediSee
 from medisee.models.mllm import load_tokenizer

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from segment_anything.modeling import ImageEncoderViT
 from torch import Tensor, nn
 
-from medisee.model_config import SamSizes
+from medisee.config.model import SamSizes
 from medisee.models import image_encoder as module
 from medisee.models.image_encoder import BiasedAttention, image_encoder, package_encoder
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from medisee.errors import InputError
-from medisee.model_config import SegHeadConfig
+from medisee.config.model import SegHeadConfig
+from medisee.foundation.errors import InputError
 from medisee.models import lite_medsam
 from medisee.models.lite_medsam import LiteEncoder, lite_medsam_head
 from medisee.models.sam_format import packaged_weights

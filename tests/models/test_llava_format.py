@@ -13,7 +13,7 @@ from original_checkpoint import OriginalCheckpoint, original_settings
 from tokenizers import pre_tokenizers
 from transformers import CLIPVisionConfig, LlavaForConditionalGeneration
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.models.llava_format import (
     LLAVA_DROPPED,
     LLAVA_NAMES,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
-from medisee.errors import InputError
-from medisee.model_config import Mllm, Model
+from medisee.config.model import Mllm, Model
+from medisee.foundation.errors import InputError
 from medisee.models.medisee import MediSee
 from medisee.models.mllm import POSITION_FREQUENCIES, load_mllm, load_tokenizer, seg_head_tokens
 from medisee.models.seg_head import SegHeadSpec

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from medisee.errors import InputError
-from medisee.model_config import Mllm, Model
+from medisee.config.model import Mllm, Model
+from medisee.foundation.errors import InputError
 from medisee.models import pretrained
 from medisee.models.conversion import converted
 from medisee.models.medisee import MediSee

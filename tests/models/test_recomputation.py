@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from medisee.config import Loss
-from medisee.config_load import load_config
-from medisee.errors import InputError
+from medisee.config.load import load_config
+from medisee.foundation.errors import InputError
 from medisee.models.layers import recompute_layers
 from medisee.models.losses import end_to_end_loss
 from medisee.models.medisee import MediSee

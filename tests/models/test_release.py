@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.models.heads import Router
 from medisee.models.medisee import MediSee
 from medisee.models.release import PARTS, Report, our_name, our_values, place, read_placed, release_key, why_dropped

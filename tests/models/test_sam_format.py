@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import SamConfig, SamModel
 
-from medisee.errors import InputError
-from medisee.model_config import Model, SamSizes, SegHeadConfig
+from medisee.config.model import Model, SamSizes, SegHeadConfig
+from medisee.foundation.errors import InputError
 from medisee.models import sam_format
 from medisee.models.checkpoints import frozen_bases
 from medisee.models.sam_format import (

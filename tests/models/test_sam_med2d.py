@@ -11,9 +11,9 @@ from segment_anything.modeling.image_encoder import window_partition, window_unp
 from torch import Tensor
 from torch.nn import functional as F
 
-from medisee.config_load import load_config
-from medisee.errors import InputError
-from medisee.model_config import Model, SegHeadConfig
+from medisee.config.load import load_config
+from medisee.config.model import Model, SegHeadConfig
+from medisee.foundation.errors import InputError
 from medisee.models.medisee import build_seg_head
 from medisee.models.sam_med2d import AdaptedBlock, sam_med2d_head
 from medisee.models.seg_head import Prompts, SamHead, sam_head

@@ -15,9 +15,9 @@ from segment_anything import build_sam_vit_b, build_sam_vit_h, build_sam_vit_l
 from torch import Tensor, nn
 
 from medisee import MediSee
-from medisee.config_load import config_from, load_config
-from medisee.errors import InputError
-from medisee.model_config import Lora, SegHeadConfig
+from medisee.config.load import config_from, load_config
+from medisee.config.model import Lora, SegHeadConfig
+from medisee.foundation.errors import InputError
 from medisee.models.image_encoder import package_encoder
 from medisee.models.seg_head import Prompts, SamHead, load_weights, sam_head, vit_sizes
 from medisee.processing import Example

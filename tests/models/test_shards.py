@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 from medisee.models.shards import TensorFacts, check_shards, open_shard, shard_paths, some, weight_map, write_shard
 
 TENSORS = {

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medisee.config import Loss
-from medisee.config_load import load_config
-from medisee.errors import InputError
-from medisee.model_config import Mllm
+from medisee.config.load import load_config
+from medisee.config.model import Mllm
+from medisee.foundation.errors import InputError
 from medisee.models.losses import end_to_end_loss
 from medisee.models.medisee import MediSee
 from medisee.parameters import parameter_counts

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
-from medisee.errors import InputError
-from medisee.model_config import Model
+from medisee.config.model import Model
+from medisee.foundation.errors import InputError
 from medisee.models.seg_head import SegHeadSpec
 from medisee.models.tokenizer import (
     add_candidate_tokens,

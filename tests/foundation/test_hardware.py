@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from medisee.hardware import compute_dtype, to_training_precision
+from medisee.foundation.hardware import compute_dtype, to_training_precision
 
 CPU = torch.device("cpu")
 
@@ -76,7 +76,7 @@ def test_auto_is_float32_on_an_unknown_device() -> None:
 PROGRAM = """
 import resource
 import torch
-from medisee.hardware import keep_freed_memory
+from medisee.foundation.hardware import keep_freed_memory
 if {keep}:
     assert keep_freed_memory()
 def faults_of(tensors):
@@ -102,7 +102,7 @@ def test_freed_memory_serves_the_next_tensor() -> None:
 
 
 def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from medisee import hardware
+    from medisee.foundation import hardware
 
     monkeypatch.setattr(hardware.sys, "platform", "darwin")
     assert hardware.keep_freed_memory() is False

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from medisee.errors import InputError
+from medisee.foundation.errors import InputError
 
 
 @contextmanager

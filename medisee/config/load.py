@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from medisee.config import Config, Source, merge
-from medisee.errors import InputError, nearest
-from medisee.model_config import Section
+from medisee.config.model import Section
+from medisee.config.run import Config, Source, merge
+from medisee.foundation.errors import InputError, nearest
 
 
 def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:

@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medisee.files import Fingerprints, fingerprint
+from medisee.foundation.files import Fingerprints, fingerprint
 
 
 @given(st.lists(st.sampled_from(["a", "b", "ab", "", "é", "\ud800", "images/x.png"])))

@@ -11,10 +11,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from medisee.config import Config, Source
-from medisee.config_load import config_from, dump_config, load_config
-from medisee.errors import InputError
+from medisee.config.load import config_from, dump_config, load_config
+from medisee.foundation.errors import InputError
 
-ROOT = Path(__file__).parents[1] / "configs"
+ROOT = Path(__file__).parents[2] / "configs"
 CONFIGS = sorted(ROOT.glob("**/*.yaml"))
 
 

@@ -1,4 +1,4 @@
-"""The configuration of a model: its sizes, its published weights, what learns in it. A part of medisee/config.py."""
+"""The configuration of a model: its sizes, its published weights, what learns in it. A part of medisee/config/run.py."""
 
 from __future__ import annotations
 

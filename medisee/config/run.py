@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from medisee.model_config import Model, Section
+from medisee.config.model import Model, Section
 
 RELEASE: dict[str, Any] = {
     "model": {
