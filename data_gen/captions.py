@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medisee.foundation.errors import InputError
-from medisee.jsonl import Fields, parse, read_lines
+from medisee.records.jsonl import Fields, parse, read_lines
 
 
 @dataclass(frozen=True, slots=True)

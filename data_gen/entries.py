@@ -13,8 +13,8 @@ from data_gen.items import Item
 from data_gen.screening import Screened
 from data_gen.splits import Split, split_items
 from medisee.data.mlmr_sd import Question, worded
-from medisee.masks import Box
-from medisee.records import Record, Target, Turn
+from medisee.records.masks import Box
+from medisee.records.records import Record, Target, Turn
 
 
 @dataclass(frozen=True, slots=True)

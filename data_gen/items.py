@@ -13,9 +13,9 @@ from typing import Literal, cast
 
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import sha256
-from medisee.manifest import Manifest
-from medisee.masks import Box, MaskFiles, Rle, encode_mask, mask_box
-from medisee.records import Record, Target
+from medisee.records.manifest import Manifest
+from medisee.records.masks import Box, MaskFiles, Rle, encode_mask, mask_box
+from medisee.records.records import Record, Target
 
 Perspective = Literal["attribute", "location"]
 Length = Literal["short", "long"]

@@ -25,7 +25,7 @@ from data_gen.items import Decision, Drop, Entity, Item, Pair
 from data_gen.names import Names, load_names
 from data_gen.store import Store
 from medisee.foundation.errors import InputError
-from medisee.masks import Rle
+from medisee.records.masks import Rle
 
 VERSION = 1
 _TABLES = Path(__file__).with_name("ledger.sql")

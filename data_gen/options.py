@@ -19,7 +19,7 @@ from data_gen.recipe import OFFLINE, Recipe
 from data_gen.wire import CAPTION_KEY, KEY, is_same
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import sha256
-from medisee.manifest import Manifest
+from medisee.records.manifest import Manifest
 
 LOCAL = "local:"
 _SCHEMAS = ("strict", "json_object", "none")

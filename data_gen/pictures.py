@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_gen.items import Item
-from medisee.data.images import read_image
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import inside, sha256
-from medisee.manifest import read_mask
-from medisee.masks import Rle, decode_mask
+from medisee.records.images import read_image
+from medisee.records.manifest import read_mask
+from medisee.records.masks import Rle, decode_mask
 
 _COLOR = (230, 159, 0)
 _FILL = 90  # of 255: what lies below must stay visible

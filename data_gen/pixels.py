@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image
 
 from data_gen.calls import IMAGE_PREFIX
-from medisee.data.images import read_image
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import inside, sha256
+from medisee.records.images import read_image
 
 
 def identify(root: Path, image: str) -> tuple[str, str]:

@@ -31,7 +31,7 @@ from data_gen.prices import CHARACTERS, Price, size_of
 from data_gen.prompts import ask_again
 from data_gen.schemas import ANSWERS, CELLS, Stage
 from data_gen.stages import make as make_pairs
-from medisee.manifest import Manifest
+from medisee.records.manifest import Manifest
 
 SAMPLE = 200
 _WORD = "anatomical"  # with its space as long as a token and a half: medical English has long words

@@ -17,7 +17,7 @@ from itertools import combinations, permutations, product
 from typing import Literal, TypeAlias
 
 from data_gen.items import Entity
-from medisee.masks import Box
+from medisee.records.masks import Box
 
 Kind = Literal["place", "relation", "extent"]
 Test: TypeAlias = Callable[[Box], bool]

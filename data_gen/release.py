@@ -15,7 +15,7 @@ from pathlib import Path
 from data_gen.entries import Entry, questions
 from data_gen.splits import SPLITS
 from medisee.foundation.files import write_json
-from medisee.jsonl import write_lines
+from medisee.records.jsonl import write_lines
 
 
 def write_release(folder: Path, entries: Sequence[Entry]) -> None:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from medisee.config import Config, load_config
-    from medisee.data.images import read_image
     from medisee.drawing import overlay
     from medisee.inference import Answer, ask, ask_all
-    from medisee.manifest import Manifest
     from medisee.models.medisee import MediSee
-    from medisee.records import QA, Prediction, Record, Target
+    from medisee.records.images import read_image
+    from medisee.records.manifest import Manifest
+    from medisee.records.records import QA, Prediction, Record, Target
 
     __version__: str
 
@@ -37,19 +37,19 @@ __all__ = [
 ]
 
 _MODULES = {
-    "QA": "records",
+    "QA": "records.records",
     "Answer": "inference",
     "Config": "config",
-    "Manifest": "manifest",
+    "Manifest": "records.manifest",
     "MediSee": "models.medisee",
-    "Prediction": "records",
-    "Record": "records",
-    "Target": "records",
+    "Prediction": "records.records",
+    "Record": "records.records",
+    "Target": "records.records",
     "ask": "inference",
     "ask_all": "inference",
     "load_config": "config",
     "overlay": "drawing",
-    "read_image": "data.images",
+    "read_image": "records.images",
 }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from medisee.masks import Box
+from medisee.records.masks import Box
 
 Color = tuple[int, int, int]
 

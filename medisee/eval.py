@@ -34,14 +34,14 @@ from medisee.foundation.errors import InputError, exit_code, nearest
 from medisee.foundation.files import atomic_path, write_json
 from medisee.foundation.hardware import compute_dtype, keep_freed_memory
 from medisee.foundation.provenance import run_facts
-from medisee.manifest import Manifest
-from medisee.masks import decode_mask
 from medisee.metrics import score
 from medisee.models.checkpoints import load_checkpoint
 from medisee.models.medisee import MediSee
 from medisee.naming import named_category, read_categories
 from medisee.prediction import Asked, Mode, all_questions, predict, shuffled_questions
-from medisee.records import QA, Prediction, Target, read_predictions
+from medisee.records.manifest import Manifest
+from medisee.records.masks import decode_mask
+from medisee.records.records import QA, Prediction, Target, read_predictions
 from medisee.references import References, learn_references
 from medisee.report import (
     REFERENCES,

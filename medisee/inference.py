@@ -36,19 +36,19 @@ from medisee import prediction
 from medisee.config import Eval
 from medisee.config.load import load_config
 from medisee.config.model import MAX_TOKENS
-from medisee.data.images import read_image
-from medisee.data.prompts import candidate_text
 from medisee.drawing import overlay
 from medisee.foundation.errors import InputError, exit_code
 from medisee.foundation.files import atomic_path, write_json
 from medisee.foundation.provenance import run_facts
 from medisee.hub import is_hub_id
-from medisee.masks import Box, decode_mask, encode_mask
 from medisee.models.checkpoints import local_checkpoint
 from medisee.models.medisee import MediSee
 from medisee.plan import GPU, checkpoint_config, plan_inference
 from medisee.plan_tables import render_inference_plan
 from medisee.processing import Example, Query
+from medisee.records.images import read_image
+from medisee.records.masks import Box, decode_mask, encode_mask
+from medisee.records.prompts import candidate_text
 
 Decode = Literal["generate", "forced"]
 MAX_NEW_TOKENS = Eval().max_new_tokens

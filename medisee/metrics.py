@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medisee.foundation.errors import InputError
-from medisee.masks import Box, mask_box
+from medisee.records.masks import Box, mask_box
 
 _CHUNK = 2**22  # entries of the resampling matrix that are in memory at a time: 32 MB
 

@@ -17,13 +17,13 @@ from tqdm import tqdm
 from medisee.config import Eval
 from medisee.data.dataset import asked_questions, record_example
 from medisee.data.features import FeatureCache
-from medisee.data.prompts import candidate_text
 from medisee.geometry import denormalise_box, logits_to_original
-from medisee.manifest import Manifest
-from medisee.masks import encode_mask
 from medisee.models.medisee import MediSee
 from medisee.processing import Batch, Example
-from medisee.records import QA, Prediction, Record, Target
+from medisee.records.manifest import Manifest
+from medisee.records.masks import encode_mask
+from medisee.records.prompts import candidate_text
+from medisee.records.records import QA, Prediction, Record, Target
 
 Mode = Literal["forced", "generated"]
 

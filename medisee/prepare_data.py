@@ -19,7 +19,7 @@ from typing import Any
 
 from medisee.foundation.errors import InputError, exit_code, nearest
 from medisee.foundation.files import write_json
-from medisee.jsonl import read_lines
+from medisee.records.jsonl import read_lines
 
 DEMO = """Makes the demo data set, offline and in about a minute: MRI slices of an averaged brain with the outlines of
 its structures, and questions that describe a structure without naming it.

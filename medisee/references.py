@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from medisee.data.images import read_image
-from medisee.manifest import Manifest
-from medisee.masks import encode_mask
-from medisee.records import QA, Prediction, Record, Target
+from medisee.records.images import read_image
+from medisee.records.manifest import Manifest
+from medisee.records.masks import encode_mask
+from medisee.records.records import QA, Prediction, Record, Target
 
 GRID = 128
 """Side of the common grid on which training masks are averaged."""

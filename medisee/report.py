@@ -13,15 +13,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from medisee.data.images import read_image
 from medisee.drawing import overlay
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import write_json, write_text
 from medisee.gallery import GalleryCase, write_gallery
-from medisee.manifest import Manifest
-from medisee.masks import decode_mask, mask_box
 from medisee.metrics import Figure, Score, Summary, summarise
-from medisee.records import QA, Prediction, Record, Target, write_predictions
+from medisee.records.images import read_image
+from medisee.records.manifest import Manifest
+from medisee.records.masks import decode_mask, mask_box
+from medisee.records.records import QA, Prediction, Record, Target, write_predictions
 from medisee.tables import Row, Table, to_latex, to_markdown, to_terminal
 
 FIGURES = ("Dice", "gIoU", "cIoU", "IoU", "Acc")

@@ -30,7 +30,6 @@ from medisee.foundation.files import recover_folder
 from medisee.foundation.hardware import compute_dtype, keep_freed_memory, to_training_precision
 from medisee.initial_model import build_model
 from medisee.interruption import Stopped, StopRequest
-from medisee.manifest import Manifest
 from medisee.missing import check_files, with_missing_weights
 from medisee.models.checkpoints import save_checkpoint
 from medisee.models.layers import check_compiler, compile_layers, recompute_layers, uncompiled
@@ -57,6 +56,7 @@ from medisee.ranks import (
     wait_for_ranks,
     world_from_environment,
 )
+from medisee.records.manifest import Manifest
 from medisee.run_log import RunLog
 from medisee.training_state import (
     CHECKPOINT,

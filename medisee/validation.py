@@ -9,12 +9,12 @@ import torch
 from medisee.config import Config
 from medisee.data.features import FeatureCache
 from medisee.foundation.hardware import compute_dtype, is_mixed
-from medisee.manifest import Manifest
-from medisee.masks import decode_mask, mask_box
 from medisee.metrics import Score, Summary, score, summarise
 from medisee.models.medisee import MediSee
 from medisee.prediction import Asked, all_questions, predict
 from medisee.ranks import Place, gather
+from medisee.records.manifest import Manifest
+from medisee.records.masks import decode_mask, mask_box
 
 
 def validate(model: MediSee, val: Manifest, config: Config, *, cache: FeatureCache | None, place: Place) -> Summary:

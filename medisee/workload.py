@@ -19,12 +19,12 @@ from torch import Tensor
 
 from medisee.config import Config
 from medisee.config.model import MAX_TOKENS
-from medisee.data.prompts import ANSWERS, CANDIDATE_TOKENS, CLASS_QUESTIONS, candidate_text
 from medisee.foundation.errors import InputError
-from medisee.jsonl import read_lines
 from medisee.models.medisee import MediSee
 from medisee.processing import Batch, Example, Query
-from medisee.records import Record, Target, read_record
+from medisee.records.jsonl import read_lines
+from medisee.records.prompts import ANSWERS, CANDIDATE_TOKENS, CLASS_QUESTIONS, candidate_text
+from medisee.records.records import Record, Target, read_record
 
 IMAGE_SIDE = 512
 """Side of an image whose size is not known, pixels; SA-Med2D-20M's are mostly 200 to 1000."""

@@ -43,7 +43,6 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from medisee.config import Config
 from medisee.config.load import config_from, load_config
-from medisee.data.prompts import CANDIDATE_TOKENS, candidate_text
 from medisee.foundation.errors import InputError, exit_code, nearest
 from medisee.foundation.hardware import keep_freed_memory
 from medisee.models.losses import Terms, text_loss
@@ -52,6 +51,7 @@ from medisee.models.tokenizer import SPECIAL, add_candidate_tokens
 from medisee.optimization import TorchOptimization
 from medisee.plan import plan_training
 from medisee.processing import Batch, Example, Query
+from medisee.records.prompts import CANDIDATE_TOKENS, candidate_text
 from medisee.workload import TEMPLATE_TOKENS, Lengths, Way, training_workload
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from medisee.masks import encode_mask
-from medisee.records import QA, Record, Target, write_records
+from medisee.records.masks import encode_mask
+from medisee.records.records import QA, Record, Target, write_records
 
 # How long an example takes is no matter of right or wrong.
 settings.register_profile("untimed", deadline=None)

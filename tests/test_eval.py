@@ -15,10 +15,10 @@ import yaml
 from medisee import eval as evaluation
 from medisee.eval import main
 from medisee.foundation.errors import InputError, exit_code
-from medisee.manifest import Manifest
-from medisee.masks import Rle, decode_mask, encode_mask
 from medisee.metrics import score
-from medisee.records import (
+from medisee.records.manifest import Manifest
+from medisee.records.masks import Rle, decode_mask, encode_mask
+from medisee.records.records import (
     Prediction,
     Record,
     read_predictions,

@@ -27,7 +27,7 @@ from medisee.geometry import (
     to_frame,
     token_places,
 )
-from medisee.masks import bounded_size
+from medisee.records.masks import bounded_size
 
 Resize = Literal["longest", "stretch"]
 Box = tuple[int, int, int, int]

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from medisee.foundation.errors import InputError
-from medisee.masks import Box, mask_box
 from medisee.metrics import Score, Summary, box_iou, score, summarise
+from medisee.records.masks import Box, mask_box
 
 GOLDEN = Path(os.environ.get("MEDISEE_GOLDEN", Path(__file__).parent / "golden")) / "metrics.json"
 EMPTY = np.zeros((6, 8), dtype=bool)
@@ -215,5 +215,5 @@ def test_json_has_the_papers_names() -> None:
 
 
 def test_no_model_comes_in() -> None:
-    code = "import sys, medisee.metrics, medisee.manifest; sys.exit('torch' in sys.modules)"
+    code = "import sys, medisee.metrics, medisee.records.manifest; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0

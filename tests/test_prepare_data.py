@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from medisee.foundation.errors import exit_code
-from medisee.manifest import Manifest
 from medisee.prepare_data import main
+from medisee.records.manifest import Manifest
 
 Capture = pytest.CaptureFixture[str]
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from medisee import references
-from medisee.manifest import Manifest
-from medisee.masks import decode_mask, encode_mask
-from medisee.records import QA, Record, Target, write_records
+from medisee.records.manifest import Manifest
+from medisee.records.masks import decode_mask, encode_mask
+from medisee.records.records import QA, Record, Target, write_records
 from medisee.references import GRID, learn_references, mean_mask
 
 SIZE = (40, 60)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from medisee.foundation.errors import InputError
-from medisee.manifest import Manifest
 from medisee.metrics import Score
-from medisee.records import QA, Prediction
+from medisee.records.manifest import Manifest
+from medisee.records.records import QA, Prediction
 from medisee.report import (
     FIGURES,
     FILES,

@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from medisee.data.augment import augment
 from medisee.data.brain import Split
-from medisee.data.images import read_image
 from medisee.data.query_bank import ask_held_out, ask_seen, ask_training, load_bank, split_bank
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import atomic_path, is_new_or_earlier, write_json
-from medisee.manifest import Manifest
-from medisee.masks import bounded_size, encode_mask, mask_box
-from medisee.records import Record, Target, write_records
+from medisee.records.images import read_image
+from medisee.records.manifest import Manifest
+from medisee.records.masks import bounded_size, encode_mask, mask_box
+from medisee.records.records import Record, Target, write_records
 
 SUMMARY = "asked.json"
 COPY_SIDE = 256

@@ -16,14 +16,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from medisee.config import Config
 from medisee.data.features import FeatureCache
-from medisee.data.images import read_image
 from medisee.data.mixture import Draw, Mixture
-from medisee.data.prompts import class_answer, class_question
 from medisee.foundation.errors import InputError
-from medisee.manifest import Manifest
-from medisee.masks import mask_box
 from medisee.processing import Batch, Example, MediSeeProcessor, Query
-from medisee.records import QA, Record, Target
+from medisee.records.images import read_image
+from medisee.records.manifest import Manifest
+from medisee.records.masks import mask_box
+from medisee.records.prompts import class_answer, class_question
+from medisee.records.records import QA, Record, Target
 
 ATTEMPTS = 32
 """Records that may be unreadable one after the other before a run with `data.skip_corrupt` ends."""

@@ -19,8 +19,8 @@ from medisee.data.brain import PLANES, STRUCTURES, Slice, Split, block_number, b
 from medisee.data.query_bank import ask_held_out, ask_seen, ask_training, load_bank, split_bank
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import atomic_path, is_new_or_earlier, sha256, write_json
-from medisee.masks import encode_mask, mask_box
-from medisee.records import Record, Target, write_records
+from medisee.records.masks import encode_mask, mask_box
+from medisee.records.records import Record, Target, write_records
 
 SUMMARY = "data.json"
 _OWN_KEY = "versions"  # in no other data.json

@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from medisee.data.images import read_image
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import atomic_path, sha256, write_json
 from medisee.models.seg_head import SamHead
 from medisee.processing import MediSeeProcessor
+from medisee.records.images import read_image
 
 SHARD = 64
 BATCH = 4

@@ -16,9 +16,9 @@ from typing import Any, Literal, TypeAlias
 import yaml
 
 from medisee.data.brain import STRUCTURES, Split
-from medisee.data.prompts import reasoning_answer, reasoning_question
 from medisee.foundation.errors import InputError
-from medisee.records import QA, Record, Target
+from medisee.records.prompts import reasoning_answer, reasoning_question
+from medisee.records.records import QA, Record, Target
 
 Perspective = Literal["attribute", "location"]
 Length = Literal["short", "long"]

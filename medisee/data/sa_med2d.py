@@ -24,9 +24,9 @@ from medisee.data.sa_med2d_index import Entry, Index, Reject
 from medisee.data.sa_med2d_record import Found, by_names, by_pixels
 from medisee.data.subset import Chosen, Subset, check_categories
 from medisee.foundation.errors import InputError
-from medisee.jsonl import line_writer
-from medisee.offsets import file_stamp, keep_offsets
-from medisee.records import Record, record_writer
+from medisee.records.jsonl import line_writer
+from medisee.records.offsets import file_stamp, keep_offsets
+from medisee.records.records import Record, record_writer
 
 Split = Literal["train", "val", "test"]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from medisee.data.mixture import Draw, Mixture
-from medisee.manifest import Manifest
+from medisee.records.manifest import Manifest
 
 
 class TimedRecords(Dataset[tuple[float, int, int]]):

@@ -15,9 +15,9 @@ from medisee.data.asked import COPY_SIDE, prepare
 from medisee.data.query_bank import BANKS, load_bank, split_bank
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import sha256
-from medisee.manifest import Manifest
-from medisee.masks import encode_mask, mask_box
-from medisee.records import Record, Target, write_records
+from medisee.records.manifest import Manifest
+from medisee.records.masks import encode_mask, mask_box
+from medisee.records.records import Record, Target, write_records
 
 BANK = BANKS["abdomen"]
 CASES = {"train": ("a", "b", "c"), "val": ("d",), "test": ("e", "f")}

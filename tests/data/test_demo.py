@@ -14,9 +14,9 @@ from medisee.data.demo import prepare_demo
 from medisee.data.query_bank import load_bank, split_bank
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import sha256
-from medisee.manifest import Manifest
-from medisee.masks import mask_box
-from medisee.records import Record
+from medisee.records.manifest import Manifest
+from medisee.records.masks import mask_box
+from medisee.records.records import Record
 
 MANIFESTS = ("train_class", "train_reasoning", "val", "test", "test_seen")
 

@@ -14,11 +14,11 @@ from torch import nn
 from medisee.config.model import Lora, Model, SegHeadConfig
 from medisee.data import features
 from medisee.data.features import INDEX, FeatureCache, encoder_key, fill_cache
-from medisee.data.images import read_image
 from medisee.foundation.errors import InputError
 from medisee.models.seg_head import SamHead, sam_head
 from medisee.models.tokenizer import add_candidate_tokens, train_tokenizer
 from medisee.processing import MediSeeProcessor
+from medisee.records.images import read_image
 
 
 def head_of(seed: int = 0, **changes: Any) -> SamHead:

@@ -12,9 +12,9 @@ from PIL import Image
 
 from medisee.data.mlmr_sd import Question, prepare, worded
 from medisee.foundation.errors import InputError, exit_code
-from medisee.manifest import Manifest
 from medisee.prepare_data import main
-from medisee.records import Turn
+from medisee.records.manifest import Manifest
+from medisee.records.records import Turn
 
 STEM = "ct_00--BTCV--ABD_001--z_0064"
 LINE = {

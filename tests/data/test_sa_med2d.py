@@ -14,9 +14,9 @@ from medisee.data.sa_med2d import SaMed2D, prepare, split_cases
 from medisee.data.sa_med2d_index import CLASSES_FILE, INDEX_FILE
 from medisee.data.subset import Subset
 from medisee.foundation.errors import InputError
-from medisee.manifest import Manifest
-from medisee.masks import MaskFiles, Rle, decode_mask
-from medisee.records import Record
+from medisee.records.manifest import Manifest
+from medisee.records.masks import MaskFiles, Rle, decode_mask
+from medisee.records.records import Record
 
 SHAPE = (20, 30)
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from made_up_index import UNKNOWN, class_names, sources, write_index
 
-from medisee import offsets
 from medisee.data.image_name import parse_name
 from medisee.data.sa_med2d_index import INDEX_FILE
 from medisee.foundation.errors import exit_code
-from medisee.manifest import Manifest
-from medisee.masks import MaskFiles
 from medisee.prepare_data import main
+from medisee.records import offsets
+from medisee.records.manifest import Manifest
+from medisee.records.masks import MaskFiles
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 LOADER = Path(__file__).with_name("loader_program.py")

@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 
 from data_gen.items import Entity, Item, Pair, Perspective
-from medisee.masks import encode_mask
-from medisee.records import Record, write_records
-from medisee.records import Target as RecordTarget
+from medisee.records.masks import encode_mask
+from medisee.records.records import Record, write_records
+from medisee.records.records import Target as RecordTarget
 
 TEXTS: dict[str, dict[Perspective, tuple[str, str, str]]] = {
     "liver": {

@@ -14,7 +14,7 @@ from data_gen.ledger import Ledger
 from data_gen.plan import count_items
 from data_gen.prices import FREE, Price, find_price, load_prices, size_of
 from medisee.foundation.errors import InputError, exit_code
-from medisee.manifest import Manifest
+from medisee.records.manifest import Manifest
 
 Records = Callable[[int], Path]
 

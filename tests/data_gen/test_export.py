@@ -19,9 +19,9 @@ from data_gen.ledger import Ledger
 from medisee.data.dataset import record_example
 from medisee.foundation.errors import exit_code
 from medisee.foundation.files import sha256
-from medisee.manifest import Manifest
 from medisee.naming import read_categories
-from medisee.records import Turn
+from medisee.records.manifest import Manifest
+from medisee.records.records import Turn
 
 Capture = pytest.CaptureFixture[str]
 LedgerMaker = Callable[..., Path]

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from data_gen.items import items_from_manifest, length_of, perspective_of
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import sha256
-from medisee.manifest import Manifest
-from medisee.masks import Rle
-from medisee.records import Record, Target, write_records
+from medisee.records.manifest import Manifest
+from medisee.records.masks import Rle
+from medisee.records.records import Record, Target, write_records
 
 
 def test_boxes_are_shares_and_masks_stay_as_they_are(tiny_manifest: Path) -> None:

@@ -15,7 +15,7 @@ from data_gen.calls import Answer, Fault, Reply, Request
 from data_gen.items import Decision, Drop, Entity, Item, Pair
 from data_gen.ledger import Ledger
 from medisee.foundation.errors import InputError
-from medisee.masks import Rle
+from medisee.records.masks import Rle
 
 
 def an_item(number: int) -> Item:

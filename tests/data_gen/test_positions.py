@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data_gen.items import Entity
 from data_gen.positions import Landmark, claims, contradiction, statements
-from medisee.masks import Box
+from medisee.records.masks import Box
 
 ORGANS: tuple[str, ...] = ("alpha", "beta", "gamma", "delta", "epsilon")
 SIDES = {"to the left of": (0, 1), "to the right of": (0, -1), "above": (1, 1), "below": (1, -1)}

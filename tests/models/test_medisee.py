@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from medisee.config import Loss
-from medisee.data.prompts import candidate_text
 from medisee.models.losses import end_to_end_loss
 from medisee.models.medisee import Generated, MediSee, Output
 from medisee.processing import Batch, Example
+from medisee.records.prompts import candidate_text
 
 BuildModel: TypeAlias = Callable[..., MediSee]
 MakeExample: TypeAlias = Callable[..., Example]

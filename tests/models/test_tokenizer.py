@@ -25,7 +25,7 @@ from medisee.models.tokenizer import (
     train_tokenizer,
 )
 from medisee.processing import Example, MediSeeProcessor, Query
-from medisee.records import Turn
+from medisee.records.records import Turn
 
 CANDIDATES = ("[SEG]", "[BBOX]")
 ADDED = {"</s>": 2, "[SEG]": 400, "[BBOX]": 401}

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from medisee import manifest as manifests
 from medisee.foundation.errors import InputError
-from medisee.manifest import Manifest
-from medisee.masks import MaskFiles, Rle, encode_mask
-from medisee.records import Record, Target, write_records
+from medisee.records import manifest as manifests
+from medisee.records.manifest import Manifest
+from medisee.records.masks import MaskFiles, Rle, encode_mask
+from medisee.records.records import Record, Target, write_records
 
 TRUTH = np.zeros((6, 8), dtype=bool)
 TRUTH[1:3, 2:5] = True

@@ -16,10 +16,10 @@ from PIL import ExifTags, Image
 
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import Fingerprints, fingerprint, inside
-from medisee.jsonl import Line, read_lines
-from medisee.masks import MaskFiles, Rle, decode_mask
-from medisee.offsets import file_stamp, keep_offsets, kept_offsets
-from medisee.records import Record, Target, read_record
+from medisee.records.jsonl import Line, read_lines
+from medisee.records.masks import MaskFiles, Rle, decode_mask
+from medisee.records.offsets import file_stamp, keep_offsets, kept_offsets
+from medisee.records.records import Record, Target, read_record
 
 _NOT_PILLOWS = (".dcm", ".dicom", ".ima", ".nii", ".nii.gz")
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
@@ -31,7 +31,7 @@ class Manifest(Sequence[Record]):
     """The records of a file, read on demand from a memory map.
 
     Opening checks every line and keeps only where each begins: eight bytes a record, however long the file. For a
-    large file this is kept beside it (`medisee.offsets`), and as long as the file stays as it is, opening reads no
+    large file this is kept beside it (`medisee.records.offsets`), and as long as the file stays as it is, opening reads no
     line again. A copy sent to another process opens the file again when it is first read.
 
     Attributes:

@@ -1,6 +1,6 @@
 """The plain-file nouns: a Record (image, targets, queries, truth) goes in, a Prediction (mask, box, text) comes out.
 
-Both are JSON Lines, one object a line, with the field names below as keys. `medisee.manifest` reads records.
+Both are JSON Lines, one object a line, with the field names below as keys. `medisee.records.manifest` reads records.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from medisee.foundation.errors import InputError
-from medisee.jsonl import Fields, Line, LineWriter, is_number, line_writer, parse, read_lines, write_lines
-from medisee.masks import Box, MaskFiles, Rle, check_rle
+from medisee.records.jsonl import Fields, Line, LineWriter, is_number, line_writer, parse, read_lines, write_lines
+from medisee.records.masks import Box, MaskFiles, Rle, check_rle
 
 Perspective = Literal["attribute", "location", "class"]
 Length = Literal["short", "long"]

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medisee.foundation.errors import InputError
-from medisee.jsonl import Line
-from medisee.masks import MaskFiles, encode_mask
-from medisee.records import (
+from medisee.records.jsonl import Line
+from medisee.records.masks import MaskFiles, encode_mask
+from medisee.records.records import (
     QA,
     Prediction,
     Record,

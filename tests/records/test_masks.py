@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from pycocotools import mask as coco
 
 from medisee.foundation.errors import InputError
-from medisee.masks import Rle, check_rle, decode_mask, encode_mask, mask_box
+from medisee.records.masks import Rle, check_rle, decode_mask, encode_mask, mask_box
 
 masks = arrays(np.bool_, array_shapes(min_dims=2, max_dims=2, max_side=24))
 

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from medisee.data import images
-from medisee.data.images import read_image
 from medisee.foundation.errors import InputError
+from medisee.records import images
+from medisee.records.images import read_image
 
 RAMP = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 

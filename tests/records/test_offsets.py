@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from medisee import manifest as manifests
-from medisee import offsets
 from medisee.foundation.errors import InputError
-from medisee.jsonl import Line
-from medisee.manifest import Manifest
-from medisee.offsets import file_stamp, keep_offsets, kept_offsets
-from medisee.records import Record, Target, write_records
+from medisee.records import manifest as manifests
+from medisee.records import offsets
+from medisee.records.jsonl import Line
+from medisee.records.manifest import Manifest
+from medisee.records.offsets import file_stamp, keep_offsets, kept_offsets
+from medisee.records.records import Record, Target, write_records
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from medisee.data import prompts
+from medisee.records import prompts
 
 
 @pytest.mark.parametrize("templates", [prompts.CLASS_QUESTIONS, prompts.ANSWERS, prompts.REQUESTS])
