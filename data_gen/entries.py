@@ -12,9 +12,9 @@ from pathlib import PurePosixPath
 from data_gen.items import Item
 from data_gen.screening import Screened
 from data_gen.splits import Split, split_items
-from medisee.data.mlmr_sd import Question, worded
 from medisee.records.masks import Box
 from medisee.records.records import Record, Target, Turn
+from medisee.sources.mlmr_sd import Question, worded
 
 
 @dataclass(frozen=True, slots=True)

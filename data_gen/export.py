@@ -39,10 +39,10 @@ from data_gen.release import write_release
 from data_gen.screening import screen
 from data_gen.splits import SPLITS
 from data_gen.summary import Made, Source, read_sources, summary
-from medisee.data.mlmr_sd import write_splits
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import atomic_path, inside, is_new_or_earlier, write_json, write_text
 from medisee.records.records import Record
+from medisee.sources.mlmr_sd import write_splits
 
 SUMMARY = "data.json"
 _OWN_KEY = "screening"  # in no other data.json

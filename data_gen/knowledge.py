@@ -24,8 +24,8 @@ import yaml
 
 from data_gen.items import Perspective
 from data_gen.names import SIDES
-from medisee.data.query_bank import Pool, load_bank
 from medisee.foundation.errors import InputError
+from medisee.sources.query_bank import Pool, load_bank
 
 ATLAS = Path(__file__).with_name("atlas")
 

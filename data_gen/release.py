@@ -1,4 +1,4 @@
-"""The data set in the JSON formats of the authors' release, which `medisee.data.mlmr_sd` reads back.
+"""The data set in the JSON formats of the authors' release, which `medisee.sources.mlmr_sd` reads back.
 
 The release's loaders name two kinds of files but come without any: `image -> {mask: class}` as JSON, and the test
 questions as JSON Lines. The keys of a line are therefore ours: id, image, mask, category, question, answer,

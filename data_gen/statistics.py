@@ -14,8 +14,8 @@ from data_gen.items import LENGTHS, PERSPECTIVES
 from data_gen.ledger import Ledger
 from data_gen.screening import screen
 from data_gen.summary import authorship, dropped
-from medisee.data.mlmr_sd import SPLITS, read_release
 from medisee.foundation.errors import InputError
+from medisee.sources.mlmr_sd import SPLITS, read_release
 
 
 @dataclass(frozen=True, slots=True)

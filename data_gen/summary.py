@@ -16,8 +16,8 @@ from data_gen.entries import Entry, questions
 from data_gen.items import Decision, Drop, Item, Pair
 from data_gen.screening import Screening
 from data_gen.splits import SPLITS
-from medisee.data.image_name import parse_name
 from medisee.foundation.errors import InputError
+from medisee.sources.image_name import parse_name
 
 OFFLINE = "offline"
 """The author of pairs that no model wrote."""

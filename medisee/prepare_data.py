@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from medisee.data.demo import prepare_demo
+    from medisee.sources.demo import prepare_demo
 
     _check_out(arguments.out)
     prepare_demo(
@@ -166,8 +166,8 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _sa_med2d(arguments: argparse.Namespace) -> None:
-    from medisee.data.sa_med2d import prepare
-    from medisee.data.subset import parse_subset
+    from medisee.sources.sa_med2d import prepare
+    from medisee.sources.subset import parse_subset
 
     _check_sa_med2d(arguments)
     done = prepare(
@@ -191,7 +191,7 @@ def _sa_med2d(arguments: argparse.Namespace) -> None:
 
 
 def _mlmr_sd(arguments: argparse.Namespace) -> None:
-    from medisee.data.mlmr_sd import prepare
+    from medisee.sources.mlmr_sd import prepare
 
     _check_out(arguments.out)
     counts = prepare(arguments.root, arguments.out, seed=arguments.seed)
@@ -201,8 +201,8 @@ def _mlmr_sd(arguments: argparse.Namespace) -> None:
 
 
 def _ask(arguments: argparse.Namespace) -> None:
-    from medisee.data.asked import prepare
-    from medisee.data.query_bank import BANKS
+    from medisee.sources.ask import prepare
+    from medisee.sources.query_bank import BANKS
 
     _check_out(arguments.out)
     bank = BANKS.get(arguments.bank, Path(arguments.bank))
@@ -230,7 +230,7 @@ def _ask(arguments: argparse.Namespace) -> None:
 
 def _check_sa_med2d(arguments: argparse.Namespace) -> None:
     """Reading the index of the whole data set takes minutes, so what can be told before is told before."""
-    from medisee.data.subset import parse_subset
+    from medisee.sources.subset import parse_subset
 
     problems: list[str] = []
     try:

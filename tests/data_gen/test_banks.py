@@ -14,7 +14,7 @@ from data_gen.items import Item
 from data_gen.names import load_names
 from data_gen.positions import claims
 from data_gen.rules import ANSWER_WORDS, TEXT_WORDS, check_pair, count_words
-from medisee.data.query_bank import BANKS, load_bank
+from medisee.sources.query_bank import BANKS, load_bank
 
 LOADED, NAMES = {name: load_bank(path, None) for name, path in BANKS.items()}, load_names()
 CASES = [(name, structure) for name, bank in LOADED.items() for structure in bank]

@@ -8,8 +8,8 @@ import pytest
 
 from data_gen.knowledge import load_knowledge
 from data_gen.names import load_names
-from medisee.data.brain import STRUCTURES
 from medisee.foundation.errors import InputError
+from medisee.sources.brain import STRUCTURES
 
 NAMES = load_names()
 KNOWLEDGE = load_knowledge()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from medisee.data.augment import (
+from medisee.sources.augment import (
     augment,
     change_intensity,
     random_places,

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medisee.data.mlmr_sd import Question, prepare, worded
 from medisee.foundation.errors import InputError, exit_code
 from medisee.prepare_data import main
 from medisee.records.manifest import Manifest
 from medisee.records.records import Turn
+from medisee.sources.mlmr_sd import Question, prepare, worded
 
 STEM = "ct_00--BTCV--ABD_001--z_0064"
 LINE = {

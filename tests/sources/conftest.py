@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from medisee.data.brain import Brain, load_brain, source_files
-from medisee.data.demo import prepare_demo
+from medisee.sources.brain import Brain, load_brain, source_files
+from medisee.sources.demo import prepare_demo
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medisee.data.asked import COPY_SIDE, prepare
-from medisee.data.query_bank import BANKS, load_bank, split_bank
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import sha256
 from medisee.records.manifest import Manifest
 from medisee.records.masks import encode_mask, mask_box
 from medisee.records.records import Record, Target, write_records
+from medisee.sources.ask import COPY_SIDE, prepare
+from medisee.sources.query_bank import BANKS, load_bank, split_bank
 
 BANK = BANKS["abdomen"]
 CASES = {"train": ("a", "b", "c"), "val": ("d",), "test": ("e", "f")}

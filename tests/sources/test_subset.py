@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medisee.data.subset import Chosen, Subset, check_categories, parse_subset
 from medisee.foundation.errors import InputError
+from medisee.sources.subset import Chosen, Subset, check_categories, parse_subset
 
 NAMES = [(category, f"{category}/{n}") for category in ("liver", "spleen", "aorta") for n in range(40)]
 caps = st.dictionaries(st.sampled_from(["liver", "spleen"]), st.integers(0, 50))

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from medisee.data.sa_med2d import SaMed2D, prepare, split_cases
-from medisee.data.sa_med2d_index import CLASSES_FILE, INDEX_FILE
-from medisee.data.subset import Subset
 from medisee.foundation.errors import InputError
 from medisee.records.manifest import Manifest
 from medisee.records.masks import MaskFiles, Rle, decode_mask
 from medisee.records.records import Record
+from medisee.sources.sa_med2d import SaMed2D, prepare, split_cases
+from medisee.sources.sa_med2d_index import CLASSES_FILE, INDEX_FILE
+from medisee.sources.subset import Subset
 
 SHAPE = (20, 30)
 

@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 
 import ijson
 
-from medisee.data.image_name import ImageName, parse_name
 from medisee.foundation.errors import InputError, nearest
 from medisee.foundation.files import Fingerprints, fingerprint
+from medisee.sources.image_name import ImageName, parse_name
 
 INDEX_FILE = "SAMed2D_v1.json"
 CLASSES_FILE = "SAMed2D_v1_class_mapping_id.json"

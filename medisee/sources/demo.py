@@ -14,13 +14,23 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from medisee.data.augment import augment
-from medisee.data.brain import PLANES, STRUCTURES, Slice, Split, block_number, block_of, cut, load_brain, source_files
-from medisee.data.query_bank import ask_held_out, ask_seen, ask_training, load_bank, split_bank
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import atomic_path, is_new_or_earlier, sha256, write_json
 from medisee.records.masks import encode_mask, mask_box
 from medisee.records.records import Record, Target, write_records
+from medisee.sources.augment import augment
+from medisee.sources.brain import (
+    PLANES,
+    STRUCTURES,
+    Slice,
+    Split,
+    block_number,
+    block_of,
+    cut,
+    load_brain,
+    source_files,
+)
+from medisee.sources.query_bank import ask_held_out, ask_seen, ask_training, load_bank, split_bank
 
 SUMMARY = "data.json"
 _OWN_KEY = "versions"  # in no other data.json

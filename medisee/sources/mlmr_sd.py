@@ -18,13 +18,13 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
-from medisee.data.image_name import parse_name
-from medisee.data.sa_med2d import Split
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import inside
 from medisee.records.jsonl import Fields, parse, read_lines
 from medisee.records.prompts import reasoning_answer, reasoning_question
 from medisee.records.records import QA, Length, Perspective, Record, Target, Turn, write_records
+from medisee.sources.image_name import parse_name
+from medisee.sources.sa_med2d import Split
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 _HUB_NAMES = {"train": "train", "val": "validation", "test": "test"}

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from medisee.data.sa_med2d_index import ClassMasks, Entry, Reject
 from medisee.foundation.errors import InputError
 from medisee.records.images import read_image
 from medisee.records.masks import MaskFiles, encode_mask, mask_box
 from medisee.records.records import Record, Target
+from medisee.sources.sa_med2d_index import ClassMasks, Entry, Reject
 
 _INVERTED = "ichallenge_adam_task2"
 _WITH_MASKS_AS_IMAGES = "Brain_PTM"

@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from medisee.data.augment import augment
-from medisee.data.brain import Split
-from medisee.data.query_bank import ask_held_out, ask_seen, ask_training, load_bank, split_bank
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import atomic_path, is_new_or_earlier, write_json
 from medisee.records.images import read_image
 from medisee.records.manifest import Manifest
 from medisee.records.masks import bounded_size, encode_mask, mask_box
 from medisee.records.records import Record, Target, write_records
+from medisee.sources.augment import augment
+from medisee.sources.brain import Split
+from medisee.sources.query_bank import ask_held_out, ask_seen, ask_training, load_bank, split_bank
 
 SUMMARY = "asked.json"
 COPY_SIDE = 256

@@ -20,13 +20,13 @@ from typing import Literal, get_args
 import numpy as np
 from tqdm import tqdm
 
-from medisee.data.sa_med2d_index import Entry, Index, Reject
-from medisee.data.sa_med2d_record import Found, by_names, by_pixels
-from medisee.data.subset import Chosen, Subset, check_categories
 from medisee.foundation.errors import InputError
 from medisee.records.jsonl import line_writer
 from medisee.records.offsets import file_stamp, keep_offsets
 from medisee.records.records import Record, record_writer
+from medisee.sources.sa_med2d_index import Entry, Index, Reject
+from medisee.sources.sa_med2d_record import Found, by_names, by_pixels
+from medisee.sources.subset import Chosen, Subset, check_categories
 
 Split = Literal["train", "val", "test"]
 

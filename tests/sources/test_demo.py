@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medisee.data import demo as demo_module
-from medisee.data.brain import PLANES, STRUCTURES, Split
-from medisee.data.demo import prepare_demo
-from medisee.data.query_bank import load_bank, split_bank
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import sha256
 from medisee.records.manifest import Manifest
 from medisee.records.masks import mask_box
 from medisee.records.records import Record
+from medisee.sources import demo as demo_module
+from medisee.sources.brain import PLANES, STRUCTURES, Split
+from medisee.sources.demo import prepare_demo
+from medisee.sources.query_bank import load_bank, split_bank
 
 MANIFESTS = ("train_class", "train_reasoning", "val", "test", "test_seen")
 

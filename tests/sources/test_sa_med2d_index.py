@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from medisee.data.sa_med2d_index import CLASSES_FILE, INDEX_FILE, Entry, Index, Reject
 from medisee.foundation.errors import InputError
+from medisee.sources.sa_med2d_index import CLASSES_FILE, INDEX_FILE, Entry, Index, Reject
 
 CLASSES = {"d": {"union_all": 0, "left_kidney": 1, "liver": 2, "twice": 3, "again": 3}}
 STEM = "ct_00--d--a--z_1"

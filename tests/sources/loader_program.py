@@ -1,6 +1,6 @@
 """Prints what a loader process takes that reads records at random: a process of its own, asked by its tests.
 
-python tests/data/loader_program.py train.jsonl ROOT 20000
+python tests/sources/loader_program.py train.jsonl ROOT 20000
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ from typing import Any, Literal, TypeAlias
 
 import yaml
 
-from medisee.data.brain import STRUCTURES, Split
 from medisee.foundation.errors import InputError
 from medisee.records.prompts import reasoning_answer, reasoning_question
 from medisee.records.records import QA, Record, Target
+from medisee.sources.brain import STRUCTURES, Split
 
 Perspective = Literal["attribute", "location"]
 Length = Literal["short", "long"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medisee.data.sa_med2d_index import CLASSES_FILE, INDEX_FILE
+from medisee.sources.sa_med2d_index import CLASSES_FILE, INDEX_FILE
 
 ORGANS = ("liver", "spleen", "kidney_left", "kidney_right", "aorta", "pancreas", "stomach", "gallbladder", "esophagus")
 UNKNOWN = 999  # a class id that no data set has

@@ -8,8 +8,9 @@ from random import Random
 import pytest
 import yaml
 
-from medisee.data.brain import STRUCTURES
-from medisee.data.query_bank import (
+from medisee.foundation.errors import InputError
+from medisee.sources.brain import STRUCTURES
+from medisee.sources.query_bank import (
     BANK_FILE,
     BANKS,
     Pool,
@@ -18,7 +19,6 @@ from medisee.data.query_bank import (
     split_bank,
     training_questions,
 )
-from medisee.foundation.errors import InputError
 
 BANK = load_bank()
 ORGANS = (

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from medisee.data.brain import (
+from medisee.foundation.errors import InputError
+from medisee.sources.brain import (
     PLANES,
     STRUCTURES,
     Brain,
@@ -19,7 +20,6 @@ from medisee.data.brain import (
     load_brain,
     source_files,
 )
-from medisee.foundation.errors import InputError
 
 WHITE_MATTER = (2, 41)
 
