@@ -25,7 +25,9 @@ from medisee.config.load import load_config
 from medisee.config.model import PLACING, LanguageSize, Mllm, Model
 from medisee.foundation.errors import InputError, exit_code
 from medisee.foundation.files import atomic_path, write_json
-from medisee.models.checkpoints import (
+from medisee.models.medisee import MediSee
+from medisee.models.seg_head import vit_sizes
+from medisee.weights.checkpoints import (
     WEIGHTS,
     check_replaceable,
     load_checkpoint,
@@ -36,12 +38,10 @@ from medisee.models.checkpoints import (
     without_bases,
     write_description,
 )
-from medisee.models.llava_format import original_tokenizer
-from medisee.models.medisee import MediSee
-from medisee.models.release import RELEASE_TOKENS, PlacedTensor, Report, place, read_placed, release_key
-from medisee.models.sam_format import write_transformers
-from medisee.models.seg_head import vit_sizes
-from medisee.models.shards import (
+from medisee.weights.llava_format import original_tokenizer
+from medisee.weights.medisee_release import RELEASE_TOKENS, PlacedTensor, Report, place, read_placed, release_key
+from medisee.weights.sam_format import write_transformers
+from medisee.weights.shards import (
     SAFETENSORS_INDEX,
     Shard,
     index_problems,
@@ -52,7 +52,7 @@ from medisee.models.shards import (
     weight_map,
     write_shard,
 )
-from medisee.models.tokenizer import IMAGE_TOKEN, add_candidate_tokens, token_id
+from medisee.weights.tokenizer import IMAGE_TOKEN, add_candidate_tokens, token_id
 
 FROM_RELEASE = """Converts the authors' checkpoint, strictly: every tensor has its place, or the command says which has not.
 The weights are read file by file; nothing in them is executed.

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from medisee.foundation.errors import InputError, exit_code, nearest
 from medisee.foundation.files import inside, sha256, write_json
-from medisee.hub import fetch
+from medisee.weights.hub import fetch
 
 MANIFEST = "weights.json"
 FORMAT = 1

@@ -35,7 +35,6 @@ from medisee.foundation.files import atomic_path, write_json
 from medisee.foundation.hardware import compute_dtype, keep_freed_memory
 from medisee.foundation.provenance import run_facts
 from medisee.metrics import score
-from medisee.models.checkpoints import load_checkpoint
 from medisee.models.medisee import MediSee
 from medisee.naming import named_category, read_categories
 from medisee.prediction import Asked, Mode, all_questions, predict, shuffled_questions
@@ -54,6 +53,7 @@ from medisee.report import (
     to_text,
     write_report,
 )
+from medisee.weights.checkpoints import load_checkpoint
 
 DECODED: dict[str, tuple[Mode, ...]] = {
     "forced": ("forced",),

@@ -40,8 +40,6 @@ from medisee.drawing import overlay
 from medisee.foundation.errors import InputError, exit_code
 from medisee.foundation.files import atomic_path, write_json
 from medisee.foundation.provenance import run_facts
-from medisee.hub import is_hub_id
-from medisee.models.checkpoints import local_checkpoint
 from medisee.models.medisee import MediSee
 from medisee.plan import GPU, checkpoint_config, plan_inference
 from medisee.plan_tables import render_inference_plan
@@ -49,6 +47,8 @@ from medisee.processing import Example, Query
 from medisee.records.images import read_image
 from medisee.records.masks import Box, decode_mask, encode_mask
 from medisee.records.prompts import candidate_text
+from medisee.weights.checkpoints import local_checkpoint
+from medisee.weights.hub import is_hub_id
 
 Decode = Literal["generate", "forced"]
 MAX_NEW_TOKENS = Eval().max_new_tokens

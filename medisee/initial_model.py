@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from medisee.config import Config
-from medisee.models.checkpoints import check_same_model, load_checkpoint, local_checkpoint
 from medisee.models.medisee import MediSee
 from medisee.models.mllm import load_tokenizer
-from medisee.models.tokenizer import add_candidate_tokens, train_tokenizer
 from medisee.records.manifest import Manifest
 from medisee.records.prompts import ANSWERS, CLASS_QUESTIONS, REQUESTS, candidate_text
+from medisee.weights.checkpoints import check_same_model, load_checkpoint, local_checkpoint
+from medisee.weights.tokenizer import add_candidate_tokens, train_tokenizer
 
 
 def build_model(config: Config, manifests: Sequence[Manifest]) -> MediSee:

@@ -20,11 +20,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from medisee.config import Loss, Train
 from medisee.foundation.errors import InputError
-from medisee.models.checkpoints import trained_state
 from medisee.models.losses import Terms, end_to_end_loss
 from medisee.models.medisee import MaskDetail, MediSee
 from medisee.processing import Batch
 from medisee.ranks import Place, world_from_environment
+from medisee.weights.checkpoints import trained_state
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"

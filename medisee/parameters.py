@@ -20,11 +20,11 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenize
 from medisee.config.model import LanguageSize, Mllm, Model
 from medisee.foundation.errors import InputError
 from medisee.foundation.hardware import to_training_precision
-from medisee.models.gguf import find_gguf, gguf_folder
-from medisee.models.llava_format import CONFIG, is_original
 from medisee.models.medisee import MediSee
-from medisee.models.shards import read_json
-from medisee.models.tokenizer import IMAGE_TOKEN, SPECIAL, add_candidate_tokens
+from medisee.weights.gguf import find_gguf, gguf_folder
+from medisee.weights.llava_format import CONFIG, is_original
+from medisee.weights.shards import read_json
+from medisee.weights.tokenizer import IMAGE_TOKEN, SPECIAL, add_candidate_tokens
 
 VOCABULARY = 32000
 """Tokens of Mistral's, Llama's and Vicuna's tokenizers."""

@@ -21,12 +21,12 @@ from medisee.config.load import config_from
 from medisee.cost import StepCost, cost_between, query_cost, training_cost
 from medisee.foundation.errors import InputError
 from medisee.gpus import Gpu, find_gpu
-from medisee.missing import Missing, missing_files, missing_weights
-from medisee.models.checkpoints import CONFIG
 from medisee.models.medisee import MediSee
-from medisee.models.shards import read_json
 from medisee.optimization import split_batch
 from medisee.parameters import BYTES_OF_BITS, PartCount, count_parts, language_layers, meta_model, quantised_weights
+from medisee.weights.checkpoints import CONFIG
+from medisee.weights.missing import Missing, missing_files, missing_weights
+from medisee.weights.shards import read_json
 from medisee.workload import CACHED, OURS, REASONING_QUERY, RELEASE, TEMPLATE_TOKENS, Way, Workload, training_workload
 
 GPU = "a6000"

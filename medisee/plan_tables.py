@@ -12,10 +12,10 @@ from rich.text import Text
 
 from medisee.cost import Flops, StepCost
 from medisee.gpus import GPUS, USABLE
-from medisee.missing import Missing
 from medisee.optimization import describe_batch
 from medisee.parameters import PartCount
 from medisee.plan import SECONDS_PER_DAY, STAGES, UTILISATION, InferencePlan, Memory, TrainingPlan
+from medisee.weights.missing import Missing
 
 WIDTH = 110
 

@@ -22,10 +22,10 @@ from medisee.foundation.errors import InputError
 from medisee.geometry import Frame, bounded_mask, fit, mask_to_frame, normalise_box, square_of, to_frame
 from medisee.models.packing import pack
 from medisee.models.seg_head import SegHeadSpec
-from medisee.models.tokenizer import IMAGE_TOKEN, answer_end, token_id
 from medisee.records.masks import mask_box
 from medisee.records.prompts import CANDIDATE_TOKENS, FORCED_ANSWER, candidate_text
 from medisee.records.records import Turn
+from medisee.weights.tokenizer import IMAGE_TOKEN, answer_end, token_id
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -30,8 +30,6 @@ from medisee.foundation.files import recover_folder
 from medisee.foundation.hardware import compute_dtype, keep_freed_memory, to_training_precision
 from medisee.initial_model import build_model
 from medisee.interruption import Stopped, StopRequest
-from medisee.missing import check_files, with_missing_weights
-from medisee.models.checkpoints import save_checkpoint
 from medisee.models.layers import check_compiler, compile_layers, recompute_layers, uncompiled
 from medisee.models.losses import Terms, mean_terms
 from medisee.models.medisee import MaskDetail, MediSee
@@ -73,6 +71,8 @@ from medisee.training_state import (
     save_state,
 )
 from medisee.validation import selection_figure, validate
+from medisee.weights.checkpoints import save_checkpoint
+from medisee.weights.missing import check_files, with_missing_weights
 
 
 @dataclass(slots=True)

@@ -26,10 +26,10 @@ from medisee.config import Config
 from medisee.config.load import config_from
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import replace_folder, sha256, write_json
-from medisee.models.checkpoints import WEIGHTS, load_trained, trained_state
 from medisee.models.medisee import MediSee
 from medisee.optimization import Optimization
 from medisee.ranks import Place, gather, raise_together, raised_together
+from medisee.weights.checkpoints import WEIGHTS, load_trained, trained_state
 
 CHECKPOINT = "checkpoint"
 """Folder of the best checkpoint, beside the saved states."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from PIL import Image
+from tiny_models import build_tiny, make_example, make_original, sentencepiece_file, tiny_model  # noqa: F401
 
 from medisee.records.masks import encode_mask
 from medisee.records.records import QA, Record, Target, write_records

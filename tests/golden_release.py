@@ -24,13 +24,13 @@ from transformers import PreTrainedTokenizerFast
 
 from medisee.config import Config
 from medisee.config.load import config_from
-from medisee.models.checkpoints import load_trained
 from medisee.models.medisee import MediSee, Output
 from medisee.models.packing import Packed, pack
-from medisee.models.release import RELEASE_TOKENS, Report, place, read_placed
-from medisee.models.shards import open_shard
-from medisee.models.tokenizer import add_candidate_tokens
 from medisee.processing import Batch, Example, Query
+from medisee.weights.checkpoints import load_trained
+from medisee.weights.medisee_release import RELEASE_TOKENS, Report, place, read_placed
+from medisee.weights.shards import open_shard
+from medisee.weights.tokenizer import add_candidate_tokens
 
 TOLERANCE = 1e-4
 OUTPUT_TOKENS = 5  # of the mask decoder, before the prompts: one for the quality, four for masks

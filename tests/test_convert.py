@@ -23,10 +23,10 @@ from medisee.config.model import SegHeadConfig
 from medisee.convert import main
 from medisee.foundation.errors import InputError, exit_code
 from medisee.models.mllm import load_tokenizer
-from medisee.models.release import our_values, release_key
 from medisee.models.seg_head import sam_head
-from medisee.models.tokenizer import add_candidate_tokens, train_tokenizer
 from medisee.processing import Example, Query
+from medisee.weights.medisee_release import our_values, release_key
+from medisee.weights.tokenizer import add_candidate_tokens, train_tokenizer
 
 TEXTS = ("[INST] Where is the left lung in this scan? [/INST] It is here.", "Find the spleen and the liver.")
 SIZE = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate": 48}

@@ -13,10 +13,10 @@ from medisee.config import Config
 from medisee.config.load import config_from, load_config
 from medisee.foundation.errors import InputError
 from medisee.initial_model import build_model
-from medisee.missing import missing_files
 from medisee.models.medisee import MediSee
 from medisee.records.manifest import Manifest
 from medisee.train import train
+from medisee.weights.missing import missing_files
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from medisee import MediSee, ask, ask_all, inference, overlay
 from medisee.foundation.errors import InputError, exit_code
 from medisee.inference import main, plain_text
-from medisee.models import checkpoints
 from medisee.records.masks import Rle, decode_mask
+from medisee.weights import checkpoints
 
 Capture = pytest.CaptureFixture[str]
 Say = Callable[..., None]

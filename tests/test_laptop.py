@@ -12,8 +12,8 @@ from medisee.config import Config
 from medisee.config.load import load_config
 from medisee.eval import main as evaluate
 from medisee.models.medisee import MediSee
-from medisee.models.tokenizer import train_tokenizer
 from medisee.train import train
+from medisee.weights.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 

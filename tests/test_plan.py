@@ -14,10 +14,10 @@ from medisee.config import Config
 from medisee.config.load import config_from, load_config
 from medisee.foundation.errors import InputError, exit_code
 from medisee.gpus import GPUS, find_gpu
-from medisee.missing import missing_files, missing_weights
 from medisee.parameters import PartCount
 from medisee.plan import UTILISATION, TrainingPlan, plan_inference, plan_training, stage_memory
 from medisee.plan_tables import counts_markdown, render_plan
+from medisee.weights.missing import missing_files, missing_weights
 
 CONFIG_7B = Path(__file__).parents[1] / "configs" / "medisee_7b.yaml"
 

@@ -13,9 +13,9 @@ from PIL import Image
 from medisee.config.model import Model
 from medisee.foundation.errors import InputError
 from medisee.models.seg_head import SegHeadSpec
-from medisee.models.tokenizer import IMAGE_TOKEN, add_candidate_tokens, train_tokenizer
 from medisee.processing import CLIP_MEAN, CLIP_STD, Batch, Example, MediSeeProcessor, Query
 from medisee.records.records import Turn
+from medisee.weights.tokenizer import IMAGE_TOKEN, add_candidate_tokens, train_tokenizer
 
 SPEC = SegHeadSpec(size=64, resize="longest", pixels="minmax", channels=8, grid=4)
 QUESTIONS = ("Where is the left lung?", "Find the spleen.", "What may hurt on the right side of this scan?")

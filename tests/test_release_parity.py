@@ -22,7 +22,7 @@ from medisee.geometry import cxcywh_to_xyxy, logits_to_original
 from medisee.metrics import score, summarise
 from medisee.models import losses
 from medisee.models.losses import Terms, end_to_end_loss
-from medisee.models.release import our_name, our_values
+from medisee.weights.medisee_release import our_name, our_values
 
 GOLDEN = Path(os.environ.get("MEDISEE_GOLDEN", Path(__file__).parent / "golden"))
 RELEASES = sorted(GOLDEN.glob("release_*.json"))

@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 from medisee.config.load import config_from
-from medisee.models.checkpoints import load_checkpoint
 from medisee.models.medisee import MediSee
 from medisee.train import train
 from medisee.training_state import damage, find_last, saved_folders
+from medisee.weights.checkpoints import load_checkpoint
 
 KILLS = 20
 STEPS = 200

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from medisee.config.model import SamSizes, SegHeadConfig
 from medisee.foundation.errors import InputError
-from medisee.models.sam_format import packaged_weights
 from medisee.models.seg_head import SamHead, SegHeadSpec, load_weights, sam_parts
+from medisee.weights.sam_format import packaged_weights
 
 STRIDE = 4
 CHANNELS = 256

@@ -30,9 +30,9 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from medisee.config.model import Mllm
 from medisee.foundation.errors import InputError
 from medisee.models.packing import use_flex
-from medisee.models.pretrained import DTYPES, general_kernel, load_pretrained, pretrained_tokenizer
 from medisee.models.seg_head import SegHeadSpec
-from medisee.models.tokenizer import IMAGE_TOKEN, add_candidate_tokens, token_id
+from medisee.weights.llava import DTYPES, general_kernel, load_pretrained, pretrained_tokenizer
+from medisee.weights.tokenizer import IMAGE_TOKEN, add_candidate_tokens, token_id
 
 POSITION_FREQUENCIES = 16
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from medisee.config.model import Lora, SamSizes, SegHeadConfig
 from medisee.foundation.errors import InputError
 from medisee.models.image_encoder import PATCH, image_encoder
-from medisee.models.sam_format import is_transformers, read_weights, transformers_name, weights_file, without_tied
+from medisee.weights.sam_format import is_transformers, read_weights, transformers_name, weights_file, without_tied
 
 
 @dataclass(frozen=True, slots=True)

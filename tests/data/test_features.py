@@ -16,9 +16,9 @@ from medisee.data import features
 from medisee.data.features import INDEX, FeatureCache, encoder_key, fill_cache
 from medisee.foundation.errors import InputError
 from medisee.models.seg_head import SamHead, sam_head
-from medisee.models.tokenizer import add_candidate_tokens, train_tokenizer
 from medisee.processing import MediSeeProcessor
 from medisee.records.images import read_image
+from medisee.weights.tokenizer import add_candidate_tokens, train_tokenizer
 
 
 def head_of(seed: int = 0, **changes: Any) -> SamHead:

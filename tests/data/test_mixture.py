@@ -25,11 +25,11 @@ from medisee.data.dataset import MicroBatches, TrainingData, training_batches
 from medisee.data.mixture import Draw, Mixture
 from medisee.foundation.errors import InputError
 from medisee.models.seg_head import SegHeadSpec
-from medisee.models.tokenizer import add_candidate_tokens, train_tokenizer
 from medisee.optimization import split_batch
 from medisee.processing import Batch, MediSeeProcessor
 from medisee.records.manifest import Manifest
 from medisee.records.records import QA, Record, Target, write_records
+from medisee.weights.tokenizer import add_candidate_tokens, train_tokenizer
 
 sources = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=4)
 

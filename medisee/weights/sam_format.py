@@ -22,7 +22,7 @@ from transformers import SamConfig, SamModel
 
 from medisee.config.model import SamSizes
 from medisee.foundation.errors import InputError
-from medisee.hub import fetch
+from medisee.weights.hub import fetch
 
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 FILE_TYPES = (".safetensors", ".pth", ".pt", ".bin")

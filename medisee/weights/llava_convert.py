@@ -24,8 +24,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedT
 from medisee.config.model import Mllm
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import atomic_path, write_json
-from medisee.hub import fetch
-from medisee.models.llava_format import (
+from medisee.weights.hub import fetch
+from medisee.weights.llava_format import (
     CLIP_DROPPED,
     CLIP_NAMES,
     CONFIG,
@@ -36,7 +36,7 @@ from medisee.models.llava_format import (
     original_tokenizer,
     vision_config,
 )
-from medisee.models.shards import (
+from medisee.weights.shards import (
     SAFETENSORS_INDEX,
     Shard,
     TensorFacts,

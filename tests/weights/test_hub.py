@@ -16,9 +16,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from medisee import hub
 from medisee.foundation.errors import InputError
-from medisee.hub import fetch
+from medisee.weights import hub
+from medisee.weights.hub import fetch
 
 RESPONSE = Mock(headers={})
 

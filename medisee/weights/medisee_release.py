@@ -21,8 +21,8 @@ from torch import Tensor
 
 from medisee.config.model import Model
 from medisee.foundation.errors import InputError
-from medisee.models.llava_format import LLAVA_DROPPED, LLAVA_NAMES
-from medisee.models.shards import Shard, TensorFacts
+from medisee.weights.llava_format import LLAVA_DROPPED, LLAVA_NAMES
+from medisee.weights.shards import Shard, TensorFacts
 
 RELEASE_TOKENS = ("[BBOX]", "[SEG]")
 """The candidate tokens in the order of the release's routers; in its vocabulary they stand the other way round."""

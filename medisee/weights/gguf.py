@@ -30,8 +30,8 @@ from transformers import (
 from medisee.config.model import PACKAGE, Mllm
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import atomic_path, sha256
-from medisee.models.conversion import convert_once
-from medisee.models.shards import some
+from medisee.weights.llava_convert import convert_once
+from medisee.weights.shards import some
 
 FORMAT = 1
 

@@ -20,11 +20,11 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from medisee.config.model import Mllm
 from medisee.foundation.errors import InputError
-from medisee.models import conversion
-from medisee.models.conversion import converted
 from medisee.models.mllm import load_mllm, load_tokenizer
 from medisee.models.seg_head import SegHeadSpec
-from medisee.models.tokenizer import token_id
+from medisee.weights import llava_convert as conversion
+from medisee.weights.llava_convert import converted
+from medisee.weights.tokenizer import token_id
 
 MakeOriginal = Callable[..., OriginalCheckpoint]
 
@@ -409,7 +409,7 @@ import sys, threading, time
 from pathlib import Path
 import torch
 from medisee.config.model import Mllm
-from medisee.models.conversion import converted
+from medisee.weights.llava_convert import converted
 
 def resident():
     pages = int(Path("/proc/self/statm").read_text().split()[1])

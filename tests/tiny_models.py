@@ -16,8 +16,8 @@ from sentencepiece import SentencePieceTrainer
 from medisee.config.load import config_from
 from medisee.config.model import Model
 from medisee.models.medisee import MediSee
-from medisee.models.tokenizer import add_candidate_tokens, train_tokenizer
 from medisee.processing import Example, Query
+from medisee.weights.tokenizer import add_candidate_tokens, train_tokenizer
 
 TEXTS = (
     "[INST] Where is the left lung in this scan? [/INST]",

@@ -13,8 +13,17 @@ from torch import Tensor
 from medisee.foundation.errors import InputError
 from medisee.models.heads import Router
 from medisee.models.medisee import MediSee
-from medisee.models.release import PARTS, Report, our_name, our_values, place, read_placed, release_key, why_dropped
-from medisee.models.shards import Shard, TensorFacts
+from medisee.weights.medisee_release import (
+    PARTS,
+    Report,
+    our_name,
+    our_values,
+    place,
+    read_placed,
+    release_key,
+    why_dropped,
+)
+from medisee.weights.shards import Shard, TensorFacts
 
 BuildModel: TypeAlias = Callable[..., MediSee]
 

@@ -29,11 +29,11 @@ from medisee.config.load import config_from
 from medisee.config.model import PLACING, Mllm, Model
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import atomic_path, sha256, write_json
-from medisee.hub import cached_folder, is_hub_id
-from medisee.models.gguf import gguf_file
-from medisee.models.model_card import CARD, model_card
-from medisee.models.sam_format import packaged_weights, weights_file
-from medisee.models.shards import SAFETENSORS_INDEX, shard_paths, shards_digest
+from medisee.weights.gguf import gguf_file
+from medisee.weights.hub import cached_folder, is_hub_id
+from medisee.weights.model_card import CARD, model_card
+from medisee.weights.sam_format import packaged_weights, weights_file
+from medisee.weights.shards import SAFETENSORS_INDEX, shard_paths, shards_digest
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

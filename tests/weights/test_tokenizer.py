@@ -16,7 +16,9 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 from medisee.config.model import Model
 from medisee.foundation.errors import InputError
 from medisee.models.seg_head import SegHeadSpec
-from medisee.models.tokenizer import (
+from medisee.processing import Example, MediSeeProcessor, Query
+from medisee.records.records import Turn
+from medisee.weights.tokenizer import (
     add_candidate_tokens,
     answer_end,
     as_legacy,
@@ -24,8 +26,6 @@ from medisee.models.tokenizer import (
     sentencepiece_tokenizer,
     train_tokenizer,
 )
-from medisee.processing import Example, MediSeeProcessor, Query
-from medisee.records.records import Turn
 
 CANDIDATES = ("[SEG]", "[BBOX]")
 ADDED = {"</s>": 2, "[SEG]": 400, "[BBOX]": 401}

@@ -14,7 +14,7 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPVisionConfig, LlavaForConditionalGeneration
 
 from medisee.foundation.errors import InputError
-from medisee.models.llava_format import (
+from medisee.weights.llava_format import (
     LLAVA_DROPPED,
     LLAVA_NAMES,
     Source,
@@ -23,7 +23,7 @@ from medisee.models.llava_format import (
     original_tokenizer,
     vision_config,
 )
-from medisee.models.shards import TensorFacts
+from medisee.weights.shards import TensorFacts
 
 MakeOriginal = Callable[..., OriginalCheckpoint]
 

@@ -15,9 +15,10 @@ from transformers import SamConfig, SamModel
 
 from medisee.config.model import Model, SamSizes, SegHeadConfig
 from medisee.foundation.errors import InputError
-from medisee.models import sam_format
-from medisee.models.checkpoints import frozen_bases
-from medisee.models.sam_format import (
+from medisee.models.seg_head import Prompts, SamHead, load_weights, sam_head
+from medisee.weights import sam_format
+from medisee.weights.checkpoints import frozen_bases
+from medisee.weights.sam_format import (
     POSITIONS,
     SHARED_POSITIONS,
     TIED_POSITIONS,
@@ -26,7 +27,6 @@ from medisee.models.sam_format import (
     transformers_name,
     weights_file,
 )
-from medisee.models.seg_head import Prompts, SamHead, load_weights, sam_head
 
 SIZES = SamSizes(
     width=32,

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from medisee import MediSee
 from medisee.foundation.errors import InputError
-from medisee.models import checkpoints
 from medisee.processing import Example, Query
+from medisee.weights import checkpoints
 
 
 @pytest.fixture(scope="module")

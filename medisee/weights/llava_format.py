@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from medisee.foundation.errors import InputError
-from medisee.models.shards import TensorFacts, read_json, some
-from medisee.models.tokenizer import as_legacy, sentencepiece_tokenizer
+from medisee.weights.shards import TensorFacts, read_json, some
+from medisee.weights.tokenizer import as_legacy, sentencepiece_tokenizer
 
 CONFIG = "config.json"
 

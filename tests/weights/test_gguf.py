@@ -15,14 +15,14 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from medisee.config.model import Mllm, Model
 from medisee.foundation.errors import InputError
-from medisee.missing import missing_weights
-from medisee.models.gguf import find_gguf, gguf_file, gguf_folder
 from medisee.models.medisee import MediSee
 from medisee.models.mllm import load_tokenizer
-from medisee.models.pretrained import load_pretrained, pretrained_tokenizer
-from medisee.models.tokenizer import train_tokenizer
 from medisee.parameters import parameter_counts
 from medisee.processing import Example
+from medisee.weights.gguf import find_gguf, gguf_file, gguf_folder
+from medisee.weights.llava import load_pretrained, pretrained_tokenizer
+from medisee.weights.missing import missing_weights
+from medisee.weights.tokenizer import train_tokenizer
 
 HEAD = {"vit": "micro", "size": 64, "resize": "longest"}
 ANSWER = "It is [SEG] and [BBOX]. It lies behind the stomach."

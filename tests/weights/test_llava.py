@@ -18,14 +18,14 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from medisee.config.model import Mllm, Model
 from medisee.foundation.errors import InputError
-from medisee.models import pretrained
-from medisee.models.conversion import converted
 from medisee.models.medisee import MediSee
 from medisee.models.mllm import load_mllm, load_tokenizer
-from medisee.models.pretrained import layer_devices, load_pretrained, quantization_config
 from medisee.models.seg_head import SegHeadSpec
-from medisee.models.tokenizer import token_id
 from medisee.processing import Example
+from medisee.weights import llava as pretrained
+from medisee.weights.llava import layer_devices, load_pretrained, quantization_config
+from medisee.weights.llava_convert import converted
+from medisee.weights.tokenizer import token_id
 
 MakeOriginal = Callable[..., OriginalCheckpoint]
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medisee.foundation.errors import InputError
-from medisee.models.shards import TensorFacts, check_shards, open_shard, shard_paths, some, weight_map, write_shard
+from medisee.weights.shards import TensorFacts, check_shards, open_shard, shard_paths, some, weight_map, write_shard
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),

@@ -23,12 +23,12 @@ from transformers import (
 
 from medisee.config.model import Mllm
 from medisee.foundation.errors import InputError
-from medisee.hub import fetch, is_hub_id
-from medisee.models.conversion import converted, vocabulary_problems
-from medisee.models.gguf import gguf_folder
-from medisee.models.llava_format import CONFIG, is_original, original_tokenizer
-from medisee.models.shards import check_shards, read_json, shard_paths, some
-from medisee.models.tokenizer import as_legacy
+from medisee.weights.gguf import gguf_folder
+from medisee.weights.hub import fetch, is_hub_id
+from medisee.weights.llava_convert import converted, vocabulary_problems
+from medisee.weights.llava_format import CONFIG, is_original, original_tokenizer
+from medisee.weights.shards import check_shards, read_json, shard_paths, some
+from medisee.weights.tokenizer import as_legacy
 
 SKIPPED = ("lm_head", "model.multi_modal_projector", "model.vision_tower")
 """What stays in 16 or 32 bits beside a language model of 4 or 8; transformers compares the beginnings of whole names."""
