@@ -12,8 +12,8 @@ from data_gen.calls import IMAGE_PREFIX, Reply, Request, canonical
 from data_gen.prompts import MAX_TOKENS
 from medisee.config.model import Mllm, Model, SegHeadConfig
 from medisee.models.mllm import load_mllm, load_tokenizer
+from medisee.models.processing import MediSeeProcessor
 from medisee.models.seg_head import SegHeadSpec
-from medisee.processing import MediSeeProcessor
 from medisee.records.images import read_image
 from medisee.records.prompts import CANDIDATE_TOKENS
 from medisee.weights.llava import load_pretrained

@@ -24,8 +24,8 @@ from medisee.config import Config
 from medisee.models.layers import recompute_layers
 from medisee.models.losses import end_to_end_loss
 from medisee.models.medisee import MediSee
+from medisee.models.processing import Batch
 from medisee.parameters import language_layers, meta_model
-from medisee.processing import Batch
 from medisee.workload import Way, Workload, add_pixels, make_batch
 
 _FEW = (1, 2)

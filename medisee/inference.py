@@ -41,9 +41,9 @@ from medisee.foundation.errors import InputError, exit_code
 from medisee.foundation.files import atomic_path, write_json
 from medisee.foundation.provenance import run_facts
 from medisee.models.medisee import MediSee
+from medisee.models.processing import Example, Query
 from medisee.plan import GPU, checkpoint_config, plan_inference
 from medisee.plan_tables import render_inference_plan
-from medisee.processing import Example, Query
 from medisee.records.images import read_image
 from medisee.records.masks import Box, decode_mask, encode_mask
 from medisee.records.prompts import candidate_text

@@ -22,7 +22,7 @@ from medisee.config import Loss, Train
 from medisee.foundation.errors import InputError
 from medisee.models.losses import Terms, end_to_end_loss
 from medisee.models.medisee import MaskDetail, MediSee
-from medisee.processing import Batch
+from medisee.models.processing import Batch
 from medisee.ranks import Place, world_from_environment
 from medisee.weights.checkpoints import trained_state
 

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from medisee.config import Eval
 from medisee.data.dataset import asked_questions, record_example
 from medisee.data.features import FeatureCache
-from medisee.geometry import denormalise_box, logits_to_original
+from medisee.models.geometry import denormalise_box, logits_to_original
 from medisee.models.medisee import MediSee
-from medisee.processing import Batch, Example
+from medisee.models.processing import Batch, Example
 from medisee.records.manifest import Manifest
 from medisee.records.masks import encode_mask
 from medisee.records.prompts import candidate_text

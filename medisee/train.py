@@ -34,6 +34,7 @@ from medisee.models.layers import check_compiler, compile_layers, recompute_laye
 from medisee.models.losses import Terms, mean_terms
 from medisee.models.medisee import MaskDetail, MediSee
 from medisee.models.packing import check_flex
+from medisee.models.processing import Batch
 from medisee.optimization import (
     Optimization,
     describe_batch,
@@ -43,7 +44,6 @@ from medisee.optimization import (
 )
 from medisee.plan import GPU, GPUS, plan_training
 from medisee.plan_tables import render_plan
-from medisee.processing import Batch
 from medisee.ranks import (
     Place,
     is_launched,

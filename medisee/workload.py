@@ -21,7 +21,7 @@ from medisee.config import Config
 from medisee.config.model import MAX_TOKENS
 from medisee.foundation.errors import InputError
 from medisee.models.medisee import MediSee
-from medisee.processing import Batch, Example, Query
+from medisee.models.processing import Batch, Example, Query
 from medisee.records.jsonl import read_lines
 from medisee.records.prompts import ANSWERS, CANDIDATE_TOKENS, CLASS_QUESTIONS, candidate_text
 from medisee.records.records import Record, Target, read_record

@@ -47,9 +47,9 @@ from medisee.foundation.errors import InputError, exit_code, nearest
 from medisee.foundation.hardware import keep_freed_memory
 from medisee.models.losses import Terms, text_loss
 from medisee.models.medisee import MediSee
+from medisee.models.processing import Batch, Example, Query
 from medisee.optimization import TorchOptimization
 from medisee.plan import plan_training
-from medisee.processing import Batch, Example, Query
 from medisee.records.prompts import CANDIDATE_TOKENS, candidate_text
 from medisee.weights.tokenizer import SPECIAL, add_candidate_tokens
 from medisee.workload import TEMPLATE_TOKENS, Lengths, Way, training_workload

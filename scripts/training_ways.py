@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medisee.config import Loss
-from medisee.geometry import cxcywh_to_xyxy
+from medisee.models.geometry import cxcywh_to_xyxy
 from medisee.models.image_encoder import package_encoder
 from medisee.models.losses import Terms, end_to_end_loss
 from medisee.models.medisee import MaskDetail, MediSee, Output
+from medisee.models.processing import Batch, Example
 from medisee.models.seg_head import vit_sizes
 from medisee.optimization import TrainingLoss
-from medisee.processing import Batch, Example
 from medisee.workload import CACHED, OURS, RELEASE, Way
 
 PACKED = Way("packed, all logits", all_logits=True)

@@ -26,7 +26,7 @@ from medisee.config import Config
 from medisee.config.load import config_from
 from medisee.models.medisee import MediSee, Output
 from medisee.models.packing import Packed, pack
-from medisee.processing import Batch, Example, Query
+from medisee.models.processing import Batch, Example, Query
 from medisee.weights.checkpoints import load_trained
 from medisee.weights.medisee_release import RELEASE_TOKENS, Report, place, read_placed
 from medisee.weights.shards import open_shard

@@ -23,8 +23,8 @@ from medisee.config.model import SegHeadConfig
 from medisee.convert import main
 from medisee.foundation.errors import InputError, exit_code
 from medisee.models.mllm import load_tokenizer
+from medisee.models.processing import Example, Query
 from medisee.models.seg_head import sam_head
-from medisee.processing import Example, Query
 from medisee.weights.medisee_release import our_values, release_key
 from medisee.weights.tokenizer import add_candidate_tokens, train_tokenizer
 

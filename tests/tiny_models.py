@@ -16,7 +16,7 @@ from sentencepiece import SentencePieceTrainer
 from medisee.config.load import config_from
 from medisee.config.model import Model
 from medisee.models.medisee import MediSee
-from medisee.processing import Example, Query
+from medisee.models.processing import Example, Query
 from medisee.weights.tokenizer import add_candidate_tokens, train_tokenizer
 
 TEXTS = (

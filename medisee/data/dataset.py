@@ -18,7 +18,7 @@ from medisee.config import Config
 from medisee.data.features import FeatureCache
 from medisee.data.mixture import Draw, Mixture
 from medisee.foundation.errors import InputError
-from medisee.processing import Batch, Example, MediSeeProcessor, Query
+from medisee.models.processing import Batch, Example, MediSeeProcessor, Query
 from medisee.records.images import read_image
 from medisee.records.manifest import Manifest
 from medisee.records.masks import mask_box

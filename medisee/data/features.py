@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import atomic_path, sha256, write_json
+from medisee.models.processing import MediSeeProcessor
 from medisee.models.seg_head import SamHead
-from medisee.processing import MediSeeProcessor
 from medisee.records.images import read_image
 
 SHARD = 64

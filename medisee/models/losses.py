@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss
 
 from medisee.config import Loss
-from medisee.geometry import logits_to_original
+from medisee.models.geometry import logits_to_original
 from medisee.models.medisee import Output
-from medisee.processing import Batch
+from medisee.models.processing import Batch
 
 DICE_SCALE = 1000.0
 DICE_EPS = 1e-6

@@ -19,15 +19,15 @@ from transformers import PreTrainedTokenizerBase
 from medisee.config.model import Model
 from medisee.config.run import Decoding
 from medisee.foundation.errors import InputError
-from medisee.geometry import boxes_to_frame, cxcywh_to_xyxy, token_places
 from medisee.models.generation import left_padded, read_prefix, write_answers
+from medisee.models.geometry import boxes_to_frame, cxcywh_to_xyxy, token_places
 from medisee.models.heads import BoxDecoder, Router, TextProjection, map_box, similarity_map
 from medisee.models.lite_medsam import lite_medsam_head
 from medisee.models.mllm import load_mllm, seg_head_tokens
 from medisee.models.packing import block_mask, flex_mask, use_flex
+from medisee.models.processing import Batch, MediSeeProcessor
 from medisee.models.sam_med2d import sam_med2d_head
 from medisee.models.seg_head import Prompts, SamHead, sam_head
-from medisee.processing import Batch, MediSeeProcessor
 from medisee.weights.checkpoints import load_checkpoint, local_checkpoint, push_checkpoint, save_checkpoint
 from medisee.weights.llava import pinned_device
 from medisee.weights.tokenizer import decode

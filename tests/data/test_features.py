@@ -15,8 +15,8 @@ from medisee.config.model import Lora, Model, SegHeadConfig
 from medisee.data import features
 from medisee.data.features import INDEX, FeatureCache, encoder_key, fill_cache
 from medisee.foundation.errors import InputError
+from medisee.models.processing import MediSeeProcessor
 from medisee.models.seg_head import SamHead, sam_head
-from medisee.processing import MediSeeProcessor
 from medisee.records.images import read_image
 from medisee.weights.tokenizer import add_candidate_tokens, train_tokenizer
 

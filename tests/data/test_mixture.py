@@ -24,9 +24,9 @@ from medisee.config.load import config_from
 from medisee.data.dataset import MicroBatches, TrainingData, training_batches
 from medisee.data.mixture import Draw, Mixture
 from medisee.foundation.errors import InputError
+from medisee.models.processing import Batch, MediSeeProcessor
 from medisee.models.seg_head import SegHeadSpec
 from medisee.optimization import split_batch
-from medisee.processing import Batch, MediSeeProcessor
 from medisee.records.manifest import Manifest
 from medisee.records.records import QA, Record, Target, write_records
 from medisee.weights.tokenizer import add_candidate_tokens, train_tokenizer

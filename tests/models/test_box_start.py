@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medisee.geometry import cxcywh_to_xyxy, token_places
+from medisee.models.geometry import cxcywh_to_xyxy, token_places
 from medisee.models.heads import START_EDGE, map_box
 from medisee.models.medisee import MediSee
-from medisee.processing import Example
+from medisee.models.processing import Example
 
 BuildModel: TypeAlias = Callable[..., MediSee]
 MakeExample: TypeAlias = Callable[..., Example]

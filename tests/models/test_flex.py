@@ -27,7 +27,7 @@ from medisee.models.layers import recompute_layers
 from medisee.models.losses import end_to_end_loss
 from medisee.models.medisee import MediSee
 from medisee.models.packing import block_mask, check_flex, flex_mask, pack
-from medisee.processing import Example
+from medisee.models.processing import Example
 from medisee.train import train
 from medisee.workload import OURS, training_workload
 

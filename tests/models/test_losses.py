@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medisee.geometry import cxcywh_to_xyxy
+from medisee.models.geometry import cxcywh_to_xyxy
 from medisee.models.losses import (
     bce_loss,
     dice_loss,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from medisee.config import Loss
 from medisee.models.losses import end_to_end_loss
 from medisee.models.medisee import Generated, MediSee, Output
-from medisee.processing import Batch, Example
+from medisee.models.processing import Batch, Example
 from medisee.records.prompts import candidate_text
 
 BuildModel: TypeAlias = Callable[..., MediSee]

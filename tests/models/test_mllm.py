@@ -17,8 +17,8 @@ from medisee.config.model import Mllm, Model
 from medisee.foundation.errors import InputError
 from medisee.models.medisee import MediSee
 from medisee.models.mllm import POSITION_FREQUENCIES, load_mllm, load_tokenizer, seg_head_tokens
+from medisee.models.processing import Example
 from medisee.models.seg_head import SegHeadSpec
-from medisee.processing import Example
 from medisee.weights.tokenizer import IMAGE_TOKEN, add_candidate_tokens, train_tokenizer
 
 BuildModel: TypeAlias = Callable[..., MediSee]

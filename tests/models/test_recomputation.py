@@ -13,7 +13,7 @@ from medisee.foundation.errors import InputError
 from medisee.models.layers import recompute_layers
 from medisee.models.losses import end_to_end_loss
 from medisee.models.medisee import MediSee
-from medisee.processing import Example
+from medisee.models.processing import Example
 
 LAYERS = 3
 SIZE = {"hidden": 32, "layers": LAYERS, "heads": 2, "kv_heads": 1, "intermediate": 64}

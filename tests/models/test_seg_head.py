@@ -19,8 +19,8 @@ from medisee.config.load import config_from, load_config
 from medisee.config.model import Lora, SegHeadConfig
 from medisee.foundation.errors import InputError
 from medisee.models.image_encoder import package_encoder
+from medisee.models.processing import Example
 from medisee.models.seg_head import Prompts, SamHead, load_weights, sam_head, vit_sizes
-from medisee.processing import Example
 
 SIZE = 64
 BOXES = torch.tensor([[3.0, 5.0, 40.0, 60.0], [0.0, 0.0, 64.0, 64.0], [20.5, 10.25, 21.5, 33.0]])

@@ -15,7 +15,7 @@ from medisee.foundation.errors import InputError
 from medisee.models import losses
 from medisee.models.losses import end_to_end_loss, js_divergence, similarity_mse
 from medisee.models.medisee import MediSee
-from medisee.processing import Batch, Example
+from medisee.models.processing import Batch, Example
 from medisee.records.prompts import FORCED_ANSWER
 
 MakeExample: TypeAlias = Callable[..., Example]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medisee.geometry import fit, token_places
+from medisee.models.geometry import fit, token_places
 from medisee.models.heads import SPREADS, map_box, similarity_map
 
 SIDE = SPREADS / math.sqrt(12)  # of an even rectangle of side 1

@@ -19,8 +19,8 @@ from medisee.config.model import Mllm
 from medisee.foundation.errors import InputError
 from medisee.models.losses import end_to_end_loss
 from medisee.models.medisee import MediSee
+from medisee.models.processing import Batch, Example
 from medisee.parameters import parameter_counts
-from medisee.processing import Batch, Example
 
 BuildModel = Callable[..., MediSee]
 MakeExample = Callable[..., Example]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from medisee import MediSee
 from medisee.foundation.errors import InputError
-from medisee.processing import Example, Query
+from medisee.models.processing import Example, Query
 from medisee.weights import checkpoints
 
 

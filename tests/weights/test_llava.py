@@ -20,8 +20,8 @@ from medisee.config.model import Mllm, Model
 from medisee.foundation.errors import InputError
 from medisee.models.medisee import MediSee
 from medisee.models.mllm import load_mllm, load_tokenizer
+from medisee.models.processing import Example
 from medisee.models.seg_head import SegHeadSpec
-from medisee.processing import Example
 from medisee.weights import llava as pretrained
 from medisee.weights.llava import layer_devices, load_pretrained, quantization_config
 from medisee.weights.llava_convert import converted

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from medisee.config.model import Model
 from medisee.foundation.errors import InputError
+from medisee.models.processing import Example, MediSeeProcessor, Query
 from medisee.models.seg_head import SegHeadSpec
-from medisee.processing import Example, MediSeeProcessor, Query
 from medisee.records.records import Turn
 from medisee.weights.tokenizer import (
     add_candidate_tokens,

@@ -18,13 +18,13 @@ import torch
 from golden_release import TOLERANCE, Case, Pass, load_case, run
 from torch import Tensor
 
-from medisee.geometry import cxcywh_to_xyxy, logits_to_original
 from medisee.metrics import score, summarise
 from medisee.models import losses
+from medisee.models.geometry import cxcywh_to_xyxy, logits_to_original
 from medisee.models.losses import Terms, end_to_end_loss
 from medisee.weights.medisee_release import our_name, our_values
 
-GOLDEN = Path(os.environ.get("MEDISEE_GOLDEN", Path(__file__).parent / "golden"))
+GOLDEN = Path(os.environ.get("MEDISEE_GOLDEN", Path(__file__).parents[1] / "golden"))
 RELEASES = sorted(GOLDEN.glob("release_*.json"))
 EPS = torch.finfo(torch.float32).eps
 MASKS = ("gt_mask", "pred_mask")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medisee.geometry import (
+from medisee.models.geometry import (
     SAM_MEAN,
     SAM_STD,
     Frame,

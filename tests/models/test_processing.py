@@ -12,8 +12,8 @@ from PIL import Image
 
 from medisee.config.model import Model
 from medisee.foundation.errors import InputError
+from medisee.models.processing import CLIP_MEAN, CLIP_STD, Batch, Example, MediSeeProcessor, Query
 from medisee.models.seg_head import SegHeadSpec
-from medisee.processing import CLIP_MEAN, CLIP_STD, Batch, Example, MediSeeProcessor, Query
 from medisee.records.records import Turn
 from medisee.weights.tokenizer import IMAGE_TOKEN, add_candidate_tokens, train_tokenizer
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from medisee.config.model import MAX_TOKENS, Model
 from medisee.config.run import MaskResolution
 from medisee.foundation.errors import InputError
-from medisee.geometry import Frame, bounded_mask, fit, mask_to_frame, normalise_box, square_of, to_frame
+from medisee.models.geometry import Frame, bounded_mask, fit, mask_to_frame, normalise_box, square_of, to_frame
 from medisee.models.packing import pack
 from medisee.models.seg_head import SegHeadSpec
 from medisee.records.masks import mask_box

@@ -19,7 +19,7 @@ from medisee.data.dataset import MicroBatchReader
 from medisee.foundation.errors import InputError
 from medisee.models.losses import end_to_end_loss, giou_loss, giou_loss_of_release
 from medisee.models.medisee import Decoding, Generated, MediSee
-from medisee.processing import CLIP_MEAN, CLIP_STD, Example, Query
+from medisee.models.processing import CLIP_MEAN, CLIP_STD, Example, Query
 from medisee.weights.tokenizer import IMAGE_TOKEN, add_candidate_tokens, train_tokenizer
 
 ANSWER = "It is [SEG] and [BBOX]."
