@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from medisee.config import Config, load_config
-    from medisee.drawing import overlay
+    from medisee.evaluation.drawing import overlay
     from medisee.inference import Answer, ask, ask_all
     from medisee.models.medisee import MediSee
     from medisee.records.images import read_image
@@ -48,7 +48,7 @@ _MODULES = {
     "ask": "inference",
     "ask_all": "inference",
     "load_config": "config",
-    "overlay": "drawing",
+    "overlay": "evaluation.drawing",
     "read_image": "records.images",
 }
 

@@ -30,19 +30,11 @@ from medisee.config import Config
 from medisee.config.load import load_config
 from medisee.config.model import PLACING, Mllm
 from medisee.data.features import FeatureCache, fill_cache
-from medisee.foundation.errors import InputError, exit_code, nearest
-from medisee.foundation.files import atomic_path, write_json
-from medisee.foundation.hardware import compute_dtype, keep_freed_memory
-from medisee.foundation.provenance import run_facts
-from medisee.metrics import score
-from medisee.models.medisee import MediSee
-from medisee.naming import named_category, read_categories
-from medisee.prediction import Asked, Mode, all_questions, predict, shuffled_questions
-from medisee.records.manifest import Manifest
-from medisee.records.masks import decode_mask
-from medisee.records.records import QA, Prediction, Target, read_predictions
-from medisee.references import References, learn_references
-from medisee.report import (
+from medisee.evaluation.metrics import score
+from medisee.evaluation.naming import named_category, read_categories
+from medisee.evaluation.prediction import Asked, Mode, all_questions, predict, shuffled_questions
+from medisee.evaluation.references import References, learn_references
+from medisee.evaluation.report import (
     REFERENCES,
     RESERVED,
     Case,
@@ -53,6 +45,14 @@ from medisee.report import (
     to_text,
     write_report,
 )
+from medisee.foundation.errors import InputError, exit_code, nearest
+from medisee.foundation.files import atomic_path, write_json
+from medisee.foundation.hardware import compute_dtype, keep_freed_memory
+from medisee.foundation.provenance import run_facts
+from medisee.models.medisee import MediSee
+from medisee.records.manifest import Manifest
+from medisee.records.masks import decode_mask
+from medisee.records.records import QA, Prediction, Target, read_predictions
 from medisee.weights.checkpoints import load_checkpoint
 
 DECODED: dict[str, tuple[Mode, ...]] = {

@@ -32,11 +32,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from medisee import prediction
 from medisee.config import Eval
 from medisee.config.load import load_config
 from medisee.config.model import MAX_TOKENS
-from medisee.drawing import overlay
+from medisee.evaluation import prediction
+from medisee.evaluation.drawing import overlay
 from medisee.foundation.errors import InputError, exit_code
 from medisee.foundation.files import atomic_path, write_json
 from medisee.foundation.provenance import run_facts

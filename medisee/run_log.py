@@ -12,9 +12,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from medisee.config import Config
+from medisee.evaluation.metrics import Summary
 from medisee.foundation.files import write_json, write_text
 from medisee.foundation.provenance import run_facts
-from medisee.metrics import Summary
 from medisee.models.losses import Terms
 from medisee.models.medisee import MediSee
 

@@ -8,10 +8,10 @@ import torch
 
 from medisee.config import Config
 from medisee.data.features import FeatureCache
+from medisee.evaluation.metrics import Score, Summary, score, summarise
+from medisee.evaluation.prediction import Asked, all_questions, predict
 from medisee.foundation.hardware import compute_dtype, is_mixed
-from medisee.metrics import Score, Summary, score, summarise
 from medisee.models.medisee import MediSee
-from medisee.prediction import Asked, all_questions, predict
 from medisee.ranks import Place, gather
 from medisee.records.manifest import Manifest
 from medisee.records.masks import decode_mask, mask_box

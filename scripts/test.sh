@@ -13,7 +13,7 @@ ruff check, ruff format, codespell, pyright, pytest. Offline after the installat
   --help    this text
 
 Other arguments go to pytest:
-  ./scripts/test.sh tests/test_metrics.py -k dice
+  ./scripts/test.sh tests/evaluation/test_metrics.py -k dice
 PYTHON=/path/to/python3.12 chooses the Python that .venv is made with.
 END
 }

@@ -14,8 +14,9 @@ import yaml
 
 from medisee import eval as evaluation
 from medisee.eval import main
+from medisee.evaluation.metrics import score
+from medisee.evaluation.report import FIGURES, FILES
 from medisee.foundation.errors import InputError, exit_code
-from medisee.metrics import score
 from medisee.records.manifest import Manifest
 from medisee.records.masks import Rle, decode_mask, encode_mask
 from medisee.records.records import (
@@ -25,7 +26,6 @@ from medisee.records.records import (
     write_predictions,
     write_records,
 )
-from medisee.report import FIGURES, FILES
 
 KEYS = {"emission", "named", "shuffled", "mean_mask", "nearest_slice", "missing"}
 GROUPS = {"by_length", "by_perspective", "by_category"}
@@ -330,7 +330,7 @@ def test_nothing_is_half_written(
         raise OSError("disk full")
 
     before = run(perfect)
-    monkeypatch.setattr("medisee.report.write_gallery", broken)
+    monkeypatch.setattr("medisee.evaluation.report.write_gallery", broken)
     with pytest.raises(OSError, match="disk full"):
         run(perfect[:3])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "p.jsonl"]

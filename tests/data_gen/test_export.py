@@ -17,9 +17,9 @@ from data_gen.export import main
 from data_gen.items import Decision
 from data_gen.ledger import Ledger
 from medisee.data.dataset import record_example
+from medisee.evaluation.naming import read_categories
 from medisee.foundation.errors import exit_code
 from medisee.foundation.files import sha256
-from medisee.naming import read_categories
 from medisee.records.manifest import Manifest
 from medisee.records.records import Turn
 

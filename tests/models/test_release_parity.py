@@ -18,7 +18,7 @@ import torch
 from golden_release import TOLERANCE, Case, Pass, load_case, run
 from torch import Tensor
 
-from medisee.metrics import score, summarise
+from medisee.evaluation.metrics import score, summarise
 from medisee.models import losses
 from medisee.models.geometry import cxcywh_to_xyxy, logits_to_original
 from medisee.models.losses import Terms, end_to_end_loss

@@ -9,11 +9,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from medisee import references
+from medisee.evaluation import references
+from medisee.evaluation.references import GRID, learn_references, mean_mask
 from medisee.records.manifest import Manifest
 from medisee.records.masks import decode_mask, encode_mask
 from medisee.records.records import QA, Record, Target, write_records
-from medisee.references import GRID, learn_references, mean_mask
 
 SIZE = (40, 60)
 Mask = NDArray[np.bool_]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from medisee.drawing import PREDICTION, TRUTH, overlay
+from medisee.evaluation.drawing import PREDICTION, TRUTH, overlay
 
 
 def black(height: int = 64, width: int = 128) -> NDArray[np.uint8]:

@@ -7,8 +7,8 @@ import io
 
 import pytest
 
+from medisee.evaluation.tables import Row, Table, to_csv, to_latex, to_markdown, to_terminal
 from medisee.foundation.errors import InputError
-from medisee.tables import Row, Table, to_csv, to_latex, to_markdown, to_terminal
 
 TABLE = Table(
     "R&D_1",

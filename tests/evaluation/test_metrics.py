@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from medisee.evaluation.metrics import Score, Summary, box_iou, score, summarise
 from medisee.foundation.errors import InputError
-from medisee.metrics import Score, Summary, box_iou, score, summarise
 from medisee.records.masks import Box, mask_box
 
-GOLDEN = Path(os.environ.get("MEDISEE_GOLDEN", Path(__file__).parent / "golden")) / "metrics.json"
+GOLDEN = Path(os.environ.get("MEDISEE_GOLDEN", Path(__file__).parents[1] / "golden")) / "metrics.json"
 EMPTY = np.zeros((6, 8), dtype=bool)
 SQUARE = EMPTY.copy()
 SQUARE[1:3, 2:5] = True
@@ -202,7 +202,7 @@ def test_grouped_intervals_see_through_repeated_queries() -> None:
 def test_chunks_do_not_change_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = random_scores(30)
     whole = summarise(samples, resamples=50)
-    monkeypatch.setattr("medisee.metrics._CHUNK", 70)
+    monkeypatch.setattr("medisee.evaluation.metrics._CHUNK", 70)
     assert figures(summarise(samples, resamples=50)) == pytest.approx(figures(whole))
 
 
@@ -215,5 +215,5 @@ def test_json_has_the_papers_names() -> None:
 
 
 def test_no_model_comes_in() -> None:
-    code = "import sys, medisee.metrics, medisee.records.manifest; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
+    code = "import sys, medisee.evaluation.metrics, medisee.records.manifest; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from medisee.evaluation.naming import named_category, read_categories
 from medisee.foundation.errors import InputError
-from medisee.naming import named_category, read_categories
 
 CATEGORIES = {
     "kidney": ["kidney", "kidneys", "ren"],

@@ -9,11 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from medisee.foundation.errors import InputError
-from medisee.metrics import Score
-from medisee.records.manifest import Manifest
-from medisee.records.records import QA, Prediction
-from medisee.report import (
+from medisee.evaluation.metrics import Score
+from medisee.evaluation.report import (
     FIGURES,
     FILES,
     Case,
@@ -26,6 +23,9 @@ from medisee.report import (
     to_text,
     write_report,
 )
+from medisee.foundation.errors import InputError
+from medisee.records.manifest import Manifest
+from medisee.records.records import QA, Prediction
 
 
 def scored(case: Case, dice: float, *, named: bool | None = True, mode: str = "generated") -> Scored:

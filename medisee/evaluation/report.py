@@ -13,16 +13,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from medisee.drawing import overlay
+from medisee.evaluation.drawing import overlay
+from medisee.evaluation.gallery import GalleryCase, write_gallery
+from medisee.evaluation.metrics import Figure, Score, Summary, summarise
+from medisee.evaluation.tables import Row, Table, to_latex, to_markdown, to_terminal
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import write_json, write_text
-from medisee.gallery import GalleryCase, write_gallery
-from medisee.metrics import Figure, Score, Summary, summarise
 from medisee.records.images import read_image
 from medisee.records.manifest import Manifest
 from medisee.records.masks import decode_mask, mask_box
 from medisee.records.records import QA, Prediction, Record, Target, write_predictions
-from medisee.tables import Row, Table, to_latex, to_markdown, to_terminal
 
 FIGURES = ("Dice", "gIoU", "cIoU", "IoU", "Acc")
 REFERENCES = {"mean_mask": "mean mask of category and plane", "nearest_slice": "nearest training slice"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from medisee.gallery import GalleryCase, write_gallery
+from medisee.evaluation.gallery import GalleryCase, write_gallery
 
 
 def case(section: str = "best", **changes: object) -> GalleryCase:

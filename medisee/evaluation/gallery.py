@@ -21,7 +21,7 @@ class GalleryCase:
 
     Attributes:
         section: the heading it stands under, as "best", "median" or "worst".
-        image: the picture, as `medisee.drawing.overlay` makes it.
+        image: the picture, as `medisee.evaluation.drawing.overlay` makes it.
         question: the query as it was asked.
         answer: the system's text.
         category: the true class in plain words.
