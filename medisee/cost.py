@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from medisee.config import Config
-from medisee.models.layers import recompute_layers
 from medisee.models.losses import end_to_end_loss
 from medisee.models.medisee import MediSee
 from medisee.models.processing import Batch
 from medisee.parameters import language_layers, meta_model
+from medisee.training.layers import recompute_layers
 from medisee.workload import Way, Workload, add_pixels, make_batch
 
 _FEW = (1, 2)

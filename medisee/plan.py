@@ -22,8 +22,8 @@ from medisee.cost import StepCost, cost_between, query_cost, training_cost
 from medisee.foundation.errors import InputError
 from medisee.gpus import Gpu, find_gpu
 from medisee.models.medisee import MediSee
-from medisee.optimization import split_batch
 from medisee.parameters import BYTES_OF_BITS, PartCount, count_parts, language_layers, meta_model, quantised_weights
+from medisee.training.optimization import split_batch
 from medisee.weights.checkpoints import CONFIG
 from medisee.weights.missing import Missing, missing_files, missing_weights
 from medisee.weights.shards import read_json

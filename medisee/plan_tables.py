@@ -12,9 +12,9 @@ from rich.text import Text
 
 from medisee.cost import Flops, StepCost
 from medisee.gpus import GPUS, USABLE
-from medisee.optimization import describe_batch
 from medisee.parameters import PartCount
 from medisee.plan import SECONDS_PER_DAY, STAGES, UTILISATION, InferencePlan, Memory, TrainingPlan
+from medisee.training.optimization import describe_batch
 from medisee.weights.missing import Missing
 
 WIDTH = 110

@@ -28,23 +28,24 @@ from medisee.data.features import FeatureCache, fill_cache
 from medisee.foundation.errors import InputError, exit_code
 from medisee.foundation.files import recover_folder
 from medisee.foundation.hardware import compute_dtype, keep_freed_memory, to_training_precision
-from medisee.initial_model import build_model
-from medisee.interruption import Stopped, StopRequest
-from medisee.models.layers import check_compiler, compile_layers, recompute_layers, uncompiled
 from medisee.models.losses import Terms, mean_terms
 from medisee.models.medisee import MaskDetail, MediSee
 from medisee.models.packing import check_flex
 from medisee.models.processing import Batch
-from medisee.optimization import (
+from medisee.plan import GPU, GPUS, plan_training
+from medisee.plan_tables import render_plan
+from medisee.records.manifest import Manifest
+from medisee.training.initial_model import build_model
+from medisee.training.interruption import Stopped, StopRequest
+from medisee.training.layers import check_compiler, compile_layers, recompute_layers, uncompiled
+from medisee.training.optimization import (
     Optimization,
     describe_batch,
     effective_batch,
     make_optimization,
     split_batch,
 )
-from medisee.plan import GPU, GPUS, plan_training
-from medisee.plan_tables import render_plan
-from medisee.ranks import (
+from medisee.training.ranks import (
     Place,
     is_launched,
     join_ranks,
@@ -54,9 +55,7 @@ from medisee.ranks import (
     wait_for_ranks,
     world_from_environment,
 )
-from medisee.records.manifest import Manifest
-from medisee.run_log import RunLog
-from medisee.training_state import (
+from medisee.training.resume import (
     CHECKPOINT,
     OPTIMIZER,
     LastStates,
@@ -70,7 +69,8 @@ from medisee.training_state import (
     restore_weights,
     save_state,
 )
-from medisee.validation import selection_figure, validate
+from medisee.training.run_log import RunLog
+from medisee.training.validation import selection_figure, validate
 from medisee.weights.checkpoints import save_checkpoint
 from medisee.weights.missing import check_files, with_missing_weights
 

@@ -21,7 +21,7 @@ from medisee.models.losses import Terms, end_to_end_loss
 from medisee.models.medisee import MaskDetail, MediSee, Output
 from medisee.models.processing import Batch, Example
 from medisee.models.seg_head import vit_sizes
-from medisee.optimization import TrainingLoss
+from medisee.training.optimization import TrainingLoss
 from medisee.workload import CACHED, OURS, RELEASE, Way
 
 PACKED = Way("packed, all logits", all_logits=True)

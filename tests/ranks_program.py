@@ -21,8 +21,8 @@ import medisee.train
 from medisee.config import Config
 from medisee.config.load import load_config
 from medisee.foundation.errors import InputError
-from medisee.interruption import Stopped
 from medisee.models import losses
+from medisee.training.interruption import Stopped
 
 RANK = int(os.environ["RANK"])
 FAULT_STEP = 3

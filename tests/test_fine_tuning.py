@@ -12,10 +12,10 @@ import torch
 from medisee.config import Config
 from medisee.config.load import config_from, load_config
 from medisee.foundation.errors import InputError
-from medisee.initial_model import build_model
 from medisee.models.medisee import MediSee
 from medisee.records.manifest import Manifest
 from medisee.train import train
+from medisee.training.initial_model import build_model
 from medisee.weights.missing import missing_files
 
 CONFIGS = Path(__file__).parents[1] / "configs"

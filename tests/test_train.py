@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from medisee.config import Config
 from medisee.config.load import config_from
 from medisee.foundation.errors import InputError, exit_code
-from medisee.interruption import Stopped
 from medisee.train import main, train
-from medisee.training_state import damage, saved_folders
+from medisee.training.interruption import Stopped
+from medisee.training.resume import damage, saved_folders
 
 Run = dict[str, Any]
 
@@ -63,7 +63,7 @@ def test_resumed_equals_uninterrupted(every_step: Run, tmp_path: Path) -> None:
     train(whole)
     broken = configured(every_step, train={"out": str(tmp_path / "broken")})
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("medisee.run_log.RunLog.losses", _interrupt_at(7))
+        patch.setattr("medisee.training.run_log.RunLog.losses", _interrupt_at(7))
         train(broken)
     train(broken, resume=True)
     expected, found = losses(tmp_path / "whole"), losses(tmp_path / "broken")
@@ -73,7 +73,7 @@ def test_resumed_equals_uninterrupted(every_step: Run, tmp_path: Path) -> None:
 
 
 def _interrupt_at(step: int) -> Any:
-    from medisee.run_log import RunLog
+    from medisee.training.run_log import RunLog
 
     original = RunLog.losses
 
@@ -264,12 +264,12 @@ def test_a_full_disk_ends_with_a_sentence(every_step: Run, tmp_path: Path, monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     config = configured(every_step, train={"out": str(tmp_path)})
-    at_step(monkeypatch, 5, lambda: monkeypatch.setattr("medisee.training_state.save_file", full))
+    at_step(monkeypatch, 5, lambda: monkeypatch.setattr("medisee.training.resume.save_file", full))
     with pytest.raises(InputError, match=r"last-00000006: cannot be saved .*No space left.*last-00000003 is untouched"):
         train(config)
     assert damage(tmp_path / "last-00000003") is None
     monkeypatch.undo()
-    at_step(monkeypatch, 5, lambda: monkeypatch.setattr("medisee.run_log.RunLog._append", full))
+    at_step(monkeypatch, 5, lambda: monkeypatch.setattr("medisee.training.run_log.RunLog._append", full))
     with pytest.raises(InputError, match=r"the disk is full .*No space left.*go on with --resume"):
         train(config, resume=True)
     monkeypatch.undo()

@@ -17,7 +17,7 @@ import yaml
 from medisee.config.load import config_from
 from medisee.models.medisee import MediSee
 from medisee.train import train
-from medisee.training_state import damage, find_last, saved_folders
+from medisee.training.resume import damage, find_last, saved_folders
 from medisee.weights.checkpoints import load_checkpoint
 
 KILLS = 20

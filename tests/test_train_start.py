@@ -14,7 +14,7 @@ from medisee.config.load import config_from
 from medisee.config.model import Model
 from medisee.foundation.errors import InputError, exit_code
 from medisee.train import main, train
-from medisee.training_state import damage, saved_folders
+from medisee.training.resume import damage, saved_folders
 from medisee.weights.missing import check_files, with_missing_weights
 
 CONFIGS = Path(__file__).parents[1] / "configs"

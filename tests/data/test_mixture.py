@@ -26,9 +26,9 @@ from medisee.data.mixture import Draw, Mixture
 from medisee.foundation.errors import InputError
 from medisee.models.processing import Batch, MediSeeProcessor
 from medisee.models.seg_head import SegHeadSpec
-from medisee.optimization import split_batch
 from medisee.records.manifest import Manifest
 from medisee.records.records import QA, Record, Target, write_records
+from medisee.training.optimization import split_batch
 from medisee.weights.tokenizer import add_candidate_tokens, train_tokenizer
 
 sources = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=4)

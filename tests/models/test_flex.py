@@ -23,12 +23,12 @@ from medisee.config.load import config_from
 from medisee.cost import training_cost
 from medisee.foundation.errors import InputError
 from medisee.models import packing
-from medisee.models.layers import recompute_layers
 from medisee.models.losses import end_to_end_loss
 from medisee.models.medisee import MediSee
 from medisee.models.packing import block_mask, check_flex, flex_mask, pack
 from medisee.models.processing import Example
 from medisee.train import train
+from medisee.training.layers import recompute_layers
 from medisee.workload import OURS, training_workload
 
 BuildModel = Callable[..., MediSee]

@@ -10,10 +10,10 @@ import torch
 from medisee.config import Loss
 from medisee.config.load import load_config
 from medisee.foundation.errors import InputError
-from medisee.models.layers import recompute_layers
 from medisee.models.losses import end_to_end_loss
 from medisee.models.medisee import MediSee
 from medisee.models.processing import Example
+from medisee.training.layers import recompute_layers
 
 LAYERS = 3
 SIZE = {"hidden": 32, "layers": LAYERS, "heads": 2, "kv_heads": 1, "intermediate": 64}

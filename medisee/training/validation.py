@@ -12,9 +12,9 @@ from medisee.evaluation.metrics import Score, Summary, score, summarise
 from medisee.evaluation.prediction import Asked, all_questions, predict
 from medisee.foundation.hardware import compute_dtype, is_mixed
 from medisee.models.medisee import MediSee
-from medisee.ranks import Place, gather
 from medisee.records.manifest import Manifest
 from medisee.records.masks import decode_mask, mask_box
+from medisee.training.ranks import Place, gather
 
 
 def validate(model: MediSee, val: Manifest, config: Config, *, cache: FeatureCache | None, place: Place) -> Summary:

@@ -20,7 +20,7 @@ from torch import Tensor
 from medisee.config import Config
 from medisee.config.load import config_from
 from medisee.foundation.errors import InputError
-from medisee.training_state import (
+from medisee.training.resume import (
     FILES,
     OPTIMIZER,
     PROGRESS,
@@ -152,7 +152,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException, *, at: str) -
             Path(path).write_bytes(Path(path).read_bytes()[:20])
             raise error
 
-    monkeypatch.setattr("medisee.training_state.save_file", half)
+    monkeypatch.setattr("medisee.training.resume.save_file", half)
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ from medisee.config.load import config_from
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import replace_folder, sha256, write_json
 from medisee.models.medisee import MediSee
-from medisee.optimization import Optimization
-from medisee.ranks import Place, gather, raise_together, raised_together
+from medisee.training.optimization import Optimization
+from medisee.training.ranks import Place, gather, raise_together, raised_together
 from medisee.weights.checkpoints import WEIGHTS, load_trained, trained_state
 
 CHECKPOINT = "checkpoint"

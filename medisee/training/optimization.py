@@ -23,7 +23,7 @@ from medisee.foundation.errors import InputError
 from medisee.models.losses import Terms, end_to_end_loss
 from medisee.models.medisee import MaskDetail, MediSee
 from medisee.models.processing import Batch
-from medisee.ranks import Place, world_from_environment
+from medisee.training.ranks import Place, world_from_environment
 from medisee.weights.checkpoints import trained_state
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 from types import FrameType
 
-from medisee.ranks import Place, largest
+from medisee.training.ranks import Place, largest
 
 STOP = "stop"
 BY_FILE = 1

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from medisee.config import Config, Train
 from medisee.config.load import config_from
 from medisee.foundation.errors import InputError
-from medisee.optimization import deepspeed_config, describe_batch, effective_batch, split_batch, warmup_decay
 from medisee.train import train
+from medisee.training.optimization import deepspeed_config, describe_batch, effective_batch, split_batch, warmup_decay
 
 Run = dict[str, Any]
 CUT_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
