@@ -42,8 +42,8 @@ from medisee.foundation.files import atomic_path, write_json
 from medisee.foundation.provenance import run_facts
 from medisee.models.medisee import MediSee
 from medisee.models.processing import Example, Query
-from medisee.plan import GPU, checkpoint_config, plan_inference
-from medisee.plan_tables import render_inference_plan
+from medisee.planning.plan import GPU, checkpoint_config, plan_inference
+from medisee.planning.plan_tables import render_inference_plan
 from medisee.records.images import read_image
 from medisee.records.masks import Box, decode_mask, encode_mask
 from medisee.records.prompts import candidate_text

@@ -32,8 +32,8 @@ from medisee.models.losses import Terms, mean_terms
 from medisee.models.medisee import MaskDetail, MediSee
 from medisee.models.packing import check_flex
 from medisee.models.processing import Batch
-from medisee.plan import GPU, GPUS, plan_training
-from medisee.plan_tables import render_plan
+from medisee.planning.plan import GPU, GPUS, plan_training
+from medisee.planning.plan_tables import render_plan
 from medisee.records.manifest import Manifest
 from medisee.training.initial_model import build_model
 from medisee.training.interruption import Stopped, StopRequest

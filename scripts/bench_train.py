@@ -48,11 +48,11 @@ from medisee.foundation.hardware import keep_freed_memory
 from medisee.models.losses import Terms, text_loss
 from medisee.models.medisee import MediSee
 from medisee.models.processing import Batch, Example, Query
-from medisee.plan import plan_training
+from medisee.planning.plan import plan_training
+from medisee.planning.workload import TEMPLATE_TOKENS, Lengths, Way, training_workload
 from medisee.records.prompts import CANDIDATE_TOKENS, candidate_text
 from medisee.training.optimization import TorchOptimization
 from medisee.weights.tokenizer import SPECIAL, add_candidate_tokens
-from medisee.workload import TEMPLATE_TOKENS, Lengths, Way, training_workload
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 IMAGES = 4

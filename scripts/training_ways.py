@@ -21,8 +21,8 @@ from medisee.models.losses import Terms, end_to_end_loss
 from medisee.models.medisee import MaskDetail, MediSee, Output
 from medisee.models.processing import Batch, Example
 from medisee.models.seg_head import vit_sizes
+from medisee.planning.workload import CACHED, OURS, RELEASE, Way
 from medisee.training.optimization import TrainingLoss
-from medisee.workload import CACHED, OURS, RELEASE, Way
 
 PACKED = Way("packed, all logits", all_logits=True)
 WAYS = {

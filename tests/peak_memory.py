@@ -17,10 +17,10 @@ import torch
 from medisee.config import Config
 from medisee.config.load import config_from
 from medisee.models.medisee import MediSee
-from medisee.parameters import stand_in_tokenizer
+from medisee.planning.parameters import stand_in_tokenizer
+from medisee.planning.workload import OURS, add_pixels, make_batch, training_workload
 from medisee.training.layers import recompute_layers
 from medisee.training.optimization import TorchOptimization, TrainingLoss
-from medisee.workload import OURS, add_pixels, make_batch, training_workload
 
 WARM: dict[str, Any] = {
     "model": {

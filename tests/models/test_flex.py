@@ -20,16 +20,16 @@ from torch.nn.attention.flex_attention import create_mask
 
 from medisee.config import Loss
 from medisee.config.load import config_from
-from medisee.cost import training_cost
 from medisee.foundation.errors import InputError
 from medisee.models import packing
 from medisee.models.losses import end_to_end_loss
 from medisee.models.medisee import MediSee
 from medisee.models.packing import block_mask, check_flex, flex_mask, pack
 from medisee.models.processing import Example
+from medisee.planning.cost import training_cost
+from medisee.planning.workload import OURS, training_workload
 from medisee.train import train
 from medisee.training.layers import recompute_layers
-from medisee.workload import OURS, training_workload
 
 BuildModel = Callable[..., MediSee]
 MakeExample = Callable[..., Example]

@@ -20,7 +20,7 @@ from medisee.foundation.errors import InputError
 from medisee.models.losses import end_to_end_loss
 from medisee.models.medisee import MediSee
 from medisee.models.processing import Batch, Example
-from medisee.parameters import parameter_counts
+from medisee.planning.parameters import parameter_counts
 
 BuildModel = Callable[..., MediSee]
 MakeExample = Callable[..., Example]

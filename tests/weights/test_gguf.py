@@ -18,7 +18,7 @@ from medisee.foundation.errors import InputError
 from medisee.models.medisee import MediSee
 from medisee.models.mllm import load_tokenizer
 from medisee.models.processing import Example
-from medisee.parameters import parameter_counts
+from medisee.planning.parameters import parameter_counts
 from medisee.weights.gguf import find_gguf, gguf_file, gguf_folder
 from medisee.weights.llava import load_pretrained, pretrained_tokenizer
 from medisee.weights.missing import missing_weights

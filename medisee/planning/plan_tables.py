@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from medisee.cost import Flops, StepCost
-from medisee.gpus import GPUS, USABLE
-from medisee.parameters import PartCount
-from medisee.plan import SECONDS_PER_DAY, STAGES, UTILISATION, InferencePlan, Memory, TrainingPlan
+from medisee.planning.cost import Flops, StepCost
+from medisee.planning.gpus import GPUS, USABLE
+from medisee.planning.parameters import PartCount
+from medisee.planning.plan import SECONDS_PER_DAY, STAGES, UTILISATION, InferencePlan, Memory, TrainingPlan
 from medisee.training.optimization import describe_batch
 from medisee.weights.missing import Missing
 

@@ -13,13 +13,13 @@ from medisee import inference, train
 from medisee.config import Config
 from medisee.config.load import config_from, load_config
 from medisee.foundation.errors import InputError, exit_code
-from medisee.gpus import GPUS, find_gpu
-from medisee.parameters import PartCount
-from medisee.plan import UTILISATION, TrainingPlan, plan_inference, plan_training, stage_memory
-from medisee.plan_tables import counts_markdown, render_plan
+from medisee.planning.gpus import GPUS, find_gpu
+from medisee.planning.parameters import PartCount
+from medisee.planning.plan import UTILISATION, TrainingPlan, plan_inference, plan_training, stage_memory
+from medisee.planning.plan_tables import counts_markdown, render_plan
 from medisee.weights.missing import missing_files, missing_weights
 
-CONFIG_7B = Path(__file__).parents[1] / "configs" / "medisee_7b.yaml"
+CONFIG_7B = Path(__file__).parents[2] / "configs" / "medisee_7b.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def values_of(plan: TrainingPlan) -> dict[str, Any]:
 
 def tiny_gpu(memory: float) -> Any:
     """A GPU with as much memory that can be filled, GiB."""
-    from medisee.gpus import USABLE, Gpu
+    from medisee.planning.gpus import USABLE, Gpu
 
     return Gpu("tiny", memory / USABLE, 1.0, 1.0)
 

@@ -18,16 +18,32 @@ from tqdm import tqdm
 
 from medisee.config import Config, Train
 from medisee.config.load import config_from
-from medisee.cost import StepCost, cost_between, query_cost, training_cost
 from medisee.foundation.errors import InputError
-from medisee.gpus import Gpu, find_gpu
 from medisee.models.medisee import MediSee
-from medisee.parameters import BYTES_OF_BITS, PartCount, count_parts, language_layers, meta_model, quantised_weights
+from medisee.planning.cost import StepCost, cost_between, query_cost, training_cost
+from medisee.planning.gpus import Gpu, find_gpu
+from medisee.planning.parameters import (
+    BYTES_OF_BITS,
+    PartCount,
+    count_parts,
+    language_layers,
+    meta_model,
+    quantised_weights,
+)
+from medisee.planning.workload import (
+    CACHED,
+    OURS,
+    REASONING_QUERY,
+    RELEASE,
+    TEMPLATE_TOKENS,
+    Way,
+    Workload,
+    training_workload,
+)
 from medisee.training.optimization import split_batch
 from medisee.weights.checkpoints import CONFIG
 from medisee.weights.missing import Missing, missing_files, missing_weights
 from medisee.weights.shards import read_json
-from medisee.workload import CACHED, OURS, REASONING_QUERY, RELEASE, TEMPLATE_TOKENS, Way, Workload, training_workload
 
 GPU = "a6000"
 GPUS = 4
@@ -157,7 +173,7 @@ def plan_training(config: Config, *, gpu: str = GPU, gpus: int = GPUS) -> Traini
 
     Args:
         config: of the run; its files may be missing.
-        gpu: name of a GPU, see medisee/gpus.py.
+        gpu: name of a GPU, see medisee/planning/gpus.py.
         gpus: how many there are.
 
     Raises:

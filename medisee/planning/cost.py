@@ -24,9 +24,9 @@ from medisee.config import Config
 from medisee.models.losses import end_to_end_loss
 from medisee.models.medisee import MediSee
 from medisee.models.processing import Batch
-from medisee.parameters import language_layers, meta_model
+from medisee.planning.parameters import language_layers, meta_model
+from medisee.planning.workload import Way, Workload, add_pixels, make_batch
 from medisee.training.layers import recompute_layers
-from medisee.workload import Way, Workload, add_pixels, make_batch
 
 _FEW = (1, 2)
 _COUNTED = ("language_model", "lm_head", "vision_tower", "image_encoder")

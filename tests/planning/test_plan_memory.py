@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from medisee.config.load import config_from
-from medisee.plan import plan_training
+from medisee.planning.plan import plan_training
 
 PROGRAM = Path(__file__).with_name("peak_memory.py")
 SIZES = {

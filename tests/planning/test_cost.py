@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from medisee import cost
 from medisee.config import Config
 from medisee.config.load import config_from
-from medisee.cost import Flops, Tally, query_cost, training_cost
 from medisee.models.losses import end_to_end_loss
 from medisee.models.medisee import MediSee
-from medisee.parameters import stand_in_tokenizer
+from medisee.planning import cost
+from medisee.planning.cost import Flops, Tally, query_cost, training_cost
+from medisee.planning.parameters import stand_in_tokenizer
+from medisee.planning.workload import CACHED, OURS, RELEASE, add_pixels, make_batch, training_workload
 from medisee.training.layers import recompute_layers
-from medisee.workload import CACHED, OURS, RELEASE, add_pixels, make_batch, training_workload
 
 
 def small(layers: int = 2, **mllm: Any) -> Config:

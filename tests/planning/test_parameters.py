@@ -14,10 +14,10 @@ import torch
 from medisee.config.load import config_from, load_config
 from medisee.config.model import Model
 from medisee.foundation.errors import InputError
-from medisee.parameters import meta_model, parameter_counts, quantised_weights, stand_in_tokenizer
+from medisee.planning.parameters import meta_model, parameter_counts, quantised_weights, stand_in_tokenizer
 
-CONFIG_7B = Path(__file__).parents[1] / "configs" / "medisee_7b.yaml"
-README = Path(__file__).parents[1] / "README.md"
+CONFIG_7B = Path(__file__).parents[2] / "configs" / "medisee_7b.yaml"
+README = Path(__file__).parents[2] / "README.md"
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE, ROWS = 4096, 32, 32, 8, 14336, 32000 + 3
 KEYS = HIDDEN // HEADS * KV_HEADS

@@ -11,8 +11,8 @@ import torch
 from medisee.config.load import config_from
 from medisee.foundation.errors import InputError
 from medisee.models.medisee import MediSee
-from medisee.parameters import meta_model
-from medisee.workload import (
+from medisee.planning.parameters import meta_model
+from medisee.planning.workload import (
     CACHED,
     CLASS_QUERY,
     OURS,
