@@ -29,16 +29,16 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data_gen.card import card
-from data_gen.entries import Entry, entries, entry_record
-from data_gen.hub import write_hub
-from data_gen.ledger import Ledger
-from data_gen.names import Names
-from data_gen.pictures import item_image, item_mask
-from data_gen.release import write_release
-from data_gen.screening import screen
-from data_gen.splits import SPLITS
-from data_gen.summary import Made, Source, read_sources, summary
+from data_gen.core.names import Names
+from data_gen.core.pictures import item_image, item_mask
+from data_gen.ledger.ledger import Ledger
+from data_gen.ledger.screening import screen
+from data_gen.publishing.card import card
+from data_gen.publishing.entries import Entry, entries, entry_record
+from data_gen.publishing.hub import write_hub
+from data_gen.publishing.release import write_release
+from data_gen.publishing.splits import SPLITS
+from data_gen.publishing.summary import Made, Source, read_sources, summary
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import atomic_path, inside, is_new_or_earlier, write_json, write_text
 from medisee.records.records import Record

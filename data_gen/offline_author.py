@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from data_gen import offline
-from data_gen.calls import Reply, Request, canonical
+from data_gen.authors import offline
+from data_gen.core.calls import Reply, Request, canonical
 
 
 class OfflineAuthor:

@@ -11,12 +11,12 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from data_gen.captions import read_captions
-from data_gen.names import load_names, read_names
-from data_gen.prices import FREE, Price, find_price, load_prices
-from data_gen.prompts import MOST_VARIANTS
-from data_gen.recipe import OFFLINE, Recipe
-from data_gen.wire import CAPTION_KEY, KEY, is_same
+from data_gen.authors.client import CAPTION_KEY, KEY, is_same
+from data_gen.core.captions import read_captions
+from data_gen.core.names import load_names, read_names
+from data_gen.core.prices import FREE, Price, find_price, load_prices
+from data_gen.core.prompts import MOST_VARIANTS
+from data_gen.core.recipe import OFFLINE, Recipe
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import sha256
 from medisee.records.manifest import Manifest
@@ -51,7 +51,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--again", type=int, default=2, metavar="K", help="asks again for what breaks a rule, K times (default: 2)")
     add("--limit", type=int, metavar="N", help="only the first N images (default: all)")
     add("--seed", type=int, default=0, help="of the drawn targets and wordings (default: 0)")
-    add("--names", type=Path, metavar="FILE", help="further names of categories, in the form of data_gen/names.yaml")
+    add(
+        "--names",
+        type=Path,
+        metavar="FILE",
+        help="further names of categories, in the form of data_gen/core/names.yaml",
+    )
     add = parser.add_argument_group("by whom").add_argument
     add("--model", metavar="NAME", help=f"the model that writes, as gpt-4o; its key is read from {KEY}")
     add("--author", choices=(OFFLINE,), help="instead of a model: what the package knows by itself, free of charge")
@@ -67,7 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--caption-schema", choices=_SCHEMAS, help="the same for the captioner (default: as --schema)")
     add("--captions", type=Path, metavar="FILE", help="given captions: JSON Lines of record and caption")
     add = parser.add_argument_group("at which price").add_argument
-    add("--prices", type=Path, metavar="FILE", help="further prices, in the form of data_gen/prices.yaml")
+    add("--prices", type=Path, metavar="FILE", help="further prices, in the form of data_gen/core/prices.yaml")
     add("--free", action="store_true", help="the server is your own: nothing costs anything")
 
 

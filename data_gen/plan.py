@@ -23,14 +23,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from data_gen.asking import Answered, Check
-from data_gen.calls import Fault, Request
-from data_gen.items import Item, items_from_manifest
+from data_gen.core.calls import Fault, Request
+from data_gen.core.items import Item, items_from_manifest
+from data_gen.core.prices import CHARACTERS, Price, size_of
+from data_gen.core.prompts import ask_again
+from data_gen.core.schemas import ANSWERS, CELLS, Stage
 from data_gen.options import Made, add_options, make
-from data_gen.prices import CHARACTERS, Price, size_of
-from data_gen.prompts import ask_again
-from data_gen.schemas import ANSWERS, CELLS, Stage
-from data_gen.stages import make as make_pairs
+from data_gen.pipeline.asking import Answered, Check
+from data_gen.pipeline.stages import make as make_pairs
 from medisee.records.manifest import Manifest
 
 SAMPLE = 200

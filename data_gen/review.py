@@ -27,12 +27,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from data_gen import rules
-from data_gen.agreement import agreements
-from data_gen.items import Decision, Item, Pair
-from data_gen.ledger import Ledger
-from data_gen.pictures import image_png, mask_png
-from data_gen.server import Refused, ReviewServer
+from data_gen.core.items import Decision, Item, Pair
+from data_gen.core.pictures import image_png, mask_png
+from data_gen.ledger.agreement import agreements
+from data_gen.ledger.ledger import Ledger
+from data_gen.publishing.review_server import Refused, ReviewServer
+from data_gen.rules import checks as rules
 from medisee.foundation.errors import InputError
 
 _LONGEST_NAME = 64

@@ -28,18 +28,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_gen.asking import Answered, Asker, Author, Check
-from data_gen.batch import BatchServer, Waves
-from data_gen.calls import Request
-from data_gen.engine import Job, Signals, run_live, run_waves
-from data_gen.items import items_from_manifest
-from data_gen.ledger import Ledger
-from data_gen.limits import ErrorBudget, Purse, RateLimit, StopRun
+from data_gen.authors.client import CAPTION_KEY, KEY, Server, Wire, api_key, is_same
+from data_gen.core.calls import Request
+from data_gen.core.items import items_from_manifest
+from data_gen.core.prices import Price
+from data_gen.core.recipe import OFFLINE
+from data_gen.ledger.ledger import Ledger
+from data_gen.ledger.limits import ErrorBudget, Purse, RateLimit, StopRun
 from data_gen.options import LOCAL, Made, add_options, fixed_settings, make
+from data_gen.pipeline.asking import Answered, Asker, Author, Check
+from data_gen.pipeline.batch import BatchServer, Waves
+from data_gen.pipeline.engine import Job, Signals, run_live, run_waves
 from data_gen.plan import count_items
-from data_gen.prices import Price
-from data_gen.recipe import OFFLINE
-from data_gen.wire import CAPTION_KEY, KEY, Server, Wire, api_key, is_same
 from medisee.foundation.errors import InputError
 
 
@@ -165,7 +165,7 @@ def _offline(seed: int) -> Author:
 
 
 def _local(captioner: str, root: Path) -> Author:
-    from data_gen.captioner import LocalCaptioner  # late: it brings torch
+    from data_gen.authors.captioner import LocalCaptioner  # late: it brings torch
 
     return LocalCaptioner(captioner.removeprefix(LOCAL), root)
 

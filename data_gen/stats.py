@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from data_gen.export import SUMMARY, check_out
-from data_gen.figures import draw_figures
-from data_gen.ledger import Ledger
-from data_gen.statistics import Statistics, balance, statistics_of_export, statistics_of_ledger
+from data_gen.ledger.ledger import Ledger
+from data_gen.publishing.figures import draw_figures
+from data_gen.publishing.statistics import Statistics, balance, statistics_of_export, statistics_of_ledger
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import atomic_path, write_json, write_text
 

@@ -9,9 +9,9 @@ import pytest
 from fake_server import FakeServer, Settings
 from made_up import LedgerMaker, an_item, conversation_of, pairs_of, write_manifest
 
-from data_gen.calls import Request
-from data_gen.items import Drop
-from data_gen.ledger import Ledger
+from data_gen.core.calls import Request
+from data_gen.core.items import Drop
+from data_gen.ledger.ledger import Ledger
 
 
 @pytest.fixture

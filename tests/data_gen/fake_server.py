@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_gen.calls import canonical
+from data_gen.core.calls import canonical
 
 CELLS = ("attribute-short", "attribute-long", "location-short", "location-long")
 SYLLABLES = (

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_gen.items import Entity, Item, Pair, Perspective
+from data_gen.core.items import Entity, Item, Pair, Perspective
 from medisee.records.masks import encode_mask
 from medisee.records.records import Record, write_records
 from medisee.records.records import Target as RecordTarget

@@ -10,13 +10,13 @@ from typing import Any
 
 from fake_server import answer
 
-from data_gen.asking import Asker
-from data_gen.calls import Reply, Request
-from data_gen.items import Item
-from data_gen.ledger import Ledger
-from data_gen.names import load_names
-from data_gen.recipe import Outcome, Recipe
-from data_gen.stages import make
+from data_gen.core.calls import Reply, Request
+from data_gen.core.items import Item
+from data_gen.core.names import load_names
+from data_gen.core.recipe import Outcome, Recipe
+from data_gen.ledger.ledger import Ledger
+from data_gen.pipeline.asking import Asker
+from data_gen.pipeline.stages import make
 
 Say = Callable[[Request], "dict[str, Any] | Reply | Exception"]
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import pytest
 from made_up import placed_item
 
-from data_gen.duplicates import Duplicates
-from data_gen.items import Item
-from data_gen.names import load_names
-from data_gen.positions import claims
-from data_gen.rules import ANSWER_WORDS, TEXT_WORDS, check_pair, count_words
+from data_gen.core.items import Item
+from data_gen.core.names import load_names
+from data_gen.rules.checks import ANSWER_WORDS, TEXT_WORDS, check_pair, count_words
+from data_gen.rules.duplicates import Duplicates
+from data_gen.rules.positions import claims
 from medisee.sources.query_bank import BANKS, load_bank
 
 LOADED, NAMES = {name: load_bank(path, None) for name, path in BANKS.items()}, load_names()

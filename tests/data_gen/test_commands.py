@@ -12,9 +12,9 @@ import pytest
 from fake_server import FakeServer
 
 from data_gen import __main__ as command
-from data_gen.ledger import Ledger
+from data_gen.ledger.ledger import Ledger
+from data_gen.publishing.review_server import Refused
 from data_gen.review import ReviewDesk
-from data_gen.server import Refused
 from medisee.foundation.errors import exit_code
 
 Capture = pytest.CaptureFixture[str]

@@ -10,9 +10,9 @@ import pytest
 from fake_server import FakeServer
 
 from data_gen import plan, run
-from data_gen.ledger import Ledger
+from data_gen.core.prices import FREE, Price, find_price, load_prices, size_of
+from data_gen.ledger.ledger import Ledger
 from data_gen.plan import count_items
-from data_gen.prices import FREE, Price, find_price, load_prices, size_of
 from medisee.foundation.errors import InputError, exit_code
 from medisee.records.manifest import Manifest
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_gen.core.items import Decision
 from data_gen.export import main
-from data_gen.items import Decision
-from data_gen.ledger import Ledger
+from data_gen.ledger.ledger import Ledger
 from medisee.data.dataset import record_example
 from medisee.evaluation.naming import read_categories
 from medisee.foundation.errors import exit_code

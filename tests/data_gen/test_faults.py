@@ -16,12 +16,12 @@ from made_up import write_manifest
 from test_scale import counted, serving
 
 from data_gen import run
+from data_gen.core.items import TEMPLATES
+from data_gen.core.recipe import pair_id
+from data_gen.core.schemas import CELLS
 from data_gen.export import export
-from data_gen.items import TEMPLATES
-from data_gen.ledger import Ledger
-from data_gen.recipe import pair_id
-from data_gen.schemas import CELLS
-from data_gen.summary import read_sources
+from data_gen.ledger.ledger import Ledger
+from data_gen.publishing.summary import read_sources
 
 KILLS, RECORDS = 10, 60
 FAULTS = ("429", "500", "timeout", "drop", "html", "refusal", "truncated", "malformed")

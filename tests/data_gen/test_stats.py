@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from data_gen import export, stats
-from data_gen.items import Decision
-from data_gen.ledger import Ledger
-from data_gen.statistics import Statistics, balance, statistics_of_ledger
+from data_gen.core.items import Decision
+from data_gen.ledger.ledger import Ledger
+from data_gen.publishing.statistics import Statistics, balance, statistics_of_ledger
 from medisee.foundation.errors import exit_code
 
 LedgerMaker = Callable[..., Path]

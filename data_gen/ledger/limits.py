@@ -1,0 +1,166 @@
+"""What holds a run back: the server's rate limits, the budget of errors and the budget of money."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from data_gen.ledger.answers import Answers
+
+_LEAST_SLEEP = 0.001  # seconds; a rest too small for the clock would be waited for in vain
+
+
+class StopRun(Exception):
+    """Ends a run early; the message says why and what to do. All that was answered is in the ledger."""
+
+
+class RateLimit:
+    """Token buckets over requests and tokens per minute, shared by all calls of a run.
+
+    A bucket holds one second's worth, so that no burst breaks a limit that the server counts in short windows. A
+    request goes as soon as its bucket is not empty and may leave a debt, which the next one waits for: the mean rate
+    holds whatever the sizes.
+    """
+
+    def __init__(
+        self,
+        requests_per_minute: float | None = None,
+        tokens_per_minute: float | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """Starts with full buckets; None is no limit. `clock` is in seconds, `sleep` waits for that many."""
+        self._clock, self._sleep = clock, sleep
+        self._requests = _Bucket(requests_per_minute, clock()) if requests_per_minute else None
+        self._tokens = _Bucket(tokens_per_minute, clock()) if tokens_per_minute else None
+        self._paused_until = 0.0
+        self._turn = asyncio.Lock()
+
+    async def take(self, tokens: float) -> None:
+        """Waits until a request of so many tokens may be sent, in the order of asking."""
+        async with self._turn:
+            while (seconds := self._wait()) > 0:
+                await self._sleep(max(seconds, _LEAST_SLEEP))
+            for bucket, amount in ((self._requests, 1.0), (self._tokens, tokens)):
+                if bucket:
+                    bucket.level -= amount
+
+    def give_back(self, tokens: float) -> None:
+        """Corrects the tokens that a request was expected to need; a negative number takes more."""
+        if self._tokens:
+            self._tokens.level += tokens
+
+    def pause(self, seconds: float) -> None:
+        """Sends nothing for so long: the server asked for it, and it means all calls."""
+        self._paused_until = max(self._paused_until, self._clock() + seconds)
+
+    def _wait(self) -> float:
+        now = self._clock()
+        waits = [bucket.wait(now) for bucket in (self._requests, self._tokens) if bucket]
+        return max([self._paused_until - now, *waits])
+
+
+class _Bucket:
+    def __init__(self, per_minute: float, now: float) -> None:
+        self._rate = per_minute / 60
+        self._full = max(1.0, self._rate)
+        self.level, self._at = self._full, now
+
+    def wait(self, now: float) -> float:
+        """Fills up and returns the seconds until something may be taken."""
+        self.level = min(self._full, self.level + (now - self._at) * self._rate)
+        self._at = now
+        return max(0.0, (1.0 - self.level) / self._rate)
+
+
+@dataclass
+class ErrorBudget:
+    """Ends a run in which nothing works, before it costs much.
+
+    A call is bad when it brought no usable answer after all its attempts.
+
+    Attributes:
+        in_a_row: so many bad calls one after the other end the run.
+        share: so does a share of bad calls above this among the last `window`.
+        window: see `share`.
+    """
+
+    in_a_row: int = 20
+    share: float = 0.5
+    window: int = 200
+    _last: deque[bool] = field(default_factory=deque)
+    _row: int = 0
+    _reasons: Counter[str] = field(default_factory=Counter)
+
+    def good(self) -> None:
+        """Notes a call that worked."""
+        self._row = 0
+        self._note(True)
+
+    def bad(self, reason: str) -> None:
+        """Notes a call that did not.
+
+        Raises:
+            StopRun: the budget is used up.
+        """
+        self._row += 1
+        self._reasons[reason] += 1
+        self._note(False)
+        failed = self._last.count(False)
+        if self._row >= self.in_a_row:
+            what = f"{self._row} calls in a row failed"
+        elif len(self._last) == self.window and failed > self.share * self.window:
+            what = f"{failed} of the last {self.window} calls failed"
+        else:
+            return
+        reason, count = self._reasons.most_common(1)[0]
+        raise StopRun(f"stopped: {what}; most often ({count} times): {reason}; mend that, then run again to go on.")
+
+    def _note(self, worked: bool) -> None:
+        self._last.append(worked)
+        if len(self._last) > self.window:
+            self._last.popleft()
+
+
+@dataclass
+class Purse:
+    """The money of a ledger, in US dollars: what is spent, and what calls under way may cost at most.
+
+    Attributes:
+        limit: what all may cost; None is no limit.
+        spent: by now, in this run and those before.
+        answers: of the ledger, which keeps what `lose` was told for the runs to come.
+    """
+
+    limit: float | None = None
+    spent: float = 0.0
+    answers: Answers | None = None
+    _held: float = 0.0
+
+    def hold(self, most: float) -> None:
+        """Sets aside what a call can cost at most.
+
+        Raises:
+            StopRun: the call could exceed the limit.
+        """
+        if self.limit is not None and self.spent + self._held + most > self.limit:
+            raise StopRun(
+                f"stopped: {self.spent:.4f} USD are spent and {self._held:.4f} USD set aside for calls under way; one "
+                f"more call may cost {most:.4f} USD and exceed --max-cost {self.limit:g}; raise it to go on."
+            )
+        self._held += most
+
+    def release(self, held: float, price: float) -> None:
+        """Pays for a call and frees what was set aside for it."""
+        self._held = max(0.0, self._held - held)
+        self.spent += price
+
+    def lose(self, held: float) -> None:
+        """Pays all that was set aside for a call: its answer never came, but it may be charged for."""
+        self.release(held, held)
+        if self.answers is not None and held:
+            self.answers.charge(held)

@@ -1,0 +1,305 @@
+"""The Batch API: half the price, an answer within a day. All that can be asked now goes in one wave, then the next.
+
+A stage's requests are built from the answers of the stage before, so a data set takes a few waves: describe, revise,
+transform, and those that are asked again. Every step is in the ledger before the next begins, so a run can be ended at
+any time; another one goes on where it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import openai
+
+from data_gen.authors.client import NoCompletion, Server, api_key, client_for, is_lasting, rejection, reply_from, told
+from data_gen.core.calls import Answer, Request
+from data_gen.core.pixels import with_pixels
+from data_gen.core.prices import Price, size_of
+from data_gen.core.schemas import Mode
+from data_gen.ledger.answers import Answers
+from data_gen.ledger.limits import ErrorBudget, Purse, StopRun
+from data_gen.pipeline.asking import Answered, Check, Pending, answered, is_final, judge
+
+ENDPOINT = "/v1/chat/completions"
+MOST_REQUESTS = 20_000  # of one batch; OpenAI takes 50,000 and 200 MB
+MOST_BYTES = 90_000_000
+_ENDED = ("completed", "expired", "cancelled", "failed")
+_TOKEN = "medisee"
+_MOMENT = 5.0  # seconds until a batch that was just created is listed for sure
+
+
+class Waves:
+    """An `Ask` that answers from the ledger and notes what is missing for the next wave."""
+
+    def __init__(self, answers: Answers, *, attempts: int = 4) -> None:
+        """See `data_gen.pipeline.asking.Asker`."""
+        self._answers, self._attempts = answers, attempts
+        self._missing: dict[str, None] = {}
+        self._unstored: list[Request] = []
+
+    async def __call__(self, request: Request, check: Check) -> Answered:
+        """Returns the final answer to a request.
+
+        Raises:
+            Pending: there is none yet; the request is noted.
+        """
+        found = self._answers.find(request.key)
+        if found is None or not is_final(found, self._attempts):
+            if request.key not in self._missing:
+                self._missing[request.key] = None
+                self._unstored.append(request)
+            if len(self._unstored) >= 500:
+                self._store()
+            raise Pending
+        if found.verdict is None:
+            found = judge(request.stage, request.mode, found.reply, attempt=found.attempt, check=check)
+            await asyncio.wrap_future(self._answers.store(request.key, found))
+        return answered(request, found)
+
+    def take(self) -> list[str]:
+        """Returns the keys of the wave, all of whose requests are in the ledger, and begins the next."""
+        self._store()
+        keys = list(self._missing)
+        self._missing.clear()
+        return keys
+
+    def _store(self) -> None:
+        self._answers.store_requests(self._unstored).result()
+        self._unstored = []
+
+
+@dataclass(kw_only=True)
+class BatchServer:
+    """Submits waves, waits for them and collects their answers.
+
+    Attributes:
+        server: where the model is.
+        root: folder of the images.
+        answers: of the ledger.
+        price: what the model costs.
+        purse: the money of the ledger.
+        mode: how the server is held to the schemas.
+        attempts: see `data_gen.pipeline.asking.Asker`.
+        budget: of requests that bring nothing.
+        poll: seconds between two looks at a batch.
+        say: is told what goes on.
+    """
+
+    server: Server
+    root: Path
+    answers: Answers
+    price: Price
+    purse: Purse
+    mode: Mode
+    attempts: int = 4
+    budget: ErrorBudget = field(default_factory=ErrorBudget)
+    poll: float = 30.0
+    say: Callable[[str], None] = print
+    _client: openai.AsyncOpenAI = field(init=False)
+    _held: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._key = api_key(self.server)
+        self._client = client_for(self.server, self._key, retries=self.server.sends, patience=20)
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._client.close()
+
+    async def submit(self, keys: list[str]) -> None:
+        """Sends a wave as one or more batches.
+
+        Raises:
+            StopRun: the money does not suffice, or the server takes no batch.
+        """
+        for key in keys:
+            most = size_of(self.answers.body(key)).most(self.price, batch=True)
+            self.purse.hold(most)
+            self._held += most
+        with tempfile.TemporaryDirectory(prefix="data_gen-") as folder:
+            for path, count in _files(self._lines(keys), Path(folder)):
+                token = uuid.uuid4().hex
+                self.answers.start_batch(token, count)
+                try:
+                    with path.open("rb") as handle:
+                        await self._create(token, handle)
+                except openai.APIError as error:
+                    raise StopRun(
+                        f"stopped: the server takes no batch ({self._told(error.message)}); run again to go on."
+                    ) from error
+                self.say(f"submitted a batch of {count:,} requests")
+
+    async def _create(self, token: str, handle: IO[bytes]) -> None:
+        try:
+            uploaded = await self._client.files.create(file=(f"{token}.jsonl", handle), purpose="batch")
+        except openai.APIError:
+            self.answers.mark_batch(token, None, "abandoned")
+            raise
+        # Not sent again by the client: one that fails may have been created all the same, and a twin is paid for, too.
+        client = self._client.with_options(max_retries=0)
+        for left in reversed(range(self.server.sends)):
+            try:
+                created = await client.batches.create(
+                    completion_window="24h",
+                    endpoint=ENDPOINT,
+                    input_file_id=uploaded.id,
+                    metadata={_TOKEN: token},
+                )
+                identity = created.id
+            except openai.APIError as error:
+                if isinstance(error, openai.APIStatusError) and is_lasting(error.status_code):
+                    self.answers.mark_batch(token, None, "abandoned")
+                    raise
+                identity = await self._find(token)
+                if identity is None and not left:
+                    self.answers.mark_batch(token, None, "abandoned")
+                    raise
+            if identity is not None:
+                self.answers.mark_batch(token, identity, "submitted")
+                return
+
+    def _lines(self, keys: list[str]) -> Iterator[bytes]:
+        for key in keys:
+            body = with_pixels(self.answers.body(key), self.root)
+            line = {"custom_id": key, "method": "POST", "url": ENDPOINT, "body": body}
+            yield json.dumps(line, ensure_ascii=False).encode() + b"\n"
+
+    async def collect(self) -> int:
+        """Waits for all batches under way, stores their answers and returns how many came.
+
+        Raises:
+            StopRun: the server refused a batch, or cannot be asked.
+        """
+        count = 0
+        try:
+            for token, identity in self.answers.open_batches():
+                identity = identity or await self._find(token)
+                if identity is None:  # it was never created
+                    self.answers.mark_batch(token, None, "abandoned")
+                    continue
+                self.answers.mark_batch(token, identity, "submitted")
+                count += await self._collect(token, identity)
+        except openai.APIError as error:
+            raise StopRun(
+                f"stopped: the server cannot be asked ({self._told(error.message)}); run again to go on."
+            ) from error
+        self.purse.release(self._held, 0)
+        self._held = 0.0
+        return count
+
+    async def _find(self, token: str) -> str | None:
+        """Looks for a batch whose id was never stored: the run or the connection ended between its creation and that."""
+        for pause in (0.0, _MOMENT):
+            await asyncio.sleep(pause)
+            async for batch in self._client.batches.list(limit=100):
+                if (batch.metadata or {}).get(_TOKEN) == token:
+                    return batch.id
+        return None
+
+    async def _collect(self, token: str, identity: str) -> int:
+        while (batch := await self._client.batches.retrieve(identity)).status not in _ENDED:
+            done = (
+                f"{batch.request_counts.completed:,} of {batch.request_counts.total:,}" if batch.request_counts else ""
+            )
+            self.say(f"batch {batch.status} {done}".rstrip())
+            await asyncio.sleep(self.poll)
+        if batch.status == "failed":
+            self.answers.mark_batch(token, identity, "failed")
+            why = "; ".join(error.message or "" for error in (batch.errors.data if batch.errors else None) or [])
+            why = self._told(why) or "no reason given"
+            raise StopRun(f"stopped: the server refused the batch ({why}); mend that, then run again.")
+        found: dict[str, Answer] = {}
+        empty: list[str] = []
+        stops: list[StopRun] = []
+        for file in (batch.output_file_id, batch.error_file_id):
+            content = (await self._client.files.content(file)).content if file is not None else b""
+            # Not splitlines: texts may hold other ends of lines, as U+2028, as they are.
+            for line in filter(str.strip, content.decode("utf-8", "replace").split("\n")):
+                try:
+                    key, answer = self._answer(line)
+                    found.setdefault(key, answer)
+                except NoCompletion as error:
+                    empty.append(str(error))
+                except StopRun as error:
+                    stops.append(error)
+        for answer in found.values():
+            self.purse.release(0, answer.reply.price)
+        self.answers.collect_batch(token, list(found.items()))
+        if empty:
+            self.say(f"{len(empty):,} lines of the batch hold no answer, as the first: {self._told(empty[0])}")
+        if stops:  # only now, when the others are stored
+            raise stops[0]
+        self._note(found)
+        return len(found)
+
+    def _answer(self, text: str) -> tuple[str, Answer]:
+        """Reads one line of an output or error file.
+
+        Raises:
+            NoCompletion: it answers nothing; the request stays open.
+            StopRun: it says that no request can succeed.
+        """
+        try:
+            line: Any = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise NoCompletion(f"it is not JSON ({error})") from error
+        key = line.get("custom_id") if isinstance(line, dict) else None
+        stage = self.answers.stage(key) if isinstance(key, str) and key.isascii() else None
+        if key is None or stage is None:
+            raise NoCompletion("it answers nothing that was asked")
+        response = line.get("response")
+        if not isinstance(response, dict):
+            raise NoCompletion(_error(line)[1] or "it holds no response")
+        status, body = response.get("status_code"), response.get("body")
+        reply = None
+        if isinstance(status, int) and status >= 400:
+            code, message = _error(body)
+            why = self._told(f"status {status}: {message}")
+            reply = rejection(status, code, why, self.server)
+            if reply is None:
+                raise NoCompletion(why)
+        reply = reply or reply_from(body, self.price, batch=True)
+        return key, judge(stage, self.mode, reply, attempt=self.answers.attempts(key) + 1, check=None)
+
+    def _note(self, found: dict[str, Answer]) -> None:
+        # Keys are hashes: in their order good and bad are mixed, while the server puts all bad ones at the end.
+        for _, answer in sorted(found.items()):
+            if answer.reply.status == "ok":
+                self.budget.good()
+            elif is_final(answer, self.attempts):
+                self.budget.bad(f"{answer.reply.status}: {answer.reply.why}")
+
+    def _told(self, text: str) -> str:
+        return told(text, self.server, self._key)
+
+
+def _error(value: Any) -> tuple[str, str]:
+    """Returns code and message of the error that an object holds, empty where it has none."""
+    error = value.get("error") if isinstance(value, dict) else None
+    found = error if isinstance(error, dict) else {}
+    return str(found.get("code") or ""), str(found.get("message") or "")
+
+
+def _files(lines: Iterator[bytes], folder: Path) -> Iterator[tuple[Path, int]]:
+    """Yields files of lines, none longer than a batch may be; each is gone when the next is written."""
+    path = folder / "requests.jsonl"
+    count = size = 0
+    handle = path.open("wb")
+    for line in lines:
+        if count and (count >= MOST_REQUESTS or size + len(line) > MOST_BYTES):
+            handle.close()
+            yield path, count
+            handle = path.open("wb")
+            count = size = 0
+        handle.write(line)
+        count, size = count + 1, size + len(line)
+    handle.close()
+    if count:
+        yield path, count

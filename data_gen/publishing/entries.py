@@ -1,0 +1,134 @@
+"""An Entry: one image of the finished data set, with its target, its pairs and its split; and the Record it becomes."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import PurePosixPath
+
+from data_gen.core.items import Item
+from data_gen.ledger.screening import Screened
+from data_gen.publishing.splits import Split, split_items
+from medisee.records.masks import Box
+from medisee.records.records import Record, Target, Turn
+from medisee.sources.mlmr_sd import Question, worded
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One image of the data set.
+
+    Attributes:
+        item: the image and its target.
+        split: where it belongs.
+        name: its file name without suffix, unique.
+        pairs: what is asked and answered, in the order of conversations, turns and ids.
+    """
+
+    item: Item
+    split: Split
+    name: str
+    pairs: tuple[Screened, ...]
+
+    @property
+    def image(self) -> str:
+        """The image's path in the data set."""
+        return f"images/{self.name}{PurePosixPath(self.item.image).suffix.lower()}"
+
+    @property
+    def mask(self) -> str:
+        """The mask's path in the data set."""
+        return f"masks/{self.name}.png"
+
+    @property
+    def box(self) -> Box:
+        """The box in pixels of the image, half-open."""
+        x0, y0, x1, y1 = self.item.box
+        width, height = self.item.width, self.item.height
+        # Away with what dividing and multiplying left: pixels are whole, or were given to few places.
+        return round(x0 * width, 3), round(y0 * height, 3), round(x1 * width, 3), round(y1 * height, 3)
+
+
+def entries(items: Iterable[Item], pairs: Iterable[Screened], seed: int) -> list[Entry]:
+    """Gives each image one target with its pairs, and a split.
+
+    Items without pairs are passed over. Of two items of one image the one with more pairs stays, then the first.
+
+    Returns:
+        train, then val, then test, each in the order of the items' ids.
+    """
+    of_item: dict[str, list[Screened]] = {}
+    for one in pairs:
+        of_item.setdefault(one.pair.item, []).append(one)
+    asked = sorted((item for item in items if item.id in of_item), key=lambda item: item.id)
+    best: dict[str, Item] = {}
+    for item in sorted(asked, key=lambda item: -len(of_item[item.id])):
+        best.setdefault(item.image, item)
+    names = _names([item for item in asked if best[item.image] is item])
+    splits = split_items((item for item in asked if item.id in names), seed)
+    return [
+        Entry(item, split, names[item.id], tuple(sorted(of_item[item.id], key=_place)))
+        for split, listed in splits.items()
+        for item in listed
+    ]
+
+
+def _place(one: Screened) -> tuple[str, int, str]:
+    return one.pair.conversation or "", one.pair.turn, one.pair.id
+
+
+def _names(items: Sequence[Item]) -> dict[str, str]:
+    """Makes file names of the records' ids; where two would be the same, or a name too long, a hash tells them apart."""
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for item in items:
+        name = re.sub(r"[^\w.-]", "_", item.record, flags=re.ASCII).lstrip(".") or "image"
+        if name.casefold() in taken or len(name) > 150:
+            name = f"{name[:150]}-{hashlib.sha256(item.id.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+        taken.add(name.casefold())
+        names[item.id] = name
+    return names
+
+
+def entry_record(entry: Entry, seed: int) -> Record:
+    """Returns an entry as training and evaluation read it; the seed draws the words around questions and answers."""
+    item = entry.item
+    target = Target(
+        id=item.target,
+        category=item.category,
+        mask=entry.mask,
+        box=entry.box,
+        qa=tuple(worded(question, seed) for question in questions(entry)),
+    )
+    return Record(
+        id=item.record,
+        image=entry.image,
+        modality=item.modality,
+        source=item.source,
+        case=item.case,
+        targets=(target,),
+    )
+
+
+def questions(entry: Entry) -> list[Question]:
+    """Returns what is asked about an entry: a conversation is one question, the last, with the turns before it."""
+    pairs = [one.pair for one in entry.pairs]
+    talks = [list(turns) for _, turns in groupby(pairs, key=lambda pair: pair.conversation or pair.id)]
+    return [
+        Question(
+            id=last.id,
+            image=entry.image,
+            mask=entry.mask,
+            category=entry.item.category,
+            question=last.question,
+            answer=last.answer,
+            perspective=last.perspective,
+            length=last.length,
+            history=tuple(Turn(turn.question, turn.answer) for turn in earlier),
+            author=last.author,
+        )
+        for *earlier, last in talks
+    ]

@@ -1,0 +1,266 @@
+"""The wire against a server that misbehaves in every way that servers do."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from fake_server import FakeServer
+from PIL import Image
+
+from data_gen.authors import client as wire
+from data_gen.authors.client import Server, Unreachable, Wire, retry_after
+from data_gen.core.calls import Reply, Request
+from data_gen.core.pixels import identify
+from data_gen.core.prices import FREE, Price
+from data_gen.core.prompts import request
+from data_gen.ledger.limits import Purse, RateLimit, StopRun
+from medisee.foundation.errors import InputError
+
+Serve = Callable[..., FakeServer]
+SECRET = "sk-a-very-secret-key-0123456789"
+PRICE = Price(input=1, cached=0.5, output=10, batch_input=0.5, batch_output=5)
+FACTS: dict[str, Any] = {
+    "item": "r/a",
+    "modality": "ct",
+    "category": "spleen",
+    "box": [0, 0, 1, 1],
+    "entities": [],
+    "template": "first",
+    "variant": 1,
+}
+ASKED = request("describe", FACTS, model="m", parameters={"max_tokens": 200})
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.setattr(wire, "_FIRST_WAIT", 0.01)
+
+
+def send(
+    server: FakeServer | str,
+    *requests: Request,
+    price: Price = FREE,
+    purse: Purse | None = None,
+    root: Path = Path(),
+    rate: tuple[float | None, float | None] = (None, None),
+    **how: Any,
+) -> list[Reply | BaseException]:
+    """Sends requests at once and returns what came of each."""
+
+    async def work() -> list[Reply | BaseException]:
+        there = Server(**{"base_url": server if isinstance(server, str) else server.url, "timeout": 5.0, **how})
+        one = Wire(there, root=root, price=price, rate=RateLimit(*rate), purse=purse or Purse())
+        try:
+            return await asyncio.gather(*(one.send(each) for each in requests), return_exceptions=True)
+        finally:
+            await one.close()
+
+    return asyncio.run(work())
+
+
+def only(found: list[Reply | BaseException]) -> Reply:
+    (reply,) = found
+    assert isinstance(reply, Reply), reply
+    return reply
+
+
+def failure(found: list[Reply | BaseException]) -> BaseException:
+    (error,) = found
+    assert isinstance(error, BaseException)
+    return error
+
+
+def test_an_answer_comes_with_its_price(serve: Serve) -> None:
+    server, purse = serve(), Purse()
+    reply = only(send(server, ASKED, price=PRICE, purse=purse))
+    assert reply.status == "ok" and "attribute_short" in reply.text and reply.sends == 1
+    assert (reply.usage_in, reply.usage_cached, reply.usage_out) == (400, 100, 100)
+    assert reply.price == pytest.approx((300 * 1 + 100 * 0.5 + 100 * 10) / 1e6)
+    assert purse.spent == pytest.approx(reply.price)
+    assert server.bodies == [ASKED.body], "what is sent is what the key stands for"
+    assert server.headers[0]["authorization"] == f"Bearer {SECRET}"
+
+
+@pytest.mark.parametrize("fault", ["429", "500", "drop", "garbage", "html", "timeout"])
+def test_failures_of_server_and_net_are_sent_again(serve: Serve, fault: str) -> None:
+    server = serve(faults=(fault,), in_a_row=2)
+    reply = only(send(server, ASKED, timeout=1.5))
+    assert reply.status == "ok" and reply.sends == server.count == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("500", "status 500"),
+        ("drop", "connection"),
+        ("garbage", "connection"),
+        ("html", "not JSON"),
+        ("timeout", "no answer within"),
+    ],
+)
+def test_a_server_that_never_answers_is_unreachable(serve: Serve, fault: str, told: str) -> None:
+    server = serve(faults=(fault,), in_a_row=99)
+    error = failure(send(server, ASKED, sends=3, timeout=0.3))
+    assert isinstance(error, Unreachable) and told in str(error)
+    assert server.count == 3
+
+
+def test_nobody_listens() -> None:
+    error = failure(send("http://127.0.0.1:9/v1", ASKED, sends=2))
+    assert isinstance(error, Unreachable) and "connection" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("fault", "status"),
+    [
+        ("refusal", "refused"),
+        ("truncated", "truncated"),
+        ("filter", "filtered"),
+        ("malformed", "ok"),
+        ("400", "rejected"),
+    ],
+)
+def test_answers_of_no_use_are_told_apart(serve: Serve, fault: str, status: str) -> None:
+    """That JSON is malformed the schema finds, not the wire."""
+    server = serve(faults=(fault,))
+    reply = only(send(server, ASKED, price=PRICE))
+    assert reply.status == status and server.count == 1
+    assert bool(reply.why) == (status != "ok")
+    assert (reply.price > 0) == (fault != "400"), "what the server answered is paid for, of use or not"
+
+
+@pytest.mark.parametrize(("fault", "told"), [("401", "check OPENAI_API_KEY"), ("quota", "quota")])
+def test_what_cannot_succeed_ends_the_run(serve: Serve, fault: str, told: str) -> None:
+    server = serve(faults=(fault,))
+    error = failure(send(server, ASKED))
+    assert isinstance(error, StopRun) and told in str(error) and server.count == 1
+
+
+def test_a_server_without_strict_schemas_is_named_with_the_remedy(serve: Serve) -> None:
+    server = serve(strict=False)
+    error = failure(send(server, ASKED))
+    assert isinstance(error, StopRun) and "--schema json_object" in str(error)
+    assert only(send(server, request("describe", FACTS, model="m", mode="json_object"))).status == "ok"
+
+
+@pytest.mark.parametrize(("header", "value"), [("Retry-After", "1"), ("retry-after-ms", "700")])
+def test_retry_after_holds_back_every_call(serve: Serve, header: str, value: str) -> None:
+    server = serve(faults=("429",), in_a_row=1, retry_after={header: value})
+    send(server, ASKED)
+    assert server.at[1] - server.at[0] > 0.65
+
+    server = serve(faults=("429",), in_a_row=1, retry_after={header: value})
+    others = [request("describe", {**FACTS, "category": f"c{n}"}, model="m") for n in range(6)]
+    send(server, *others, concurrency=1)
+    waits = np.diff(server.at)
+    assert (waits > 0.65).sum() >= 6, "each refusal pauses whoever comes next, too"
+
+
+def test_a_pause_of_hours_ends_the_run(serve: Serve) -> None:
+    error = failure(send(serve(faults=("429",), retry_after={"Retry-After": "7200"}), ASKED))
+    assert isinstance(error, StopRun) and "7200 s" in str(error)
+
+
+def test_retry_after_is_read_in_all_its_forms() -> None:
+    def seconds(**headers: str) -> float:
+        return retry_after(httpx2.Headers({name.replace("_", "-"): value for name, value in headers.items()}))
+
+    assert seconds() == 0
+    assert seconds(retry_after="2.5") == 2.5
+    assert seconds(retry_after_ms="1500", retry_after="9") == 1.5
+    date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
+    assert 25 < seconds(retry_after=date) <= 31
+    assert seconds(retry_after="soon") == seconds(retry_after="-3") == seconds(retry_after="inf") == 0
+
+
+def test_no_more_calls_at_once_than_allowed(serve: Serve) -> None:
+    server = serve(delay=0.1)
+    requests = [request("describe", {**FACTS, "category": f"c{n}"}, model="m") for n in range(12)]
+    assert all(isinstance(reply, Reply) for reply in send(server, *requests, concurrency=4))
+    assert 2 <= server.most_at_once <= 4
+
+
+def test_the_rate_is_held(serve: Serve) -> None:
+    server = serve()
+    requests = [request("describe", {**FACTS, "category": f"c{n}"}, model="m") for n in range(8)]
+    send(server, *requests, rate=(300, None))
+    assert server.at[-1] - server.at[0] > 0.4, "five at once, then five a second"
+
+
+def test_the_purse_stops_before_it_is_empty(serve: Serve) -> None:
+    server, purse = serve(), Purse(0.0034)
+    requests = [
+        request("describe", {**FACTS, "category": f"c{n}"}, model="m", parameters={"max_tokens": 100}) for n in range(9)
+    ]
+    found = send(server, *requests, price=PRICE, purse=purse, concurrency=1)
+    assert any(isinstance(each, StopRun) for each in found) and any(isinstance(each, Reply) for each in found)
+    assert 0 < purse.spent <= 0.0034
+
+
+def test_a_timeout_may_have_been_charged(serve: Serve) -> None:
+    purse = Purse()
+    send(serve(faults=("timeout",), in_a_row=9), ASKED, price=PRICE, purse=purse, sends=2, timeout=0.2)
+    assert purse.spent > 2 * 200 * 10 / 1e6
+
+
+def test_images_go_as_data_urls(serve: Serve, tmp_path: Path) -> None:
+    pixels = np.arange(35, dtype=np.uint16).reshape(5, 7) * 1000
+    Image.fromarray(pixels).save(tmp_path / "deep.png")
+    asked = request("caption", FACTS, model="m", image=identify(tmp_path, "deep.png"))
+    server = serve()
+    assert only(send(server, asked, root=tmp_path)).status == "ok"
+    url = server.bodies[0]["messages"][1]["content"][1]["image_url"]["url"]
+    kind, _, data = url.partition(",")
+    shown = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert kind == "data:image/png;base64" and shown.size == (7, 5) and shown.mode == "RGB"
+    assert "base64" not in str(asked.body), "the ledger keeps the hash only"
+    Image.new("L", (7, 5)).save(tmp_path / "deep.png")
+    error = failure(send(server, asked, root=tmp_path))
+    assert isinstance(error, InputError) and "has changed" in str(error)
+
+
+def test_the_key_is_asked_for_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch, serve: Serve) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(InputError, match="OPENAI_API_KEY is not set"):
+        wire.api_key(Server())
+    assert only(send(serve(), ASKED)).status == "ok", "a server of one's own needs none"
+
+
+@pytest.mark.parametrize("key", ["sk-a b", "sk-a\nb", "sk-\u00e9", "sk-\x7f"])
+def test_what_is_no_key_is_refused_and_not_told(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(InputError, match="OPENAI_API_KEY: holds characters") as caught:
+        wire.api_key(Server(base_url="http://127.0.0.1:1/v1"))
+    assert key not in str(caught.value)
+    monkeypatch.setenv("OPENAI_API_KEY", " sk-good\n")
+    assert wire.api_key(Server()) == "sk-good"
+
+
+def test_a_long_message_is_cut_without_a_part_of_the_key_and_can_be_stored(serve: Serve) -> None:
+    why = only(send(serve(faults=("echo",)), ASKED)).why
+    assert SECRET[:4] not in why and "xxx" in why
+    assert why.encode().decode() == why, "no half of a surrogate pair"
+
+
+def test_the_key_shows_nowhere(
+    serve: Serve, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Some servers repeat the key in their errors; clients log headers when told to."""
+    caplog.set_level(logging.DEBUG)
+    error = failure(send(serve(faults=("401",)), ASKED))
+    assert "[OPENAI_API_KEY]" in str(error)
+    send(serve(faults=("500", "drop"), in_a_row=99), ASKED, sends=2)
+    send(serve(), ASKED)
+    told = str(error) + repr(error) + caplog.text + "".join(capfd.readouterr())
+    assert SECRET not in told

@@ -1,0 +1,115 @@
+"""Answers: the schemas are strict, and what comes in another form is told from what is meant."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_gen.core.schemas import (
+    ANSWERS,
+    CELLS,
+    Caption,
+    Descriptions,
+    Revisions,
+    Stage,
+    json_schema,
+    read_answer,
+    response_format,
+)
+
+DESCRIBED = {"attribute_short": "a", "attribute_long": "b", "location_short": "c", "location_long": "d"}
+
+
+def objects(schema: Any) -> list[dict[str, Any]]:
+    """Returns all objects of a JSON schema."""
+    if isinstance(schema, list):
+        return [found for each in schema for found in objects(each)]
+    if not isinstance(schema, dict):
+        return []
+    own = [schema] if schema.get("type") == "object" else []
+    return own + [found for each in schema.values() for found in objects(each)]
+
+
+@pytest.mark.parametrize("stage", get_args(Stage))
+def test_schemas_are_strict(stage: Stage) -> None:
+    schema = json_schema(stage)
+    found = objects(schema)
+    assert found and schema["type"] == "object"
+    for each in found:
+        assert each["additionalProperties"] is False
+        assert sorted(each["required"]) == sorted(each["properties"]), "strict servers want all keys required"
+    assert "$ref" not in json.dumps(schema) and "$defs" not in schema
+    assert response_format(stage, "strict") == {
+        "type": "json_schema",
+        "json_schema": {"name": stage, "strict": True, "schema": schema},
+    }
+
+
+def test_every_stage_has_an_answer() -> None:
+    assert set(ANSWERS) == set(get_args(Stage))
+    cells = json_schema("revise")["properties"]["descriptions"]["items"]["properties"]["cell"]["enum"]
+    assert cells == list(CELLS)
+
+
+def test_weaker_servers_are_asked_for_less() -> None:
+    assert response_format("describe", "json_object") == {"type": "json_object"}
+    assert response_format("describe", "none") is None
+
+
+def test_answers_are_read() -> None:
+    answer = read_answer("describe", json.dumps(DESCRIBED))
+    assert isinstance(answer, Descriptions)
+    assert [answer.text(cell) for cell in CELLS] == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "text", "told"),
+    [
+        ("describe", "", "JSON"),
+        ("describe", "{", "JSON"),
+        ("describe", "[]", "object"),
+        ("describe", json.dumps({**DESCRIBED, "more": 1}), "more"),
+        ("describe", json.dumps({**DESCRIBED, "attribute_short": 3}), "attribute_short"),
+        ("describe", json.dumps({"attribute_short": "a"}), "attribute_long"),
+        ("revise", json.dumps({"descriptions": [{"cell": "x", "verdict": "keep", "text": "", "reason": ""}]}), "cell"),
+        ("caption", "A liver.", "JSON"),
+        ("caption", '{"caption": "\\ud800"}', "JSON"),
+    ],
+)
+def test_other_forms_are_refused_with_a_reason(stage: Stage, text: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        read_answer(stage, text)
+
+
+def test_json_is_found_in_prose_when_no_schema_holds_the_server() -> None:
+    prose = f"Sure!\n```json\n{json.dumps(DESCRIBED)}\n```\nDone."
+    assert isinstance(read_answer("describe", prose, "none"), Descriptions)
+    with pytest.raises(ValueError):
+        read_answer("describe", prose, "strict")
+    caption = read_answer("caption", "A slice of the belly.", "none")
+    assert isinstance(caption, Caption) and caption.caption == "A slice of the belly."
+
+
+@given(st.text())
+def test_any_text_is_an_answer_or_a_value_error(text: str) -> None:
+    for stage in get_args(Stage):
+        for mode in ("strict", "none"):
+            try:
+                assert isinstance(read_answer(stage, text, mode), ANSWERS[stage])
+            except ValueError as error:
+                assert str(error)
+
+
+@given(st.lists(st.sampled_from(["keep", "revise", "remove"]), max_size=4))
+def test_an_answer_survives_its_own_json(verdicts: list[str]) -> None:
+    values = [
+        {"cell": cell, "verdict": verdict, "text": "é", "reason": ""}
+        for cell, verdict in zip(CELLS, verdicts, strict=False)
+    ]
+    answer = read_answer("revise", json.dumps({"descriptions": values}))
+    assert isinstance(answer, Revisions)
+    assert read_answer("revise", answer.model_dump_json()) == answer
