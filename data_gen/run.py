@@ -159,7 +159,7 @@ def _batch_server(
 
 
 def _offline(seed: int) -> Author:
-    from data_gen.offline_author import OfflineAuthor
+    from data_gen.authors.offline import OfflineAuthor
 
     return OfflineAuthor(seed)
 

@@ -19,6 +19,7 @@ from data_gen.authors.knowledge import UNKNOWN, Clause, Facts, load_knowledge
 from data_gen.authors.wording import Subject, alike, article, descriptions, join, read
 from data_gen.authors.wording import answer as word_answer
 from data_gen.authors.wording import question as word_question
+from data_gen.core.calls import Reply, Request, canonical
 from data_gen.core.items import (
     LENGTHS,
     PERSPECTIVES,
@@ -358,3 +359,14 @@ def _modality(fields: Mapping[str, Any]) -> str:
     """Returns "MRI" for "mri_t1", "fundus photography" for "fundus_photography"."""
     words = str(fields["modality"]).replace("_", " ").split()
     return _MODALITIES.get(words[0].lower(), " ".join(words)) if words else "medical"
+
+
+class OfflineAuthor:
+    """Answers from the knowledge that comes with the package."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    async def send(self, request: Request) -> Reply:
+        """Answers one request; it costs nothing."""
+        return Reply(status="ok", text=canonical(answer(request.stage, request.fields, self._seed)))
