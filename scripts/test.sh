@@ -7,7 +7,7 @@ usage() {
 Usage: ./scripts/test.sh [--all] [pytest arguments]
 
 Makes .venv when needed, then runs every check that CI runs, until one fails:
-ruff check, ruff format, codespell, pyright, pytest. Offline after the installation.
+ruff check, ruff format, codespell, import contracts, pyright, pytest. Offline after the installation.
 
   --all     also the tests that are left out by default (markers kill, scale, faults, browser)
   --help    this text
@@ -45,6 +45,7 @@ bin=.venv/bin
 check "ruff check" $bin/ruff check .
 check "ruff format" $bin/ruff format --check .
 check "codespell" $bin/codespell
+check "imports" $bin/lint-imports --no-cache
 check "pyright" $bin/pyright
 # The odd expansion: bash 3.2, which macOS has, takes an empty array for an unset variable.
 check "pytest" $bin/python -m pytest ${pytest_arguments[@]+"${pytest_arguments[@]}"}
