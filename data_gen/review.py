@@ -50,7 +50,7 @@ class DecisionBody(BaseModel):
     answer: str = Field(default="", max_length=2000)
 
 
-class ReviewDesk:
+class ReviewSession:
     """One reviewer's work on a ledger: what the page's requests mean. Every method may be called in any thread."""
 
     def __init__(self, ledger: Ledger, reviewer: str, *, share: float = 1.0, seed: int = 0) -> None:
@@ -214,14 +214,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     _check_arguments(arguments)
     with Ledger(arguments.ledger) as ledger:
-        desk = ReviewDesk(ledger, arguments.reviewer, share=arguments.share, seed=arguments.seed)
-        with ReviewServer(desk, arguments.port) as server:
-            print(f"{desk.done} of {desk.total} pairs are judged by {arguments.reviewer}. Open\n\n  {server.url}\n")
+        api = ReviewSession(ledger, arguments.reviewer, share=arguments.share, seed=arguments.seed)
+        with ReviewServer(api, arguments.port) as server:
+            print(f"{api.done} of {api.total} pairs are judged by {arguments.reviewer}. Open\n\n  {server.url}\n")
             print("Ctrl-C ends; nothing is lost.", flush=True)
             try:
                 server.serve_forever()
             except KeyboardInterrupt:
-                print(f"\n{desk.done} of {desk.total} pairs are judged by {arguments.reviewer}.")
+                print(f"\n{api.done} of {api.total} pairs are judged by {arguments.reviewer}.")
 
 
 def _parser() -> argparse.ArgumentParser:

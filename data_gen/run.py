@@ -28,13 +28,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_gen.authors.client import CAPTION_KEY, KEY, Server, Wire, api_key, is_same
+from data_gen.authors.client import CAPTION_KEY, KEY, Client, Server, api_key, is_same
 from data_gen.core.calls import Request
 from data_gen.core.items import items_from_manifest
 from data_gen.core.prices import Price
 from data_gen.core.recipe import OFFLINE
 from data_gen.ledger.ledger import Ledger
-from data_gen.ledger.limits import ErrorBudget, Purse, RateLimit, StopRun
+from data_gen.ledger.limits import ErrorBudget, MoneyBudget, RateLimit, StopRun
 from data_gen.options import LOCAL, Made, add_options, fixed_settings, make
 from data_gen.pipeline.asking import Answered, Asker, Author, Check
 from data_gen.pipeline.batch import BatchServer, Waves
@@ -80,12 +80,12 @@ async def _run(ledger: Ledger, made: Made, arguments: argparse.Namespace, signal
     # Some more images at work than requests under way: while an answer is judged, another image's request takes its place.
     job = Job(ledger, recipe, arguments.limit, workers=arguments.concurrency + arguments.concurrency // 4)
     rate = RateLimit(arguments.rpm, arguments.tpm)
-    purse = Purse(arguments.max_cost, ledger.answers.spent(), ledger.answers)
+    money = MoneyBudget(arguments.max_cost, ledger.answers.spent(), ledger.answers)
     budget = ErrorBudget(arguments.max_failures)
-    open_wires: list[Wire | BatchServer] = []
+    open_wires: list[Client | BatchServer] = []
 
     def connect(server: Server, price: Price) -> Author:
-        wire = Wire(server, root=recipe.root, price=price, rate=rate, purse=purse)
+        wire = Client(server, root=recipe.root, price=price, rate=rate, money=money)
         open_wires.append(wire)
         return wire
 
@@ -103,7 +103,7 @@ async def _run(ledger: Ledger, made: Made, arguments: argparse.Namespace, signal
                 await run_live(job, asker)
                 return
             waves = Waves(ledger.answers, attempts=arguments.attempts)
-            server = _batch_server(ledger, made, arguments, purse=purse, budget=budget)
+            server = _batch_server(ledger, made, arguments, money=money, budget=budget)
             open_wires.append(server)
 
             async def ask(request: Request, check: Check) -> Answered:
@@ -142,14 +142,14 @@ def _caption_server(arguments: argparse.Namespace) -> Server:
 
 
 def _batch_server(
-    ledger: Ledger, made: Made, arguments: argparse.Namespace, *, purse: Purse, budget: ErrorBudget
+    ledger: Ledger, made: Made, arguments: argparse.Namespace, *, money: MoneyBudget, budget: ErrorBudget
 ) -> BatchServer:
     return BatchServer(
         server=_server(arguments),
         root=made.recipe.root,
         answers=ledger.answers,
         price=made.price,
-        purse=purse,
+        money=money,
         mode=made.recipe.mode,
         attempts=arguments.attempts,
         budget=budget,

@@ -32,7 +32,7 @@ from medisee.config.model import PLACING, Mllm
 from medisee.data.features import FeatureCache, fill_cache
 from medisee.evaluation.metrics import score
 from medisee.evaluation.naming import named_category, read_categories
-from medisee.evaluation.prediction import Asked, Mode, all_questions, predict, shuffled_questions
+from medisee.evaluation.prediction import Mode, RecordQuestions, all_questions, predict, shuffled_questions
 from medisee.evaluation.references import References, learn_references
 from medisee.evaluation.report import (
     REFERENCES,
@@ -77,8 +77,8 @@ class Split:
 
     name: str
     manifest: Manifest
-    known: dict[str, Asked]
-    asked: tuple[Asked, ...]
+    known: dict[str, RecordQuestions]
+    asked: tuple[RecordQuestions, ...]
 
     @property
     def cases(self) -> list[Case]:
@@ -143,12 +143,12 @@ def _split(manifest: Manifest, limit: int | None) -> Split:
     return Split(manifest.path.stem, manifest, known, tuple(asked))
 
 
-def _without_repeats(asked: Asked) -> Asked:
+def _without_repeats(asked: RecordQuestions) -> RecordQuestions:
     """Keeps the first of equal questions about a target: their answers could not be told apart."""
     questions: dict[tuple[str, str], tuple[Target, QA]] = {}
     for target, qa in asked.questions:
         questions.setdefault((target.id, qa.question), (target, qa))
-    return Asked(asked.record, tuple(questions.values()))
+    return RecordQuestions(asked.record, tuple(questions.values()))
 
 
 def answers_from_file(path: Path, splits: Sequence[Split]) -> list[Answers]:
@@ -257,7 +257,7 @@ def answers_from_model(model: MediSee, splits: Sequence[Split], config: Config, 
     """Asks the model every question, in each mode, and forced also about categories that are not the target's."""
     cache = _features(model, splits, config)
 
-    def ask(split: Split, asked: Sequence[Asked], mode: Mode) -> list[Prediction | None]:
+    def ask(split: Split, asked: Sequence[RecordQuestions], mode: Mode) -> list[Prediction | None]:
         return list(predict(model, split.manifest, asked, mode, settings=config.eval, cache=cache))
 
     modes = DECODED[decode]

@@ -268,18 +268,18 @@ def _check(arguments: argparse.Namespace, folders: Sequence[Path]) -> torch.devi
     if arguments.max_new_tokens < 1:
         problems.append(f"--max-new-tokens is {arguments.max_new_tokens}; expected 1 or more; raise it.")
     for image in arguments.image:
-        problems += _told(lambda image=image: read_image(image))
+        problems += _problems_of(lambda image=image: read_image(image))
     problems += _out_problems(folders, arguments.image)
-    problems += _told(lambda: _device(arguments.device))
+    problems += _problems_of(lambda: _device(arguments.device))
     # Nothing is fetched from the hub in vain.
     if not (problems and is_hub_id(arguments.checkpoint)):
-        problems += _told(lambda: local_checkpoint(arguments.checkpoint))
+        problems += _problems_of(lambda: local_checkpoint(arguments.checkpoint))
     if problems:
         raise InputError(problems)
     return _device(arguments.device)
 
 
-def _told(look: Callable[[], object]) -> tuple[str, ...]:
+def _problems_of(look: Callable[[], object]) -> tuple[str, ...]:
     try:
         look()
     except InputError as error:

@@ -47,11 +47,11 @@ from medisee.training.optimization import (
 )
 from medisee.training.ranks import (
     Place,
+    errors_on_all_ranks,
     is_launched,
     join_ranks,
-    raise_together,
-    raised_together,
-    said_once,
+    raise_on_all_ranks,
+    rank_zero_errors,
     wait_for_ranks,
     world_from_environment,
 )
@@ -64,7 +64,7 @@ from medisee.training.resume import (
     check_no_run,
     check_same_run,
     disk_errors,
-    find_last_together,
+    find_last_on_all_ranks,
     remove_states,
     restore_weights,
     save_state,
@@ -117,10 +117,10 @@ def train(config: Config, *, resume: bool = False, fresh: bool = False) -> Path:
     out = Path(config.train.out)
     if not (resume or fresh):
         # Before the ranks join: none can have written here while another still looks.
-        with said_once():
+        with rank_zero_errors():
             check_no_run(out)
     place = join_ranks()
-    with raised_together(place):
+    with errors_on_all_ranks(place):
         check_files(config)
         manifests = _training_manifests(config)
         val = Manifest(config.data.selection, config.data.root) if config.data.selection else None
@@ -129,7 +129,7 @@ def train(config: Config, *, resume: bool = False, fresh: bool = False) -> Path:
         if config.train.compile_layers:
             check_compiler(place.device)
     split = config.model_copy(update={"train": split_batch(config.train, place.world)})
-    saved = find_last_together(out, place) if resume else None
+    saved = find_last_on_all_ranks(out, place) if resume else None
     if saved is not None:
         check_same_run(saved, config, effective_batch(split.train, place.world))
     if fresh and place.rank == 0:
@@ -170,7 +170,7 @@ def _prepare(
     to_training_precision(model, dtype)
     if settings.recompute_layers:
         recompute_layers(model.mllm, settings.recompute_layers)
-    model.one_by_one = settings.one_by_one
+    model.unpadded = settings.unpadded
     if settings.compile_layers:
         compile_layers(model.mllm)
     if saved is not None:
@@ -265,7 +265,7 @@ def _seed_step(seed: int, step: int, rank: int) -> None:
 def _next_batch(run: Run) -> Batch:
     """Returns this rank's next micro-batch; a record that cannot be read ends every rank, or is named and replaced."""
     batch = None
-    with raised_together(run.place):
+    with errors_on_all_ranks(run.place):
         batch = next(run.batches)
     for one in run.batches.skipped:
         if one not in run.named:
@@ -297,7 +297,7 @@ def _check_finite(terms: Terms, batch: Batch, step: int, place: Place) -> None:
         problems = [
             f"step {step}: the loss is not finite on records {', '.join(ids)}; look at them, or lower train.lr."
         ]
-    raise_together(problems, place)
+    raise_on_all_ranks(problems, place)
 
 
 def _validate(run: Run, val: Manifest, step: int) -> None:

@@ -26,12 +26,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers import models as tokenizer_models
-from training_ways import (
+from compute_modes import (
     MASK_RESOLUTION,
     WAYS,
-    WayLoss,
+    ModeLoss,
     all_labels,
     all_logits,
     input_states,
@@ -39,6 +37,8 @@ from training_ways import (
     make_batch,
     use_package,
 )
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from medisee.config import Config
@@ -49,7 +49,7 @@ from medisee.models.losses import Terms, text_loss
 from medisee.models.medisee import MediSee
 from medisee.models.processing import Batch, Example, Query
 from medisee.planning.plan import plan_training
-from medisee.planning.workload import TEMPLATE_TOKENS, Lengths, Way, training_workload
+from medisee.planning.workload import TEMPLATE_TOKENS, ComputeMode, Lengths, training_workload
 from medisee.records.prompts import CANDIDATE_TOKENS, candidate_text
 from medisee.training.optimization import TorchOptimization
 from medisee.weights.tokenizer import SPECIAL, add_candidate_tokens
@@ -194,7 +194,7 @@ class _Parts:
     lm_s: float
 
 
-def time_parts(model: MediSee, batch: Batch, way: Way, dtype: torch.dtype) -> _Parts:
+def time_parts(model: MediSee, batch: Batch, way: ComputeMode, dtype: torch.dtype) -> _Parts:
     """Times the image encoders, and the language model alone on inputs that are there already."""
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         started = time.perf_counter()
@@ -235,9 +235,9 @@ def measure(size: Size, name: str, *, repeats: int, dtype: torch.dtype) -> Figur
     model = MediSee(config.model, word_tokenizer(size.vocabulary), weights=False).train()
     if name == "release":
         use_package(model)
-    model.one_by_one = way.packed
+    model.unpadded = way.packed
     batch = make_batch(model, random_examples(config, size), way, config.loss)
-    optimization = TorchOptimization(WayLoss(model, config.loss, way, dtype=dtype), config.train)
+    optimization = TorchOptimization(ModeLoss(model, config.loss, way, dtype=dtype), config.train)
     base = _resident()
     # Not before: memory that the features took would be kept, and be missing from the peak.
     keep_freed_memory()

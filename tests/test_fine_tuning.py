@@ -73,11 +73,11 @@ def test_a_training_that_reads_one_by_one_is_the_same(
 ) -> None:
     model = {**tiny_config["model"], "mllm": {**tiny_config["model"]["mllm"], **language, "prefix_attention": "full"}}
     logged = []
-    for name in ("together", "one_by_one"):
+    for name in ("together", "unpadded"):
         settings = {"out": str(tmp_path / name), "steps": 3, "log_every": 1, "lr": 3e-3, **change}
         values = {"model": model, "loss": {"js": 2.0, "mse": 1.0}, "train": {**tiny_config["train"], **settings}}
         config = config_from({**tiny_config, **values}, where="test")
-        train(config.model_copy(update={"train": config.train.model_copy(update={"one_by_one": name == "one_by_one"})}))
+        train(config.model_copy(update={"train": config.train.model_copy(update={"unpadded": name == "unpadded"})}))
         logged.append([line for line in lines(tmp_path / name) if "total" in line])
     for ours, theirs in zip(*logged, strict=True):
         del ours["seconds"], theirs["seconds"]

@@ -112,7 +112,7 @@ def test_demo_knows_how_far_a_training_has_come(tmp_path: Path) -> None:
     (run / "run.json").write_text(json.dumps({"settings": settings, "seconds": 9.0}), encoding="utf-8")
     assert _training_state(run, config) == "finished"
     # A run of a version that did not know a setting yet.
-    del settings["train"]["one_by_one"]
+    del settings["train"]["unpadded"]
     (run / "run.json").write_text(json.dumps({"settings": settings, "seconds": 9.0}), encoding="utf-8")
     assert _training_state(run, config) == "finished"
 

@@ -19,7 +19,7 @@ from data_gen.authors.transport import HttpClient
 from data_gen.core.calls import Reply, Request, Status
 from data_gen.core.pixels import with_pixels
 from data_gen.core.prices import Price, size_of
-from data_gen.ledger.limits import Purse, RateLimit, StopRun
+from data_gen.ledger.limits import MoneyBudget, RateLimit, StopRun
 from medisee.foundation.errors import InputError
 
 OPENAI = "https://api.openai.com/v1"
@@ -85,7 +85,7 @@ def client_for(server: Server, key: str, *, retries: int = 0, patience: int = 2)
     Args:
         server: where it is.
         key: of the server.
-        retries: how often the client itself sends again. `Wire` does that, within the limits that all calls share.
+        retries: how often the client itself sends again. `Client` does that, within the limits that all calls share.
         patience: timeouts that a whole request may take.
     """
     return openai.AsyncOpenAI(
@@ -98,10 +98,10 @@ def client_for(server: Server, key: str, *, retries: int = 0, patience: int = 2)
     )
 
 
-class Wire:
+class Client:
     """Sends requests to one server."""
 
-    def __init__(self, server: Server, *, root: Path, price: Price, rate: RateLimit, purse: Purse) -> None:
+    def __init__(self, server: Server, *, root: Path, price: Price, rate: RateLimit, money: MoneyBudget) -> None:
         """Connects to nothing yet.
 
         Args:
@@ -109,13 +109,13 @@ class Wire:
             root: folder of the images.
             price: what the model costs.
             rate: the limits that all calls share.
-            purse: the money that all calls share.
+            money: the money that all calls share.
 
         Raises:
             InputError: there is no key, or it is none.
         """
         self._server, self._root, self._price = server, root, price
-        self._rate, self._purse = rate, purse
+        self._rate, self._purse = rate, money
         self._key = api_key(server)
         self._client = client_for(server, self._key)
         self._free = asyncio.Semaphore(server.concurrency)
@@ -155,14 +155,14 @@ class Wire:
                 is_lost = is_late(error)
                 late = f"no answer within {self._server.timeout:g} s"
                 failed = f"the connection failed ({error.__cause__ or error})"
-                why = late if is_lost else told(failed, self._server, self._key)
+                why = late if is_lost else redacted(failed, self._server, self._key)
             except openai.APIStatusError as error:
-                why = told(f"status {error.status_code}: {_message(error)}", self._server, self._key)
+                why = redacted(f"status {error.status_code}: {_message(error)}", self._server, self._key)
                 if reply := rejection(error.status_code, error.code, why, self._server):
                     return replace(reply, sends=sends)
                 self._obey(error)
             except NoCompletion as error:
-                why = told(str(error), self._server, self._key)
+                why = redacted(str(error), self._server, self._key)
             finally:
                 if is_lost:
                     self._purse.lose(held)
@@ -193,7 +193,7 @@ def is_late(error: openai.APIConnectionError) -> bool:
     return isinstance(error, openai.APITimeoutError) and not isinstance(error.__cause__, httpx2.ConnectTimeout)
 
 
-def told(text: str, server: Server, key: str) -> str:
+def redacted(text: str, server: Server, key: str) -> str:
     """Returns what a server said, short, on one line and without the key, which some repeat in their errors."""
     line = _storable(" ".join(text.split()))
     return (line if key == _NO_KEY else line.replace(key, f"[{server.key_name}]"))[:_LONGEST_TOLD]
@@ -210,7 +210,7 @@ def rejection(status: int, code: str | None, why: str, server: Server) -> Reply 
     Args:
         status: of HTTP.
         code: of the error, as OpenAI calls them.
-        why: what the server said; see `told`.
+        why: what the server said; see `redacted`.
         server: which said it.
 
     Returns:

@@ -127,7 +127,7 @@ class ErrorBudget:
 
 
 @dataclass
-class Purse:
+class MoneyBudget:
     """The money of a ledger, in US dollars: what is spent, and what calls under way may cost at most.
 
     Attributes:

@@ -18,13 +18,22 @@ from typing import IO, Any
 
 import openai
 
-from data_gen.authors.client import NoCompletion, Server, api_key, client_for, is_lasting, rejection, reply_from, told
+from data_gen.authors.client import (
+    NoCompletion,
+    Server,
+    api_key,
+    client_for,
+    is_lasting,
+    redacted,
+    rejection,
+    reply_from,
+)
 from data_gen.core.calls import Answer, Request
 from data_gen.core.pixels import with_pixels
 from data_gen.core.prices import Price, size_of
 from data_gen.core.schemas import Mode
 from data_gen.ledger.answers import Answers
-from data_gen.ledger.limits import ErrorBudget, Purse, StopRun
+from data_gen.ledger.limits import ErrorBudget, MoneyBudget, StopRun
 from data_gen.pipeline.asking import Answered, Check, Pending, answered, is_final, judge
 
 ENDPOINT = "/v1/chat/completions"
@@ -84,19 +93,19 @@ class BatchServer:
         root: folder of the images.
         answers: of the ledger.
         price: what the model costs.
-        purse: the money of the ledger.
+        money: the money of the ledger.
         mode: how the server is held to the schemas.
         attempts: see `data_gen.pipeline.asking.Asker`.
         budget: of requests that bring nothing.
         poll: seconds between two looks at a batch.
-        say: is told what goes on.
+        say: is redacted what goes on.
     """
 
     server: Server
     root: Path
     answers: Answers
     price: Price
-    purse: Purse
+    money: MoneyBudget
     mode: Mode
     attempts: int = 4
     budget: ErrorBudget = field(default_factory=ErrorBudget)
@@ -121,7 +130,7 @@ class BatchServer:
         """
         for key in keys:
             most = size_of(self.answers.body(key)).most(self.price, batch=True)
-            self.purse.hold(most)
+            self.money.hold(most)
             self._held += most
         with tempfile.TemporaryDirectory(prefix="data_gen-") as folder:
             for path, count in _files(self._lines(keys), Path(folder)):
@@ -132,7 +141,7 @@ class BatchServer:
                         await self._create(token, handle)
                 except openai.APIError as error:
                     raise StopRun(
-                        f"stopped: the server takes no batch ({self._told(error.message)}); run again to go on."
+                        f"stopped: the server takes no batch ({self._redacted(error.message)}); run again to go on."
                     ) from error
                 self.say(f"submitted a batch of {count:,} requests")
 
@@ -188,9 +197,9 @@ class BatchServer:
                 count += await self._collect(token, identity)
         except openai.APIError as error:
             raise StopRun(
-                f"stopped: the server cannot be asked ({self._told(error.message)}); run again to go on."
+                f"stopped: the server cannot be asked ({self._redacted(error.message)}); run again to go on."
             ) from error
-        self.purse.release(self._held, 0)
+        self.money.release(self._held, 0)
         self._held = 0.0
         return count
 
@@ -213,7 +222,7 @@ class BatchServer:
         if batch.status == "failed":
             self.answers.mark_batch(token, identity, "failed")
             why = "; ".join(error.message or "" for error in (batch.errors.data if batch.errors else None) or [])
-            why = self._told(why) or "no reason given"
+            why = self._redacted(why) or "no reason given"
             raise StopRun(f"stopped: the server refused the batch ({why}); mend that, then run again.")
         found: dict[str, Answer] = {}
         empty: list[str] = []
@@ -230,10 +239,10 @@ class BatchServer:
                 except StopRun as error:
                     stops.append(error)
         for answer in found.values():
-            self.purse.release(0, answer.reply.price)
+            self.money.release(0, answer.reply.price)
         self.answers.collect_batch(token, list(found.items()))
         if empty:
-            self.say(f"{len(empty):,} lines of the batch hold no answer, as the first: {self._told(empty[0])}")
+            self.say(f"{len(empty):,} lines of the batch hold no answer, as the first: {self._redacted(empty[0])}")
         if stops:  # only now, when the others are stored
             raise stops[0]
         self._note(found)
@@ -261,7 +270,7 @@ class BatchServer:
         reply = None
         if isinstance(status, int) and status >= 400:
             code, message = _error(body)
-            why = self._told(f"status {status}: {message}")
+            why = self._redacted(f"status {status}: {message}")
             reply = rejection(status, code, why, self.server)
             if reply is None:
                 raise NoCompletion(why)
@@ -276,8 +285,8 @@ class BatchServer:
             elif is_final(answer, self.attempts):
                 self.budget.bad(f"{answer.reply.status}: {answer.reply.why}")
 
-    def _told(self, text: str) -> str:
-        return told(text, self.server, self._key)
+    def _redacted(self, text: str) -> str:
+        return redacted(text, self.server, self._key)
 
 
 def _error(value: Any) -> tuple[str, str]:

@@ -45,7 +45,7 @@ class Refused(Exception):
         super().__init__(str(told))
 
 
-class Desk(Protocol):
+class ReviewApi(Protocol):
     """What the page can ask for; every method may raise Refused or InputError."""
 
     def state(self) -> dict[str, Any]:
@@ -77,19 +77,19 @@ class ReviewServer(ThreadingHTTPServer):
     """Serves the review page of one reviewer until `shutdown`.
 
     Attributes:
-        desk: what the requests are handed to.
+        api: what the requests are handed to.
         token: what every request but that for the page must carry.
     """
 
     daemon_threads = True
 
-    def __init__(self, desk: Desk, port: int) -> None:
+    def __init__(self, api: ReviewApi, port: int) -> None:
         """Binds the port; 0 takes a free one.
 
         Raises:
             InputError: the port is taken or not allowed.
         """
-        self.desk = desk
+        self.api = api
         self.token = secrets.token_urlsafe(24)
         try:
             super().__init__((ADDRESS, port), _Handler)
@@ -141,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             self._check_token()
             if method == "GET" and (found := _PICTURE.fullmatch(path)):
-                self._send(HTTPStatus.OK, "image/png", self.server.desk.picture(int(found[1]), found[2]))
+                self._send(HTTPStatus.OK, "image/png", self.server.api.picture(int(found[1]), found[2]))
                 return
             self._send_json(HTTPStatus.OK, self._call(method, path, body))
         except Refused as refused:
@@ -150,19 +150,19 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json(HTTPStatus.CONFLICT, {"error": "\n".join(error.problems)})
 
     def _call(self, method: str, path: str, body: bytes) -> dict[str, Any]:
-        desk = self.server.desk
+        api = self.server.api
         match method, path:
             case "GET", "/api/state":
-                return desk.state()
+                return api.state()
             case "GET", "/api/agreement":
-                return desk.agreement()
+                return api.agreement()
             case "POST", "/api/decide":
-                return desk.decide(self._json(body))
+                return api.decide(self._json(body))
             case "POST", "/api/undo":
                 self._json(body)
-                return desk.undo()
+                return api.undo()
         if method == "GET" and (found := _ITEM.fullmatch(path)):
-            return desk.item(int(found[1]))
+            return api.item(int(found[1]))
         raise Refused(HTTPStatus.NOT_FOUND, error="there is no such page")
 
     def _body(self) -> bytes:

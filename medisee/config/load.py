@@ -37,7 +37,7 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Confi
         nested: Any = _number(value)
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        values = merge(values, nested)
+        values = merge(values, _with_new_names(nested))
     return config_from(values, where=str(path) if path is not None else "overrides")
 
 
@@ -48,7 +48,7 @@ def config_from(values: Mapping[str, Any], where: str) -> Config:
         InputError: every unknown key and bad value.
     """
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(_with_new_names(values))
     except ValidationError as error:
         raise InputError(_explain(problem, where) for problem in error.errors()) from error
 
@@ -56,6 +56,14 @@ def config_from(values: Mapping[str, Any], where: str) -> Config:
 def dump_config(config: Config) -> str:
     """Returns the resolved run as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    train = values.get("train")
+    if isinstance(train, Mapping) and "one_by_one" in train and "unpadded" not in train:
+        train = {"unpadded" if key == "one_by_one" else key: value for key, value in train.items()}
+        return {**values, "train": train}
+    return dict(values)
 
 
 def _number(value: Any) -> Any:
@@ -83,7 +91,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
             f"{path}: expected a mapping of sections (model, loss, data, train, eval), found {type(values).__name__}."
         )
     base = values.pop("base", None)
-    values = _numbers(values)
+    values = _with_new_names(_numbers(values))
     if base is None:
         return values
     return merge(_read(path.parent / str(base), (*seen, path.resolve())), values)

@@ -186,7 +186,7 @@ class Train(Section):
     """Which of the language model's layers keep their inputs only and compute again in the backward pass (activation
     checkpointing): true: all, with a third more arithmetic and far less memory; a number: so many, the first ones. The
     paper's run needs it on 48 GB; --plan tells."""
-    one_by_one: bool = False
+    unpadded: bool = False
     """Whether the language model reads the sequences of a micro-batch one after another, each at its own length (rounded
     up to `model.mllm.pad_to`): no padding to the longest is computed, which is 15% of all positions in the mix of class
     and implicit questions. Not under ZeRO 3, where all ranks must read equally often."""
@@ -230,8 +230,8 @@ class Train(Section):
         needed = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
         if self.zero_stage < needed:
             raise ValueError(f"offload {self.offload} needs zero_stage {needed} or more")
-        if self.one_by_one and self.zero_stage == 3:
-            raise ValueError("one_by_one needs zero_stage 2 or less: under stage 3 all ranks must read equally often")
+        if self.unpadded and self.zero_stage == 3:
+            raise ValueError("unpadded needs zero_stage 2 or less: under stage 3 all ranks must read equally often")
         if self.compile_layers and self.zero_stage == 3:
             raise ValueError("compile_layers needs zero_stage 2 or less: stage 3 gathers weights within layers")
         return self

@@ -128,23 +128,23 @@ class TrainingData(Dataset[Example]):
         ]
         keep_image = self.config.model.mllm.image_tokens == "vision_tower"
         example = record_example(manifest, record, asked, self.cache, keep_image=keep_image)
-        queries = self._with_plain(example.queries, asked, draw)
+        queries = self._with_class_query(example.queries, asked, draw)
         noisy = [self._noise(query, step, rng) for query in queries]
         most = train.masks_per_image or len(noisy)
         queries = tuple(replace(query, masked=place < most) for place, query in enumerate(noisy))
         return replace(example, queries=queries)
 
-    def _with_plain(
+    def _with_class_query(
         self, queries: Sequence[Query], asked: Sequence[tuple[Target, QA]], draw: Draw
     ) -> tuple[Query, ...]:
-        """Gives implicit queries the plain ones that L_sim compares them with."""
+        """Gives implicit queries the class queries that L_sim compares them with."""
         loss = self.config.loss
         if not (loss.js or loss.mse):
             return tuple(queries)
         # A generator of its own: with L_sim a run draws all else as without it.
         rng = random.Random(f"{self.config.train.seed}/{draw.number}/plain")
         return tuple(
-            query if qa.perspective == "class" else replace(query, plain=class_question(target.category, rng))
+            query if qa.perspective == "class" else replace(query, class_query=class_question(target.category, rng))
             for query, (target, qa) in zip(queries, asked, strict=True)
         )
 

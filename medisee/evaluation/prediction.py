@@ -29,14 +29,14 @@ Mode = Literal["forced", "generated"]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RecordQuestions:
     """One record and the questions asked about it, each for a target."""
 
     record: Record
     questions: tuple[tuple[Target, QA], ...]
 
 
-def all_questions(manifest: Manifest, limit: int | None = None, seed: int = 0) -> list[Asked]:
+def all_questions(manifest: Manifest, limit: int | None = None, seed: int = 0) -> list[RecordQuestions]:
     """Lists every question of every target; targets without one get a class-name question, drawn by the seed."""
     count = len(manifest) if limit is None else min(limit, len(manifest))
     # A limit takes records evenly over the file, so that no plane or case is left out.
@@ -45,11 +45,11 @@ def all_questions(manifest: Manifest, limit: int | None = None, seed: int = 0) -
     for record in records:
         rng = random.Random(f"{seed}/{record.id}")
         questions = tuple((t, qa) for t in record.targets for qa in asked_questions(t, t.category, rng))
-        asked.append(Asked(record, questions))
+        asked.append(RecordQuestions(record, questions))
     return asked
 
 
-def shuffled_questions(asked: Sequence[Asked], seed: int = 0) -> list[Asked]:
+def shuffled_questions(asked: Sequence[RecordQuestions], seed: int = 0) -> list[RecordQuestions]:
     """Gives every target a question about another category: what scores then is not understood but guessed."""
     rng = random.Random(seed)
     pool: dict[str, list[QA]] = {}
@@ -61,13 +61,13 @@ def shuffled_questions(asked: Sequence[Asked], seed: int = 0) -> list[Asked]:
         counts = [len(pool[category]) for category in others]
         return rng.choice(pool[rng.choices(others, counts)[0]]) if others else own
 
-    return [Asked(one.record, tuple((t, foreign(t, qa)) for t, qa in one.questions)) for one in asked]
+    return [RecordQuestions(one.record, tuple((t, foreign(t, qa)) for t, qa in one.questions)) for one in asked]
 
 
 def predict(
     model: MediSee,
     manifest: Manifest,
-    asked: Sequence[Asked],
+    asked: Sequence[RecordQuestions],
     mode: Mode,
     *,
     settings: Eval,

@@ -4,7 +4,7 @@ Each term is reduced per target, (I,) in float32. `end_to_end_loss` sums them an
 that several ranks agree with one.
 
 Shapes: I targets, J targets whose masks are decoded, N supervised tokens, V vocabulary, H W mask, T image tokens,
-Q plain queries.
+Q class queries.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Terms:
 
 
 def end_to_end_loss(output: Output, batch: Batch, weights: Loss, *, world: int = 1) -> Terms:
-    """Computes L_end, with L_sim where the batch has plain queries, and their terms.
+    """Computes L_end, with L_sim where the batch has class queries, and their terms.
 
     Args:
         output: of MediSee.forward.
@@ -136,7 +136,7 @@ def end_to_end_loss(output: Output, batch: Batch, weights: Loss, *, world: int =
         weights: lambda of every term.
         world: number of ranks; above 1 the counts are summed over them.
     """
-    own = [len(batch.labels_N), len(batch.queries), len(batch.masked_J), len(batch.target_of_plain_Q)]
+    own = [len(batch.labels_N), len(batch.queries), len(batch.masked_J), len(batch.target_of_class_query_Q)]
     counts = torch.tensor(own, device=output.boxes_I4.device, dtype=torch.float32)
     if world > 1:
         torch.distributed.all_reduce(counts)
@@ -148,7 +148,7 @@ def end_to_end_loss(output: Output, batch: Batch, weights: Loss, *, world: int =
     l1 = l1_loss(boxes_I4, truth_I4).sum() / targets
     giou = _giou_loss(boxes_I4, truth_I4, batch, weights).sum() / targets
     similarity = similarity_loss(output.similarity_IT, batch.coverage_IT).sum() / targets
-    js, mse = (value / plain.clamp(min=1 / world) for value in _plain_losses(output, batch))
+    js, mse = (value / plain.clamp(min=1 / world) for value in _class_query_losses(output, batch))
     bce, dice = (value / masked for value in _mask_losses(output, batch, weights))
     total = (
         weights.text * text
@@ -177,14 +177,14 @@ def _giou_loss(boxes_I4: Tensor, truth_I4: Tensor, batch: Batch, weights: Loss) 
     return giou_loss(boxes_I4, truth_I4)
 
 
-def _plain_losses(output: Output, batch: Batch) -> tuple[Tensor, Tensor]:
-    if output.plain_similarity_QT is None:
+def _class_query_losses(output: Output, batch: Batch) -> tuple[Tensor, Tensor]:
+    if output.class_similarity_QT is None:
         zero = torch.zeros((), device=output.boxes_I4.device)
         return zero, zero
-    similarity_QT = output.similarity_IT[batch.target_of_plain_Q]
+    similarity_QT = output.similarity_IT[batch.target_of_class_query_Q]
     return (
-        js_divergence(similarity_QT, output.plain_similarity_QT).sum(),
-        similarity_mse(similarity_QT, output.plain_similarity_QT).sum(),
+        js_divergence(similarity_QT, output.class_similarity_QT).sum(),
+        similarity_mse(similarity_QT, output.class_similarity_QT).sum(),
     )
 
 

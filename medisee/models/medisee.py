@@ -1,7 +1,7 @@
 """MediSee: the paper's figure 5 as code. Read `forward` first.
 
 Shapes: B images, S sequences, I targets, J targets whose masks are decoded, K candidate tokens, L sequence length, D hidden width, C prompt channels,
-T image tokens, Q plain queries, N supervised tokens, V vocabulary, G embedding grid, h decoder output side.
+T image tokens, Q class queries, N supervised tokens, V vocabulary, G embedding grid, h decoder output side.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class Output:
         text_logits_NV: logits at the supervised positions.
         similarity_IT: dot products of h_seg with the image tokens' last states, over sqrt(D). The paper leaves the scale
             open; this one, that of attention, is our choice.
-        plain_similarity_QT: the same maps for the plain queries, without gradient; None when there are none.
+        class_similarity_QT: the same maps for the class queries, without gradient; None when there are none.
     """
 
     boxes_I4: Tensor
     masks_Jhh: Tensor | None
     text_logits_NV: Tensor
     similarity_IT: Tensor
-    plain_similarity_QT: Tensor | None
+    class_similarity_QT: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class MediSee(nn.Module):
         self.box_decoder = BoxDecoder(hidden, config.box_hidden)
         self.text_projection = TextProjection(hidden, spec.channels)
         self.processor = MediSeeProcessor(config, tokenizer, spec)
-        self.one_by_one = False  # see Train.one_by_one
+        self.unpadded = False  # see Train.unpadded
 
     def forward(self, batch: Batch, *, masks: MaskDetail = "full") -> Output:
         """Reads the answers given in the batch (teacher-forced) and predicts text, boxes and masks.
@@ -109,10 +109,10 @@ class MediSee(nn.Module):
         embedding_BCGG = self.embed_images(batch)
         hidden_SLD = self.hidden_states(batch, embedding_BCGG)
         tokens_IKD = hidden_SLD[batch.sequence_of_target_I[:, None], batch.candidates_IK].to(self.head_dtype)
-        plain_QKD = hidden_SLD.detach()[batch.plain_sequence_Q[:, None], batch.plain_candidates_QK].to(self.head_dtype)
-        # One call, even without plain queries: under ZeRO 3 every rank must gather the router's weights as often.
-        segmentation_XD = self.seg_router(torch.cat([tokens_IKD, plain_QKD]))
-        segmentation_ID, plain_QD = segmentation_XD.split([len(tokens_IKD), len(plain_QKD)])
+        class_QKD = hidden_SLD.detach()[batch.class_sequence_Q[:, None], batch.class_candidates_QK].to(self.head_dtype)
+        # One call, even without class queries: under ZeRO 3 every rank must gather the router's weights as often.
+        segmentation_XD = self.seg_router(torch.cat([tokens_IKD, class_QKD]))
+        segmentation_ID, class_QD = segmentation_XD.split([len(tokens_IKD), len(class_QKD)])
         similarity_IT = self._similarity(hidden_SLD, batch.sequence_of_target_I, segmentation_ID)
         centred_I4 = self.box_decoder(self.box_router(tokens_IKD), self._box_start(batch, similarity_IT))
         features_BCGG = F.avg_pool2d(embedding_BCGG, 2) if masks == "coarse" else embedding_BCGG
@@ -123,7 +123,7 @@ class MediSee(nn.Module):
             masks_Jhh=masks_Jhh,
             text_logits_NV=self.text_logits(supervised_ND),
             similarity_IT=similarity_IT,
-            plain_similarity_QT=self._plain_similarity(batch, hidden_SLD, plain_QD),
+            class_similarity_QT=self._class_similarity(batch, hidden_SLD, class_QD),
         )
 
     def train(self, mode: bool = True) -> MediSee:
@@ -153,7 +153,7 @@ class MediSee(nn.Module):
 
     def read_sequences(self, inputs_SLD: Tensor, batch: Batch) -> Tensor:
         """Runs the language model's layers over a batch's embedded sequences, (S, L, D) -> (S, L, D)."""
-        if not (self.one_by_one and self.training):
+        if not (self.unpadded and self.training):
             return self._read(inputs_SLD, batch.positions_SL, batch.segments_SL)
         read = [
             self._read(
@@ -281,10 +281,10 @@ class MediSee(nn.Module):
         return torch.stack(features.pooler_output)
 
     @torch.no_grad()
-    def _plain_similarity(self, batch: Batch, hidden_SLD: Tensor, plain_QD: Tensor) -> Tensor | None:
-        if not len(plain_QD):
+    def _class_similarity(self, batch: Batch, hidden_SLD: Tensor, class_QD: Tensor) -> Tensor | None:
+        if not len(class_QD):
             return None
-        return self._similarity(hidden_SLD, batch.plain_sequence_Q, plain_QD)
+        return self._similarity(hidden_SLD, batch.class_sequence_Q, class_QD)
 
     def _similarity(self, states_SLD: Tensor, sequence_I: Tensor, segmentation_ID: Tensor) -> Tensor:
         start = self.processor.image_start

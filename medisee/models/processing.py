@@ -1,6 +1,6 @@
 """MediSeeProcessor: images and queries -> Batch, and the model's output -> original pixels.
 
-Shapes: B images, S sequences, I targets, J targets whose masks are decoded, K candidate tokens, Q plain queries, L sequence length, N supervised tokens, T image tokens,
+Shapes: B images, S sequences, I targets, J targets whose masks are decoded, K candidate tokens, Q class queries, L sequence length, N supervised tokens, T image tokens,
 F frame side, h decoder output side, H W original image.
 """
 
@@ -43,7 +43,7 @@ class Query:
         mask: bool (H, W); box: original pixels, half-open.
         true_box: prompt the mask decoder with the true box instead of the predicted one.
         masked: decode this query's mask.
-        plain: a question that names the class, whose similarity map is this query's target in L_sim; None: no target.
+        class_query: a question that names the class, whose similarity map is this query's target in L_sim; None: no target.
     """
 
     record: str
@@ -55,7 +55,7 @@ class Query:
     box: tuple[float, float, float, float] | None = None
     true_box: bool = False
     masked: bool = True
-    plain: str | None = None
+    class_query: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Example:
 class Batch:
     """What one forward pass reads. A position is that of the state which predicts a token, one before the token.
 
-    Plain queries stand behind the queries of their sequence; they are no targets and nothing of them is supervised.
+    Class queries stand behind the queries of their sequence; they are no targets and nothing of them is supervised.
     """
 
     queries: tuple[Query, ...]
@@ -96,9 +96,9 @@ class Batch:
     coverage_IT: Tensor | None
     true_box_I: Tensor
     masked_J: Tensor
-    plain_candidates_QK: Tensor
-    plain_sequence_Q: Tensor
-    target_of_plain_Q: Tensor
+    class_candidates_QK: Tensor
+    class_sequence_Q: Tensor
+    target_of_class_query_Q: Tensor
 
     def to(self, device: torch.device) -> Batch:
         """Returns the batch on another device."""
@@ -205,7 +205,8 @@ class MediSeeProcessor:
         )
         tokens = [[self._tokens(query) for query in queries] for _, queries in rows]
         plain = [
-            [self._tokens(_plain_query(query)) for query in queries if query.plain is not None] for _, queries in rows
+            [self._tokens(_class_query(query)) for query in queries if query.class_query is not None]
+            for _, queries in rows
         ]
         segments = [[t.ids for t in (*row, *behind)] for row, behind in zip(tokens, plain, strict=True)]
         sequences = pack([self.prefix] * len(rows), segments, self.pad_id, multiple=self.config.mllm.pad_to)
@@ -215,7 +216,7 @@ class MediSeeProcessor:
         image_of_target = [rows[row][0] for row, _ in targets]
         frames = tuple(self.frame(example.height, example.width) for example in examples)
         target_frames = [frames[index] for index in image_of_target]
-        behind = self._plain_places(plain, sequences.starts, queries)
+        behind = self._class_query_places(plain, sequences.starts, queries)
         images, truth = self._images(examples), self._truth(queries, target_frames, mask_resolution, boxes)
         return Batch(
             queries=queries,
@@ -238,9 +239,9 @@ class MediSeeProcessor:
             coverage_IT=truth.coverage_IT,
             true_box_I=torch.tensor([query.true_box for query in queries]),
             masked_J=torch.tensor([index for index, query in enumerate(queries) if query.masked], dtype=torch.long),
-            plain_candidates_QK=behind.candidates_QK,
-            plain_sequence_Q=behind.sequence_Q,
-            target_of_plain_Q=behind.target_Q,
+            class_candidates_QK=behind.candidates_QK,
+            class_sequence_Q=behind.sequence_Q,
+            target_of_class_query_Q=behind.target_Q,
         )
 
     def prompt_ids(self, question: str) -> list[int]:
@@ -296,7 +297,7 @@ class MediSeeProcessor:
             for token in self.candidate_ids
         ]
 
-    def _plain_places(
+    def _class_query_places(
         self, plain: list[list[_Tokens]], starts: tuple[tuple[int, ...], ...], queries: Sequence[Query]
     ) -> _Plain:
         candidates, sequences = [], []
@@ -304,7 +305,7 @@ class MediSeeProcessor:
             for own, start in zip(behind, starts[row][len(starts[row]) - len(behind) :], strict=True):
                 candidates.append(self._candidates(own, start))
                 sequences.append(row)
-        targets = [index for index, query in enumerate(queries) if query.plain is not None]
+        targets = [index for index, query in enumerate(queries) if query.class_query is not None]
         return _Plain(
             torch.tensor(candidates, dtype=torch.long).reshape(-1, len(self.candidate_ids)),
             torch.tensor(sequences, dtype=torch.long),
@@ -369,8 +370,8 @@ def _mask_of_loss(mask: np.ndarray, inside: Tensor, resolution: MaskResolution) 
     return inside if resolution == "decoder" else torch.from_numpy(mask).float()
 
 
-def _plain_query(query: Query) -> Query:
-    return replace(query, question=query.plain or "", answer=FORCED_ANSWER, history=())
+def _class_query(query: Query) -> Query:
+    return replace(query, question=query.class_query or "", answer=FORCED_ANSWER, history=())
 
 
 def _padded(image: np.ndarray, size: int) -> Image.Image:

@@ -25,7 +25,7 @@ from medisee.models.losses import end_to_end_loss
 from medisee.models.medisee import MediSee
 from medisee.models.processing import Batch
 from medisee.planning.parameters import language_layers, meta_model
-from medisee.planning.workload import Way, Workload, add_pixels, make_batch
+from medisee.planning.workload import ComputeMode, Workload, add_pixels, make_batch
 from medisee.training.layers import recompute_layers
 
 _FEW = (1, 2)
@@ -75,7 +75,7 @@ def cost_between(kept: StepCost, recomputed: StepCost, share: float) -> StepCost
 
 
 def training_cost(
-    config: Config, workload: Workload, way: Way, *, dtype: torch.dtype, recompute: bool = False
+    config: Config, workload: Workload, way: ComputeMode, *, dtype: torch.dtype, recompute: bool = False
 ) -> StepCost:
     """Measures a micro-batch's forward and backward pass.
 
@@ -103,7 +103,7 @@ def query_cost(config: Config, workload: Workload, *, dtype: torch.dtype) -> Ste
     """Measures reading one micro-batch with its answers, without gradients; `kept` is what is left at its end."""
 
     def measure(model: MediSee) -> _Measured:
-        way = Way("query")
+        way = ComputeMode("query")
         batch = make_batch(model.eval(), workload, config, way)
         rehearsal = _Rehearsal(model)
         with rehearsal.mode:

@@ -36,7 +36,7 @@ from medisee.planning.workload import (
     REASONING_QUERY,
     RELEASE,
     TEMPLATE_TOKENS,
-    Way,
+    ComputeMode,
     Workload,
     training_workload,
 )
@@ -90,10 +90,10 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class WayCost:
+class ModeCost:
     """One way of computing: a micro-batch's cost, and how long the whole run takes."""
 
-    way: Way
+    way: ComputeMode
     cost: StepCost
     days: float
 
@@ -128,7 +128,7 @@ class TrainingPlan:
     kept_all: float
     recomputed: float
     recompute: float
-    ways: tuple[WayCost, ...]
+    ways: tuple[ModeCost, ...]
     missing: tuple[Missing, ...]
 
     @property
@@ -204,7 +204,7 @@ def plan_training(config: Config, *, gpu: str = GPU, gpus: int = GPUS) -> Traini
         recomputed=costs.recomputed.peak,
         recompute=costs.recompute,
         ways=tuple(
-            WayCost(way, cost, micro_batches * cost.flops.total / speed / SECONDS_PER_DAY) for way, cost in costs.ways
+            ModeCost(way, cost, micro_batches * cost.flops.total / speed / SECONDS_PER_DAY) for way, cost in costs.ways
         ),
         missing=tuple(missing_files(config)),
     )
@@ -215,7 +215,7 @@ class _Costs:
     kept_all: StepCost
     recomputed: StepCost
     recompute: float
-    ways: tuple[tuple[Way, StepCost], ...]
+    ways: tuple[tuple[ComputeMode, StepCost], ...]
 
 
 def _measured(config: Config, workload: Workload, room: float, dtype: torch.dtype) -> _Costs:

@@ -73,7 +73,7 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class ComputeMode:
     """A way of computing a micro-batch.
 
     Attributes:
@@ -91,9 +91,9 @@ class Way:
     cached: bool = False
 
 
-RELEASE = Way("the release's way", packed=False, all_logits=True, vision_per_query=True)
-OURS = Way("ours")
-CACHED = Way("ours, features cached", cached=True)
+RELEASE = ComputeMode("the release's way", packed=False, all_logits=True, vision_per_query=True)
+OURS = ComputeMode("ours")
+CACHED = ComputeMode("ours, features cached", cached=True)
 
 
 def training_workload(config: Config) -> Workload:
@@ -151,7 +151,7 @@ def _mean(values: Sequence[int]) -> int:
     return max(1, round(sum(values) / len(values)))
 
 
-def make_batch(model: MediSee, workload: Workload, config: Config, way: Way) -> Batch:
+def make_batch(model: MediSee, workload: Workload, config: Config, way: ComputeMode) -> Batch:
     """Builds the micro-batch by the model's own processor; `add_pixels` gives it its images.
 
     Args:
@@ -190,7 +190,7 @@ def _query(lengths: Lengths, mask: np.ndarray, *, masked: bool) -> Query:
     return Query(record="plan", target="plan", question=question, answer=answer + tokens, mask=mask, masked=masked)
 
 
-def add_pixels(batch: Batch, model: MediSee, way: Way) -> Batch:
+def add_pixels(batch: Batch, model: MediSee, way: ComputeMode) -> Batch:
     """Adds the images, zeros in the default device's memory: pixels, or cached features."""
     spec, images = model.seg_head.spec, len(batch.frames)
     pixels: Tensor | None = None

@@ -37,7 +37,7 @@ def world_from_environment() -> tuple[int, int, int]:
 
 
 @contextmanager
-def said_once() -> Iterator[None]:
+def rank_zero_errors() -> Iterator[None]:
     """Lets the first rank alone say what all of them find wrong, before they have met."""
     try:
         yield
@@ -86,7 +86,7 @@ def gather(value: Value, place: Place) -> list[Value]:
     return found  # type: ignore[return-value]
 
 
-def raise_together(problems: Sequence[str], place: Place) -> None:
+def raise_on_all_ranks(problems: Sequence[str], place: Place) -> None:
     """Ends every rank when one has a problem; the first rank tells all of them, the others end without a word.
 
     Raises:
@@ -98,8 +98,8 @@ def raise_together(problems: Sequence[str], place: Place) -> None:
 
 
 @contextmanager
-def raised_together(place: Place) -> Iterator[None]:
-    """Ends every rank when what one of them does within is refused, as `raise_together` does.
+def errors_on_all_ranks(place: Place) -> Iterator[None]:
+    """Ends every rank when what one of them does within is refused, as `raise_on_all_ranks` does.
 
     Raises:
         InputError: some rank has a problem.
@@ -109,4 +109,4 @@ def raised_together(place: Place) -> Iterator[None]:
         yield
     except InputError as error:
         problems = error.problems
-    raise_together(problems, place)
+    raise_on_all_ranks(problems, place)

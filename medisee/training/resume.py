@@ -28,7 +28,7 @@ from medisee.foundation.errors import InputError
 from medisee.foundation.files import replace_folder, sha256, write_json
 from medisee.models.medisee import MediSee
 from medisee.training.optimization import Optimization
-from medisee.training.ranks import Place, gather, raise_together, raised_together
+from medisee.training.ranks import Place, errors_on_all_ranks, gather, raise_on_all_ranks
 from medisee.weights.checkpoints import WEIGHTS, load_trained, trained_state
 
 CHECKPOINT = "checkpoint"
@@ -44,7 +44,7 @@ MAY_CHANGE = frozenset(
     {
         *(f"train.{name}" for name in ("out", "batch_size", "accumulation", "global_batch", "keep_last", "save_every")),
         *(f"train.{name}" for name in ("log_every", "zero_stage", "offload", "deepspeed", "recompute_layers")),
-        "train.one_by_one",
+        "train.unpadded",
         "train.compile_layers",
         "data.workers",
     }
@@ -157,7 +157,7 @@ def save_state(
             states.write(progress.step, weights, moments, facts)
         except (OSError, SafetensorError) as error:
             problems = [_not_saved(states, progress.step, error)]
-    raise_together(problems, place)
+    raise_on_all_ranks(problems, place)
 
 
 def whole_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -199,10 +199,10 @@ def find_last(out: Path) -> Saved:
     )
 
 
-def find_last_together(out: Path, place: Place) -> Saved:
+def find_last_on_all_ranks(out: Path, place: Place) -> Saved:
     """Lets the first rank find the state, and returns the same one on every rank; see `find_last`."""
     found = None
-    with raised_together(place):
+    with errors_on_all_ranks(place):
         if place.rank == 0:
             found = find_last(out)
     first = gather(found, place)[0]

@@ -9,7 +9,7 @@ import torch
 from medisee.config import Config
 from medisee.data.features import FeatureCache
 from medisee.evaluation.metrics import Score, Summary, score, summarise
-from medisee.evaluation.prediction import Asked, all_questions, predict
+from medisee.evaluation.prediction import RecordQuestions, all_questions, predict
 from medisee.foundation.hardware import compute_dtype, is_mixed
 from medisee.models.medisee import MediSee
 from medisee.records.manifest import Manifest
@@ -51,7 +51,7 @@ def selection_figure(summary: Summary) -> float:
 
 
 def _scores(
-    model: MediSee, val: Manifest, asked: Sequence[Asked], *, config: Config, cache: FeatureCache | None
+    model: MediSee, val: Manifest, asked: Sequence[RecordQuestions], *, config: Config, cache: FeatureCache | None
 ) -> list[Score]:
     predictions = predict(model, val, asked, "forced", settings=config.eval, cache=cache, quiet=True)
     truths = [(val.mask(one.record, target), target) for one in asked for target, _ in one.questions]

@@ -67,7 +67,7 @@ def test_lists_of_a_base_are_replaced_not_joined(tmp_path: Path) -> None:
     assert config.data.train == (Source(records="c.jsonl", weight=2),)
 
 
-@pytest.mark.parametrize("name", ["one_by_one", "compile_layers"])
+@pytest.mark.parametrize("name", ["unpadded", "compile_layers"])
 def test_what_zero_3_cannot_do_is_refused(name: str) -> None:
     problem = only_problem(None, f"train.{name}=true", "train.zero_stage=3")
     assert f"{name} needs zero_stage 2 or less" in problem
@@ -248,7 +248,7 @@ def test_a_wrong_mask_resolution_is_one_problem() -> None:
     assert "expected original, decoder, or the most pixels" in only_problem(None, "loss.mask_resolution=half")
 
 
-@pytest.mark.parametrize("other", ["compile_layers=true", "one_by_one=true"])
+@pytest.mark.parametrize("other", ["compile_layers=true", "unpadded=true"])
 def test_settings_that_do_not_go_together_are_told_without_their_section(other: str) -> None:
     problem = only_problem(None, "train.zero_stage=3", f"train.{other}")
     assert problem.startswith(f"overrides: train: {other.partition('=')[0]} needs zero_stage 2 or less")
@@ -357,3 +357,10 @@ def test_every_section_refuses_what_it_does_not_know() -> None:
 def test_the_projects_own_configs_load(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
     assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+def test_the_old_name_of_unpadded_still_works() -> None:
+    assert config_from({"train": {"one_by_one": True}}, where="test").train.unpadded
+    assert not load_config(ROOT / "medisee_7b.yaml", ["train.one_by_one=false"]).train.unpadded
+    with pytest.raises(InputError, match="unknown key 'train.one_by_one'"):
+        config_from({"train": {"one_by_one": True, "unpadded": True}}, where="test")

@@ -271,15 +271,15 @@ def test_l_sim_adds_plain_queries_and_draws_all_else_as_before(
     with_l_sim = config.model_copy(update={"loss": config.loss.model_copy(update={"mse": 1.0})})
     before, after = (batches(one, manifests, processor) for one in (config, with_l_sim))
     for one, other in zip(before, after, strict=True):
-        assert [q.plain for q in one.queries] == [None] * len(one.queries)
+        assert [q.class_query for q in one.queries] == [None] * len(one.queries)
         assert [(q.target, q.question, q.true_box) for q in one.queries] == [
             (q.target, q.question, q.true_box) for q in other.queries
         ]
         # The disc has a question of its own; the lung's already names the class.
-        assert [q.plain is not None for q in other.queries] == [q.target == "a" for q in other.queries]
-        assert all("the disc" in q.plain for q in other.queries if q.plain is not None)
+        assert [q.class_query is not None for q in other.queries] == [q.target == "a" for q in other.queries]
+        assert all("the disc" in q.class_query for q in other.queries if q.class_query is not None)
         assert torch.equal(one.labels_N, other.labels_N)
-    assert len({q.plain for batch in after for q in batch.queries}) > 3
+    assert len({q.class_query for batch in after for q in batch.queries}) > 3
     assert_same(batches(with_l_sim, manifests, processor, first_step=2), after[4:])
 
 

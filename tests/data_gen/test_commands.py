@@ -14,7 +14,7 @@ from fake_server import FakeServer
 from data_gen import __main__ as command
 from data_gen.ledger.ledger import Ledger
 from data_gen.publishing.review_server import Refused
-from data_gen.review import ReviewDesk
+from data_gen.review import ReviewSession
 from medisee.foundation.errors import exit_code
 
 Capture = pytest.CaptureFixture[str]
@@ -85,7 +85,7 @@ def test_further_names_are_given_once_and_count_in_every_command(
             "question": f"Which {told} of the upper belly is shown here and cleans the blood?",
         }
         with pytest.raises(Refused) as caught:
-            ReviewDesk(ledger, "anna").decide({**body, "answer": pair.answer})
+            ReviewSession(ledger, "anna").decide({**body, "answer": pair.answer})
         assert [breach["rule"] for breach in caught.value.told["breaches"]] == ["names_target"]
     command.main(["export", "--ledger", str(path), "--out", str(tmp_path / "out")])
     assert told in json.loads((tmp_path / "out/categories.json").read_text())[category]

@@ -19,7 +19,7 @@ from PIL import Image
 from data_gen.core.items import Decision
 from data_gen.ledger.ledger import Ledger
 from data_gen.publishing.review_server import MOST_BYTES, PAGE, ReviewServer
-from data_gen.review import ReviewDesk, main
+from data_gen.review import ReviewSession, main
 from medisee.foundation.errors import InputError, exit_code
 
 LedgerMaker = Callable[..., Path]
@@ -63,7 +63,7 @@ class Site:
 
 @contextmanager
 def site_of(path: Path, reviewer: str = "anna", **more: Any) -> Iterator[Site]:
-    with Ledger(path) as ledger, ReviewServer(ReviewDesk(ledger, reviewer, **more), 0) as server:
+    with Ledger(path) as ledger, ReviewServer(ReviewSession(ledger, reviewer, **more), 0) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         thread.start()
         try:
@@ -293,8 +293,8 @@ def test_a_share_is_of_images_and_the_same_for_all(make_ledger: LedgerMaker) -> 
 
     def chosen(share: float, seed: int = 0, reviewer: str = "anna") -> list[str]:
         with Ledger(path) as ledger:
-            desk = ReviewDesk(ledger, reviewer, share=share, seed=seed)
-            return [desk.item(n)["pairs"][0]["id"] for n in range(desk.state()["items"])]
+            api = ReviewSession(ledger, reviewer, share=share, seed=seed)
+            return [api.item(n)["pairs"][0]["id"] for n in range(api.state()["items"])]
 
     assert len(chosen(0.25)) == 3
     assert chosen(0.25) == chosen(0.25, reviewer="ben") == chosen(1.0)[:3]
@@ -331,14 +331,14 @@ def test_words_that_may_still_change_are_not_shown(make_ledger: LedgerMaker) -> 
     path = make_ledger(cases=2, settled=False)
     with Ledger(path) as ledger:
         with pytest.raises(InputError, match="have not been compared with each other"):
-            ReviewDesk(ledger, "anna")
+            ReviewSession(ledger, "anna")
         ledger.settle([], [])
         first = ledger.items()[0]
         late = replace(ledger.pairs()[0], id=f"{first.id}#late", question="Which late one is not settled yet?")
         ledger.finish(first.id, "other style", [late], []).result()
-        desk = ReviewDesk(ledger, "anna")
-        shown = {pair["id"] for number in range(4) for pair in desk.item(number)["pairs"]}
-        assert late.id not in shown and len(shown) == desk.total == 16
+        api = ReviewSession(ledger, "anna")
+        shown = {pair["id"] for number in range(4) for pair in api.item(number)["pairs"]}
+        assert late.id not in shown and len(shown) == api.total == 16
 
 
 def test_a_ledger_without_pairs_has_nothing_to_review(make_ledger: LedgerMaker) -> None:
@@ -349,4 +349,4 @@ def test_a_ledger_without_pairs_has_nothing_to_review(make_ledger: LedgerMaker) 
         with Ledger(empty, create=True) as other:
             other.add_items([item], ledger.root(), complete=True)
             with pytest.raises(InputError, match="holds no pair to review"):
-                ReviewDesk(other, "anna")
+                ReviewSession(other, "anna")

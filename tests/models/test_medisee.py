@@ -124,7 +124,7 @@ def test_sequences_read_one_by_one_are_those_read_together(
         make_example(QUESTIONS[1:], size=(30, 70), seed=2, answer=FORCED),
     ]
     together, alone = (build_tiny(mllm={"pad_to": pad_to}).train() for _ in range(2))
-    alone.one_by_one = True
+    alone.unpadded = True
     found: list[dict[str, Tensor]] = []
     for model in (together, alone):
         lengths: list[int] = []

@@ -1,4 +1,4 @@
-"""L_sim: plain queries ride behind the others, change nothing else, and are a target without gradient."""
+"""L_sim: class queries ride behind the others, change nothing else, and are a target without gradient."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ SAME_OUTPUTS = ("boxes_I4", "masks_Jhh", "text_logits_NV", "similarity_IT")
 
 
 def with_plain(example: Example, plain: Sequence[str | None]) -> Example:
-    queries = [replace(query, plain=one) for query, one in zip(example.queries, plain, strict=True)]
+    queries = [replace(query, class_query=one) for query, one in zip(example.queries, plain, strict=True)]
     return replace(example, queries=tuple(queries))
 
 
 @pytest.fixture
 def examples(make_example: MakeExample) -> list[Example]:
-    """Three targets; none has a plain query yet."""
+    """Three targets; none has a class query yet."""
     return [
         make_example(QUESTIONS[:2], answer=FORCED_ANSWER),
         make_example(QUESTIONS[2:], size=(30, 70), seed=1, answer=FORCED_ANSWER),
@@ -51,19 +51,19 @@ def loss_of(model: MediSee, batch: Batch) -> losses.Terms:
 
 def test_plain_queries_are_no_targets(tiny_model: MediSee, examples: list[Example], mixed: list[Example]) -> None:
     without, batch = tiny_model.processor(examples), tiny_model.processor(mixed)
-    assert batch.target_of_plain_Q.tolist() == [1, 2]
-    assert batch.plain_sequence_Q.tolist() == [0, 1]
-    assert without.target_of_plain_Q.shape == without.plain_sequence_Q.shape == (0,)
-    assert without.plain_candidates_QK.shape == (0, 2)
+    assert batch.target_of_class_query_Q.tolist() == [1, 2]
+    assert batch.class_sequence_Q.tolist() == [0, 1]
+    assert without.target_of_class_query_Q.shape == without.class_sequence_Q.shape == (0,)
+    assert without.class_candidates_QK.shape == (0, 2)
     assert len(batch.queries) == len(batch.masks) == 3
     for name in ("candidates_IK", "supervised_N2", "labels_N", "boxes_I4", "masked_J", "coverage_IT"):
         assert torch.equal(getattr(batch, name), getattr(without, name)), name
-    # The state before a candidate token is read; segments count the plain query as one of its own.
-    rows = batch.plain_sequence_Q[:, None]
+    # The state before a candidate token is read; segments count the class query as one of its own.
+    rows = batch.class_sequence_Q[:, None]
     assert (
-        batch.input_ids_SL[rows, batch.plain_candidates_QK + 1] == torch.tensor(tiny_model.processor.candidate_ids)
+        batch.input_ids_SL[rows, batch.class_candidates_QK + 1] == torch.tensor(tiny_model.processor.candidate_ids)
     ).all()
-    assert batch.segments_SL[rows, batch.plain_candidates_QK].tolist() == [[3, 3], [2, 2]]
+    assert batch.segments_SL[rows, batch.class_candidates_QK].tolist() == [[3, 3], [2, 2]]
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def test_plain_queries_change_no_other_output(
 ) -> None:
     without = tiny_model(tiny_model.processor(examples, packed=packed))
     output = tiny_model(tiny_model.processor(mixed, packed=packed))
-    assert without.plain_similarity_QT is None
+    assert without.class_similarity_QT is None
     for name in SAME_OUTPUTS:
         torch.testing.assert_close(getattr(output, name), getattr(without, name), rtol=1e-4, atol=1e-4)
 
@@ -85,15 +85,15 @@ def test_a_plain_map_is_that_of_the_question_asked_by_itself(
 ) -> None:
     output = tiny_model(tiny_model.processor(mixed, packed=packed))
     alone = tiny_model(tiny_model.processor([make_example([PLAIN], size=(30, 70), seed=1, answer=FORCED_ANSWER)]))
-    torch.testing.assert_close(output.plain_similarity_QT[1], alone.similarity_IT[0], rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(output.plain_similarity_QT[1], output.similarity_IT[2], atol=1e-3)
+    torch.testing.assert_close(output.class_similarity_QT[1], alone.similarity_IT[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(output.class_similarity_QT[1], output.similarity_IT[2], atol=1e-3)
 
 
 def test_terms_are_means_over_plain_queries(tiny_model: MediSee, examples: list[Example], mixed: list[Example]) -> None:
     batch = tiny_model.processor(mixed)
     output = tiny_model(batch)
     terms = end_to_end_loss(output, batch, Loss(js=2.0, mse=1.0))
-    maps = output.similarity_IT[1:], output.plain_similarity_QT
+    maps = output.similarity_IT[1:], output.class_similarity_QT
     torch.testing.assert_close(terms.js, js_divergence(*maps).mean())
     torch.testing.assert_close(terms.mse, similarity_mse(*maps).mean())
     assert terms.js > 0 and terms.mse > 0
@@ -108,7 +108,7 @@ def test_only_the_reasoning_side_learns(tiny_model: MediSee, mixed: list[Example
     layer = tiny_model.mllm.get_input_embeddings()
     layer.register_forward_hook(lambda _, __, output: embedded.append(output.requires_grad_()))
     output = tiny_model(batch, masks="none")
-    assert not output.plain_similarity_QT.requires_grad
+    assert not output.class_similarity_QT.requires_grad
     terms = end_to_end_loss(output, batch, Loss())
     (gradient_SLD,) = torch.autograd.grad(terms.js + terms.mse, embedded)
     moved_SL = gradient_SLD.abs().sum(2) > 0
@@ -120,12 +120,12 @@ def test_only_the_reasoning_side_learns(tiny_model: MediSee, mixed: list[Example
 def test_the_count_of_all_ranks_divides(
     tiny_model: MediSee, examples: list[Example], mixed: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other rank has the tokens and targets of this one and no plain query, or is the one that has none."""
+    """The other rank has the tokens and targets of this one and no class query, or is the one that has none."""
     without, batch = tiny_model.processor(examples), tiny_model.processor(mixed)
     alone = loss_of(tiny_model, batch)
 
     def ranks(own: Batch, other: Batch) -> losses.Terms:
-        more = [len(other.labels_N), len(other.queries), len(other.masked_J), len(other.target_of_plain_Q)]
+        more = [len(other.labels_N), len(other.queries), len(other.masked_J), len(other.target_of_class_query_Q)]
         monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts: counts.add_(torch.tensor(more)))
         return end_to_end_loss(tiny_model(own), own, Loss(), world=2)
 

@@ -39,10 +39,10 @@ def compiled_values(tiny_config: dict[str, Any], tiny_manifest: Path, out: Path,
     [
         ({}, 1e-4, 1e-6),
         ({"recompute_layers": 2}, 1e-4, 1e-6),
-        ({"one_by_one": True}, 1e-4, 1e-6),
+        ({"unpadded": True}, 1e-4, 1e-6),
         ({"dtype": "bfloat16"}, 0.05, 5e-3),  # of a validation's masks a few pixels flip
     ],
-    ids=["plain", "recomputed", "one_by_one", "bfloat16"],
+    ids=["plain", "recomputed", "unpadded", "bfloat16"],
 )
 def test_a_compiled_training_is_the_same(
     tiny_config: dict[str, Any], tiny_manifest: Path, tmp_path: Path, settings: dict[str, Any], rel: float, abs_: float

@@ -18,12 +18,12 @@ from fake_server import FakeServer
 from PIL import Image
 
 from data_gen.authors import client as wire
-from data_gen.authors.client import Server, Unreachable, Wire, retry_after
+from data_gen.authors.client import Client, Server, Unreachable, retry_after
 from data_gen.core.calls import Reply, Request
 from data_gen.core.pixels import identify
 from data_gen.core.prices import FREE, Price
 from data_gen.core.prompts import request
-from data_gen.ledger.limits import Purse, RateLimit, StopRun
+from data_gen.ledger.limits import MoneyBudget, RateLimit, StopRun
 from medisee.foundation.errors import InputError
 
 Serve = Callable[..., FakeServer]
@@ -51,7 +51,7 @@ def send(
     server: FakeServer | str,
     *requests: Request,
     price: Price = FREE,
-    purse: Purse | None = None,
+    money: MoneyBudget | None = None,
     root: Path = Path(),
     rate: tuple[float | None, float | None] = (None, None),
     **how: Any,
@@ -60,7 +60,7 @@ def send(
 
     async def work() -> list[Reply | BaseException]:
         there = Server(**{"base_url": server if isinstance(server, str) else server.url, "timeout": 5.0, **how})
-        one = Wire(there, root=root, price=price, rate=RateLimit(*rate), purse=purse or Purse())
+        one = Client(there, root=root, price=price, rate=RateLimit(*rate), money=money or MoneyBudget())
         try:
             return await asyncio.gather(*(one.send(each) for each in requests), return_exceptions=True)
         finally:
@@ -82,12 +82,12 @@ def failure(found: list[Reply | BaseException]) -> BaseException:
 
 
 def test_an_answer_comes_with_its_price(serve: Serve) -> None:
-    server, purse = serve(), Purse()
-    reply = only(send(server, ASKED, price=PRICE, purse=purse))
+    server, money = serve(), MoneyBudget()
+    reply = only(send(server, ASKED, price=PRICE, money=money))
     assert reply.status == "ok" and "attribute_short" in reply.text and reply.sends == 1
     assert (reply.usage_in, reply.usage_cached, reply.usage_out) == (400, 100, 100)
     assert reply.price == pytest.approx((300 * 1 + 100 * 0.5 + 100 * 10) / 1e6)
-    assert purse.spent == pytest.approx(reply.price)
+    assert money.spent == pytest.approx(reply.price)
     assert server.bodies == [ASKED.body], "what is sent is what the key stands for"
     assert server.headers[0]["authorization"] == f"Bearer {SECRET}"
 
@@ -199,19 +199,19 @@ def test_the_rate_is_held(serve: Serve) -> None:
 
 
 def test_the_purse_stops_before_it_is_empty(serve: Serve) -> None:
-    server, purse = serve(), Purse(0.0034)
+    server, money = serve(), MoneyBudget(0.0034)
     requests = [
         request("describe", {**FACTS, "category": f"c{n}"}, model="m", parameters={"max_tokens": 100}) for n in range(9)
     ]
-    found = send(server, *requests, price=PRICE, purse=purse, concurrency=1)
+    found = send(server, *requests, price=PRICE, money=money, concurrency=1)
     assert any(isinstance(each, StopRun) for each in found) and any(isinstance(each, Reply) for each in found)
-    assert 0 < purse.spent <= 0.0034
+    assert 0 < money.spent <= 0.0034
 
 
 def test_a_timeout_may_have_been_charged(serve: Serve) -> None:
-    purse = Purse()
-    send(serve(faults=("timeout",), in_a_row=9), ASKED, price=PRICE, purse=purse, sends=2, timeout=0.2)
-    assert purse.spent > 2 * 200 * 10 / 1e6
+    money = MoneyBudget()
+    send(serve(faults=("timeout",), in_a_row=9), ASKED, price=PRICE, money=money, sends=2, timeout=0.2)
+    assert money.spent > 2 * 200 * 10 / 1e6
 
 
 def test_images_go_as_data_urls(serve: Serve, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rate limits by a clock of their own, the budget of errors, the purse."""
+"""Rate limits by a clock of their own, the budget of errors, the money."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_gen.ledger.ledger import Ledger
-from data_gen.ledger.limits import ErrorBudget, Purse, RateLimit, StopRun
+from data_gen.ledger.limits import ErrorBudget, MoneyBudget, RateLimit, StopRun
 
 
 class Clock:
@@ -125,34 +125,34 @@ def test_a_large_share_of_failures_ends_a_run() -> None:
 
 
 def test_the_purse_is_never_overdrawn() -> None:
-    purse = Purse(limit=1.0, spent=0.5)
-    purse.hold(0.3)
+    money = MoneyBudget(limit=1.0, spent=0.5)
+    money.hold(0.3)
     with pytest.raises(StopRun, match="--max-cost"):
-        purse.hold(0.3)
-    purse.release(0.3, 0.1)
-    purse.hold(0.3)
-    assert purse.spent == pytest.approx(0.6)
+        money.hold(0.3)
+    money.release(0.3, 0.1)
+    money.hold(0.3)
+    assert money.spent == pytest.approx(0.6)
 
 
 def test_what_may_have_been_charged_is_known_to_the_next_run(tmp_path: Path) -> None:
     with Ledger(tmp_path / "l.sqlite", create=True) as ledger:
-        purse = Purse(1.0, ledger.answers.spent(), ledger.answers)
+        money = MoneyBudget(1.0, ledger.answers.spent(), ledger.answers)
         for _ in range(2):
-            purse.hold(0.25)
-            purse.lose(0.25)
-        purse.hold(0.5)
-        assert purse.spent == 0.5
+            money.hold(0.25)
+            money.lose(0.25)
+        money.hold(0.5)
+        assert money.spent == 0.5
     with Ledger(tmp_path / "l.sqlite") as ledger:
         assert ledger.answers.spent() == pytest.approx(0.5)
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=40), st.floats(0, 5))
 def test_whatever_is_held_suffices(calls: list[tuple[float, float]], most: float) -> None:
-    purse = Purse(most)
+    money = MoneyBudget(most)
     for held, share in calls:
         try:
-            purse.hold(held)
+            money.hold(held)
         except StopRun:
             continue
-        purse.release(held, held * share)
-    assert purse.spent <= most + 1e-9
+        money.release(held, held * share)
+    assert money.spent <= most + 1e-9

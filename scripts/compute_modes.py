@@ -21,10 +21,10 @@ from medisee.models.losses import Terms, end_to_end_loss
 from medisee.models.medisee import MaskDetail, MediSee, Output
 from medisee.models.processing import Batch, Example
 from medisee.models.seg_head import vit_sizes
-from medisee.planning.workload import CACHED, OURS, RELEASE, Way
+from medisee.planning.workload import CACHED, OURS, RELEASE, ComputeMode
 from medisee.training.optimization import TrainingLoss
 
-PACKED = Way("packed, all logits", all_logits=True)
+PACKED = ComputeMode("packed, all logits", all_logits=True)
 WAYS = {
     "release": replace(RELEASE, name="unpacked, all logits"),
     "packed": PACKED,
@@ -53,7 +53,7 @@ def use_package(model: MediSee) -> None:
 
 
 @torch.no_grad()
-def make_batch(model: MediSee, examples: Sequence[Example], way: Way, weights: Loss) -> Batch:
+def make_batch(model: MediSee, examples: Sequence[Example], way: ComputeMode, weights: Loss) -> Batch:
     """Builds the batch that a way of computing reads; cached features are computed here, outside what is timed."""
     batch = model.processor(examples, mask_resolution=weights.mask_resolution, packed=way.packed)
     if way.vision_per_query and batch.vision_B3VV is not None:
@@ -64,7 +64,7 @@ def make_batch(model: MediSee, examples: Sequence[Example], way: Way, weights: L
     return batch
 
 
-def language_states(model: MediSee, inputs_SLD: Tensor, batch: Batch, way: Way) -> Tensor:
+def language_states(model: MediSee, inputs_SLD: Tensor, batch: Batch, way: ComputeMode) -> Tensor:
     """Runs the language model's layers: (S, L, D) -> (S, L, D)."""
     if way.packed:
         return model.read_sequences(inputs_SLD, batch)
@@ -86,10 +86,10 @@ def all_labels(batch: Batch) -> Tensor:
     return labels_SL.flatten()
 
 
-class WayLoss(TrainingLoss):
+class ModeLoss(TrainingLoss):
     """Model and loss, computed in one of the ways; values differ only where masks are compared at another resolution."""
 
-    def __init__(self, model: MediSee, weights: Loss, way: Way, *, dtype: torch.dtype) -> None:
+    def __init__(self, model: MediSee, weights: Loss, way: ComputeMode, *, dtype: torch.dtype) -> None:
         super().__init__(model, weights, dtype=dtype, world=1)
         self.way = way
 
@@ -122,7 +122,7 @@ class WayLoss(TrainingLoss):
             masks_Jhh=model.decode_masks(batch, embedding_BCGG, segmentation_ID, centred_I4),
             text_logits_NV=all_logits(model, hidden_SLD),
             similarity_IT=similarity_IT,
-            plain_similarity_QT=None,
+            class_similarity_QT=None,
         )
 
 
