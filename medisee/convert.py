@@ -341,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="convert_checkpoint.py", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="from-release|merge|export-sam")
     release = commands.add_parser(
         "from-release", help="the authors' checkpoint", description=FROM_RELEASE, formatter_class=raw

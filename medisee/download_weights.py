@@ -229,7 +229,7 @@ def check(out: Path, names: Sequence[str] = ()) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Downloads or checks weights from the command line."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="download_weights.py", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("names", nargs="*", metavar="NAME[@REVISION]", help="models or sets, see --list")
     parser.add_argument("--out", type=Path, default=Path("weights"), help="folder to write (default: weights)")
     parser.add_argument("--list", action="store_true", help="print what there is, and end")

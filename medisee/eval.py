@@ -373,7 +373,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluates from the command line."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--checkpoint", type=Path, help="folder that training wrote, such as runs/demo/checkpoint")
     add("--predictions", type=Path, help="instead of a checkpoint: predictions of any system, JSON Lines")

@@ -217,9 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="inference.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="folder that training wrote, or a hub id")
     add(
@@ -250,7 +248,8 @@ def _parser() -> argparse.ArgumentParser:
 def _plan(argv: Sequence[str] | None) -> str:
     """Says what inference needs; it takes a checkpoint or a configuration, and neither image nor query."""
     parser = argparse.ArgumentParser(
-        prog="inference.py --plan", description="Prints parameters, memory, arithmetic and missing files, and ends."
+        prog=f"{Path(sys.argv[0]).name} --plan",
+        description="Prints parameters, memory, arithmetic and missing files, and ends.",
     )
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--checkpoint", type=Path, metavar="DIR", help="folder that training wrote")

@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="prepare_data.py", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="demo|sa-med2d|mlmr-sd|ask")
     demo = commands.add_parser("demo", help="the offline demo data set", description=DEMO, formatter_class=raw)
     demo.set_defaults(run=_demo)

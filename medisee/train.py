@@ -332,9 +332,7 @@ def _save(run: Run, step: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML run, such as configs/demo.yaml")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="continue from the newest whole state in train.out")
