@@ -68,9 +68,9 @@ def test_a_script_keeps_its_name(
 
 
 def test_an_unknown_command_names_the_nearest() -> None:
-    done = run("trian")
+    done = run("trainn")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: unknown command 'trian'; see medisee --help. Did you mean 'train'?\n"
+    assert done.stderr == "error: unknown command 'trainn'; see medisee --help. Did you mean 'train'?\n"
 
 
 def test_bad_input_of_a_command_ends_with_2(tmp_path: Path) -> None:
