@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from medisee.cli import ALL, COMMANDS, main
+from medisee.cli import ALL, COMMANDS, console, main
 from medisee.foundation.errors import InputError
 
 
@@ -73,10 +73,13 @@ def test_an_unknown_command_names_the_nearest() -> None:
     assert done.stderr == "error: unknown command 'trainn'; see medisee --help. Did you mean 'train'?\n"
 
 
-def test_bad_input_of_a_command_ends_with_2(tmp_path: Path) -> None:
-    done = run("train", "--config", str(tmp_path / "none.yaml"))
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and "none.yaml" in done.stderr
+def test_bad_input_of_a_command_ends_with_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["medisee", "train", "--config", str(tmp_path / "none.yaml")])
+    assert console() == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and "none.yaml" in printed
 
 
 def test_plan_takes_a_configuration_or_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
