@@ -1,6 +1,6 @@
-"""run.json: what made a result - configuration, commit, versions, device, seed, time. No patient field, no key.
+"""run.json: how a result was made - configuration, commit, versions, device, seed, time. No patient data, no keys.
 
-Of the command line only the program's name is kept: names of folders and images can be patient data.
+Only the program's name is kept of the command line: names of folders and images can be patient data.
 """
 
 from __future__ import annotations
