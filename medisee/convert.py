@@ -1,6 +1,6 @@
 """Converts whole models to checkpoint folders, and a checkpoint's SAM to transformers' format. Run it as
 
-  python scripts/convert_checkpoint.py from-release --weights weights/medisee --config configs/medisee_7b.yaml --out converted
+  python scripts/convert_checkpoint.py from-release --weights weights/medisee --config configs/medisee_7b.yaml --out new
   python scripts/convert_checkpoint.py merge --checkpoint runs/medisee_7b/checkpoint --out merged
   python scripts/convert_checkpoint.py export-sam --checkpoint runs/medisee_7b/checkpoint --out sam
 
@@ -43,23 +43,17 @@ from medisee.weights.tokenizer import IMAGE_TOKEN, add_candidate_tokens, token_i
 FROM_RELEASE = """Converts the authors' checkpoint strictly: a tensor without a place, or a missing one, is an error.
 The weights are read file by file; nothing in them is executed.
 
-  python scripts/convert_checkpoint.py from-release --weights weights/medisee --config configs/medisee_7b.yaml --out converted
-
 Sizes come from the configuration and are compared with the weights. The model computes as the release does
-(compat=release), since its weights were trained so; add compat=none, or single settings such as model.box_frame=resized,
-for the correct behaviour. Weights that were merged before have no LoRA: add model.mllm.train=frozen.
+(compat=release), since its weights were trained so; add compat=none, or single settings such as
+model.box_frame=resized, for the correct behaviour. Merged weights have no LoRA: add model.mllm.train=frozen.
 """
 MERGE = """Folds LoRA and separately trained token rows into the weights that they adapt. The result is one model that
 needs no other weights and computes the same.
 
-  python scripts/convert_checkpoint.py merge --checkpoint runs/medisee_7b/checkpoint --out merged
-
 The whole model is held in memory. 16-bit weights stay so, which rounds what is folded into them.
 """
-EXPORT = """Writes the SAM or MedSAM of a checkpoint, with its trained mask decoder, as a folder of transformers' SamModel,
-which model.seg_head.checkpoint takes as well.
-
-  python scripts/convert_checkpoint.py export-sam --checkpoint runs/medisee_7b/checkpoint --out sam
+EXPORT = """Writes the SAM or MedSAM of a checkpoint, with its trained mask decoder, as a folder of transformers'
+SamModel, which model.seg_head.checkpoint takes as well.
 
 LoRA on its image encoder is folded in. The whole model is held in memory.
 """
@@ -76,13 +70,10 @@ _LANGUAGE_SIZES = {
 
 
 def from_release(weights: Path, model: Model, tokenizer_folder: Path, out: Path) -> Report:
-    """Converts the authors' checkpoint to a folder of ours.
+    """Converts the authors' .bin or .safetensors files to a checkpoint folder, which replaces a checkpoint at `out`.
 
-    Args:
-        weights: the authors' folder: sharded .bin or .safetensors.
-        model: its configuration; the release's weights replace the published ones that it names.
-        tokenizer_folder: with or without the candidate tokens, which are added in the release's order.
-        out: replaced as a whole if it holds a checkpoint.
+    The release's weights replace the published ones that `model` names. The tokenizer's folder may lack the candidate
+    tokens, which are added in the release's order.
 
     Raises:
         InputError: another model, foreign or truncated files, missing shards or tensors, keys without a place, other
@@ -226,7 +217,8 @@ def _sizes(llava: Any, mllm: Mllm, folder: Path) -> dict[str, Any]:
         "vision_feature_select_strategy": (llava.vision_feature_select_strategy, "default"),
     }
     problems = [
-        f"{folder}: {name} of {mllm.source} is {value!r}, but models built from sizes have {expected!r}; it cannot be merged."
+        f"{folder}: cannot be merged, since {name} of {mllm.source} is {value!r}, "
+        f"but models built from sizes have {expected!r}."
         for name, (value, expected) in given.items()
         if value != expected
     ]

@@ -5,9 +5,9 @@
   python scripts/download_weights.py llava-med@REVISION sam --out weights one model at a fixed revision, and another
   python scripts/download_weights.py --check --out weights                nothing changed since? needs no network
 
-Each model is put into a folder of its name in OUT. An interrupted download is resumed. Downloaded files are compared
-with the hub's checksums. weights.json in OUT holds the size and SHA-256 of every file; a file that differs from it later
-is an error and never silently accepted.
+Each model is put into a folder of its name in OUT. An interrupted download is resumed, and what was downloaded is
+compared with the hub's checksums. weights.json in OUT records size and SHA-256 of every file; a file that differs from
+it later is an error and never silently accepted.
 """
 
 from __future__ import annotations
@@ -113,14 +113,7 @@ def wanted(names: Sequence[str]) -> dict[str, str | None]:
 
 
 def download(out: Path, models: Mapping[str, str | None]) -> list[str]:
-    """Downloads models, and records each in the manifest when it is complete.
-
-    Args:
-        out: folder of the models and of the manifest.
-        models: names and revisions.
-
-    Returns:
-        What is missing, and why; the other models are there.
+    """Downloads models (name -> revision) and records each in the manifest; returns why the missing ones are missing.
 
     Raises:
         InputError: the manifest is broken.
@@ -148,13 +141,12 @@ def download(out: Path, models: Mapping[str, str | None]) -> list[str]:
                 )
         except InputError as error:
             missing += [f"missing {name}: {problem}" for problem in error.problems]
-            continue
         except OSError as error:
             missing.append(f"missing {name}: {folder} cannot be read or written ({error}); correct --out.")
-            continue
-        notes[name] = ModelNote(files, weights.repository or weights.page, revision)
-        write_json(out / MANIFEST, asdict(Notes(1, notes)))
-        print(f"{name}: {len(files)} files in {folder}")
+        else:
+            notes[name] = ModelNote(files, weights.repository or weights.page, revision)
+            write_json(out / MANIFEST, asdict(Notes(1, notes)))
+            print(f"{name}: {len(files)} files in {folder}")
     return missing
 
 

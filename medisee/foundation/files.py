@@ -1,4 +1,4 @@
-"""Files: written completely or not at all, read only from inside their folder, compared by hashes of content or name."""
+"""Files: written completely or not at all, read only from inside their root, compared by hashes of content or name."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def recover_folder(folder: Path) -> None:
-    """Undoes a `replace_folder` that was killed between its two renames, and removes leftovers of interrupted writes."""
+    """Undoes a `replace_folder` that was killed between its two renames; removes leftovers of interrupted writes."""
     old = folder.with_name(f".{folder.name}.old")
     if old.is_dir() and not folder.exists():
         os.rename(old, folder)

@@ -1,4 +1,4 @@
-"""A checkpoint: a folder of config.json, tokenizer, trained tensors as safetensors, and a description of frozen weights.
+"""A checkpoint: a folder of config.json, tokenizer and trained tensors, which says what frozen weights it builds on.
 
 Frozen weights that come from a published file are not copied: config.json holds their name and SHA-256, and loading
 fails when the file at hand is another one. For a language model in a folder or in the hub's cache, the SHA-256 is that
@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol, TypeVar
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]: of whichever library it uses
 from peft.tuners.lora import LoraLayer
 from peft.utils import TrainableTokensWrapper
@@ -29,7 +29,7 @@ from medisee.config.model import PLACING, Model
 from medisee.foundation.errors import InputError, first_line, shortened
 from medisee.foundation.files import atomic_path, cached_sha256, write_json
 from medisee.weights.gguf import gguf_file
-from medisee.weights.hub import cached_folder, is_hub_id
+from medisee.weights.hub import cached_folder, fetch, is_hub_id
 from medisee.weights.model_card import CARD, model_card
 from medisee.weights.sam_format import packaged_weights, weights_file
 from medisee.weights.shards import CONFIG, SAFETENSORS, SAFETENSORS_INDEX, read_json, shard_paths, shards_digest
@@ -37,7 +37,6 @@ from medisee.weights.shards import CONFIG, SAFETENSORS, SAFETENSORS_INDEX, read_
 WEIGHTS = SAFETENSORS
 FORMAT = 1
 
-_HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model")
 _FIX = "give the folder that training wrote, such as runs/demo/checkpoint"
 
 
@@ -146,8 +145,8 @@ def check_replaceable(folder: Path) -> None:
 def write_description(folder: Path, config: Model, run: dict[str, Any]) -> None:
     """Writes a checkpoint's config.json: the model's configuration, its frozen bases, facts about the run."""
     bases = [asdict(base) for base in frozen_bases(config)]
-    content = {"format": FORMAT, "model": config.model_dump(mode="json"), "frozen": bases, "run": run}
-    write_json(folder / CONFIG, content)
+    model = config.model_dump(mode="json")
+    write_json(folder / CONFIG, {"format": FORMAT, "model": model, "frozen": bases, "run": run})
 
 
 def load_checkpoint(
@@ -271,15 +270,14 @@ def local_checkpoint(source: Path | str, revision: str | None = None) -> Path:
     if not is_hub_id(source):
         raise InputError(f"{source}: no such folder; {_FIX}, or a hub id.")
     try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(_HUB_FILES)))
-    except (HTTPError, OSError, ValueError) as error:
-        raise InputError(
-            f"{source}: no such folder, and no hub repository in reach ({first_line(error)}); {_FIX}, or a hub id."
-        ) from error
+        return fetch(str(source), revision)
+    except InputError as error:
+        reason = error.problems[0].removeprefix(f"{source}: ").rstrip(".")
+        raise InputError(f"{source}: no such folder, and as a hub id it {reason}. Or {_FIX}.") from error
 
 
 def push_checkpoint(model: SavedModel, hub_id: str, *, private: bool | None, token: str | None) -> str:
-    """Uploads a checkpoint to the hub and returns the commit's address; see `MediSee.push_to_hub`.
+    """Uploads a checkpoint to the hub and returns the commit's URL; see `MediSee.push_to_hub`.
 
     Raises:
         InputError: the hub refuses it or is out of reach.
@@ -314,7 +312,7 @@ def load_trained(model: SavedModel, state: dict[str, Tensor], where: Path) -> No
         if name not in own
     ]
     problems += [
-        f"{where}: {name} has shape {tuple(state[name].shape)}, the config says {tuple(value.shape)}; use its own config"
+        f"{where}: {name} has shape {tuple(state[name].shape)}, the config says {tuple(value.shape)}; use its config"
         for name, value in own.items()
         if name in state and value.shape != state[name].shape
     ]

@@ -129,7 +129,7 @@ def _read(path: Path) -> tuple[PreTrainedTokenizerBase, Any]:
         raise InputError(f"{path}: not a language model that transformers can read ({first_line(error)}).") from error
     text, report = loaded
     problems = []
-    if lacking := set(report["missing_keys"]) | {str(name) for name, *_ in report["mismatched_keys"]}:
+    if lacking := {*report["missing_keys"], *(str(name) for name, *_ in report["mismatched_keys"])}:
         problems.append(f"{path}: lacks {some(lacking)}; fetch the file again.")
     if tokenizer.bos_token is None or tokenizer.eos_token is None:
         problems.append(f"{path}: its tokenizer has no tokens for beginning and end; use another model.")

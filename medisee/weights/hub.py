@@ -41,14 +41,14 @@ def cached_folder(source: str, member: str, revision: str | None = None) -> Path
 def fetch(repository: str, revision: str | None = None, folder: Path | None = None, *, weights: bool = True) -> Path:
     """Fetches configuration, tokenizer and weights of a repository and returns the folder that holds them.
 
-    Safetensors are preferred; .bin and .pth files are fetched only where there are none. Complete files are kept, and an
-    interrupted download is resumed.
+    Safetensors are preferred; .bin and .pth files are fetched only where there are none. Complete files are kept, and
+    an interrupted download is resumed.
 
     Args:
         repository: hub id, "owner/name".
         revision: branch, tag or commit; None: the main branch.
-        folder: where the files go; None: the hub's own cache.
-        weights: False leaves the weights out.
+        folder: where to put the files; None: the hub's cache.
+        weights: whether to fetch the weights too.
 
     Raises:
         InputError: no network, no such repository or revision, or terms that have to be accepted first.

@@ -136,7 +136,7 @@ def _load(folder: Path, config: Mllm) -> LlavaForConditionalGeneration:
 
 
 def general_kernel(config: Mllm) -> str:
-    """Returns transformers' attention kernel for all parts; flex attention is set in the layers only, see packing.py."""
+    """Returns transformers' attention kernel for all parts; packing.py sets flex attention in the layers."""
     return "sdpa" if config.attention == "flex" else config.attention
 
 

@@ -1,8 +1,8 @@
 """What an original LLaVA(-Med) checkpoint means in transformers' Llava: names, sizes, tokenizer.
 
-An original checkpoint is what LLaVA's own code wrote: `LlavaMistralForCausalLM` or `LlavaLlamaForCausalLM` in config.json,
-tensors under LLaVA's names, often tokenizer.model as the only tokenizer. It is recognised by its config.json, and none of
-its code is run. llava_convert.py writes it in transformers' format.
+An original checkpoint was written by LLaVA's own code: config.json names `LlavaMistralForCausalLM` or
+`LlavaLlamaForCausalLM`, tensors have LLaVA's names, and tokenizer.model is often the only tokenizer. Its code is never
+run. llava_convert.py writes it in transformers' format.
 """
 
 from __future__ import annotations

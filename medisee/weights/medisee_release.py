@@ -79,11 +79,9 @@ class Report:
 
 
 def our_name(key: str, *, lora: bool) -> str | None:
-    """Returns our name of a tensor of the release, None for an unknown key.
+    """Returns our name of a tensor of the release, with or without peft's prefix; None for an unknown key.
 
-    Args:
-        key: with or without `base_model.model.`, the prefix that peft adds.
-        lora: our language model has LoRA; its base weights are then called `base_layer`.
+    If our language model has LoRA, its base weights are called `base_layer`.
     """
     name = renamed(key.removeprefix(_PEFT), _NAMES)
     return name and _ADAPTED.sub(rf"\1.{'base_layer.' if lora else ''}\2", name)
@@ -103,12 +101,9 @@ def why_dropped(key: str) -> str | None:
 
 
 def our_values(name: str, values: Tensor, candidate_tokens: tuple[str, ...]) -> Tensor:
-    """Converts a tensor of the release, or its gradient, to our order and vocabulary.
+    """Converts a tensor of the release, or its gradient, to our order and vocabulary; `name` is ours.
 
-    Args:
-        name: our name.
-        values: the release's; returned unchanged if it is for another number of tokens.
-        candidate_tokens: of our model; RELEASE_TOKENS in any order.
+    `candidate_tokens` are RELEASE_TOKENS in our order. A tensor for another number of tokens is returned unchanged.
     """
     order = [RELEASE_TOKENS.index(token) for token in candidate_tokens]
     if name.endswith("_router.gate.0.weight") and values.ndim == 2 and values.shape[1] % len(order) == 0:
@@ -121,13 +116,9 @@ def our_values(name: str, values: Tensor, candidate_tokens: tuple[str, ...]) -> 
 
 
 def place(shard: Shard, *, expected: Mapping[str, torch.Size], config: Model, report: Report) -> ShardPlan:
-    """Finds the place of one file's tensors in our model; nothing is read yet.
+    """Finds the place of one file's tensors in our model and adds them to the report; nothing is read yet.
 
-    Args:
-        shard: a file of the release.
-        expected: name and shape of every tensor of our model.
-        config: of our model.
-        report: extended by this file.
+    `expected` are names and shapes of all tensors of our model, which `config` describes.
 
     Raises:
         InputError: unknown keys, other shapes, another vocabulary; all of this file's at once.
@@ -140,36 +131,30 @@ def place(shard: Shard, *, expected: Mapping[str, torch.Size], config: Model, re
             continue
         name = our_name(key, lora=config.mllm.train == "lora")
         if name is None or name not in expected:
-            problems.append(f"{shard.path}: unknown tensor {key}; {_unknown(key, config)}")
+            fix = "expected the authors' checkpoint of the model that the configuration describes."
+            if ".lora_" in key and config.mllm.train != "lora":
+                fix = "the weights have LoRA, so set model.mllm.train=lora."
+            problems.append(f"{shard.path}: unknown tensor {key}; {fix}")
             continue
         # The meta device computes shapes without values.
         shape = our_values(name, torch.empty(facts.shape, device="meta"), config.candidate_tokens).shape
-        if shape != expected[name]:
-            problems.append(f"{shard.path}: {_misfit(key, facts, name, expected[name])}")
-            continue
-        plan.tensors[name], plan.old_names[name] = TensorFacts(tuple(shape), facts.dtype), key
-        part = next(part for part, begins in PARTS.items() if name.startswith(begins))
-        report.placed[part] += 1
-        report.parameters[part] += torch.Size(facts.shape).numel()
-        report.dtypes[str(facts.dtype).removeprefix("torch.")] += 1
+        if shape != expected[name] and name in _VOCABULARY and len(facts.shape) == 2:
+            rows, width = expected[name]
+            problems.append(
+                f"{shard.path}: {key} has {facts.shape[0]} rows of {facts.shape[1]}, but the tokenizer has {rows - 1} "
+                f"tokens beside <image>, and the configuration has width {width}; give its own tokenizer and sizes."
+            )
+        elif shape != expected[name]:
+            problems.append(
+                f"{shard.path}: {key} has shape {facts.shape}, the configuration expects {tuple(expected[name])}; "
+                "correct the sizes in the configuration."
+            )
+        else:
+            plan.tensors[name], plan.old_names[name] = TensorFacts(tuple(shape), facts.dtype), key
+            part = next(part for part, begins in PARTS.items() if name.startswith(begins))
+            report.placed[part] += 1
+            report.parameters[part] += torch.Size(facts.shape).numel()
+            report.dtypes[str(facts.dtype).removeprefix("torch.")] += 1
     if problems:
         raise InputError(shortened(problems, str(shard.path)))
     return plan
-
-
-def _unknown(key: str, config: Model) -> str:
-    if ".lora_" in key and config.mllm.train != "lora":
-        return "the weights have LoRA, so set model.mllm.train=lora."
-    return "expected the authors' checkpoint of the model that the configuration describes."
-
-
-def _misfit(key: str, facts: TensorFacts, name: str, shape: torch.Size) -> str:
-    if name in _VOCABULARY and len(facts.shape) == 2:
-        return (
-            f"{key} has {facts.shape[0]} rows of {facts.shape[1]}, but the tokenizer has {shape[0] - 1} tokens beside "
-            f"<image>, and the configuration has width {shape[1]}; give the checkpoint's own tokenizer and sizes."
-        )
-    return (
-        f"{key} has shape {facts.shape}, the configuration expects {tuple(shape)}; "
-        "correct the sizes in the configuration."
-    )

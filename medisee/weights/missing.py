@@ -19,13 +19,7 @@ _DOWNLOAD = "python scripts/download_weights.py"
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """Something that is not on this machine.
-
-    Attributes:
-        setting: the configuration's key that asks for it.
-        path: file, folder or hub id.
-        source: where to get it.
-    """
+    """A file, folder or hub id that is not on this machine, the setting that names it, and where to get it."""
 
     setting: str
     path: str

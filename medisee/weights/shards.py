@@ -59,7 +59,7 @@ class TensorFacts:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """An open file of tensors: shape and type of each, and a function that reads one by its name."""
+    """An open file of tensors: shape and type of each, and a function that reads one."""
 
     path: Path
     tensors: Mapping[str, TensorFacts]
@@ -68,13 +68,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """A file to convert.
-
-    Attributes:
-        path: the file.
-        tensors: shape and type of what is written of it, by the new names.
-        old_names: what the file calls each.
-    """
+    """A file to convert: for each new name, shape and type of the tensor to write, and its old name."""
 
     path: Path
     tensors: dict[str, TensorFacts]
@@ -82,10 +76,10 @@ class ShardPlan:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """Lists the weight files of a checkpoint: those its index names, or the only one.
+    """Lists the weight files of a checkpoint: those that its index names, or the only one.
 
     Raises:
-        InputError: no weights; a broken index; shards that it names and that are missing, all of them.
+        InputError: no weights; a broken index; all files that it names and that are missing.
     """
     first = _first(folder)
     if first is None:
@@ -99,7 +93,7 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def weight_map(folder: Path) -> dict[str, str]:
-    """Returns which file holds each tensor, by the index; empty for a single file.
+    """Returns which file holds each tensor according to the index; empty for a single file.
 
     Raises:
         InputError: the index is broken.
@@ -144,24 +138,25 @@ def open_shard(path: Path) -> Iterator[Shard]:
     Raises:
         InputError: the file is truncated, of another kind, or holds anything but tensors. Pickled code is not run.
     """
-    if path.suffix == ".safetensors":
-        try:
-            handle = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{path}: truncated or not a safetensors file ({first_line(error)}); fetch it again."
-            ) from error
-        with handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (it is not a mapping)
-            codes = {name: piece.get_dtype() for name, piece in slices.items()}
-            _check_dtypes(path, {name: code for name, code in codes.items() if code not in _DTYPES})
-            facts = {n: TensorFacts(tuple(piece.get_shape()), _DTYPES[codes[n]]) for n, piece in slices.items()}
-            yield Shard(path, facts, handle.get_tensor)
+    if path.suffix != ".safetensors":
+        tensors = _unpickled(path)
+        types: dict[str, Any] = {name: tensor.dtype for name, tensor in tensors.items()}
+        _check_types(path, types, _CODES)
+        facts = {name: TensorFacts(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        yield Shard(path, facts, tensors.__getitem__)
         return
-    tensors = _unpickled(path)
-    _check_dtypes(path, {name: str(t.dtype) for name, t in tensors.items() if t.dtype not in _CODES})
-    facts = {name: TensorFacts(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    yield Shard(path, facts, tensors.__getitem__)
+    try:
+        handle = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: truncated or not a safetensors file ({first_line(error)}); fetch it again."
+        ) from error
+    with handle:
+        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (it is not a mapping)
+        types = {name: piece.get_dtype() for name, piece in slices.items()}
+        _check_types(path, types, _DTYPES)
+        facts = {name: TensorFacts(tuple(piece.get_shape()), _DTYPES[types[name]]) for name, piece in slices.items()}
+        yield Shard(path, facts, handle.get_tensor)
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
@@ -182,10 +177,9 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     return content
 
 
-def _check_dtypes(path: Path, odd: Mapping[str, str]) -> None:
-    if odd:
-        names = some([f"{name} ({kind})" for name, kind in odd.items()])
-        raise InputError(f"{path}: holds {names}; give the checkpoint without quantization.")
+def _check_types(path: Path, types: Mapping[str, Any], known: Mapping[Any, Any]) -> None:
+    if odd := [f"{name} ({kind})" for name, kind in types.items() if kind not in known]:
+        raise InputError(f"{path}: holds {some(odd)}; give the checkpoint without quantization.")
 
 
 def shards_digest(folder: Path) -> str | None:
@@ -210,7 +204,7 @@ def shards_digest(folder: Path) -> str | None:
 
 
 def check_shards(folder: Path) -> None:
-    """Opens every shard of a checkpoint and compares it with the index.
+    """Opens every file of a checkpoint and compares it with the index.
 
     Raises:
         InputError: every file that is missing, truncated or foreign, and every tensor that is not where the index says.
@@ -221,14 +215,9 @@ def check_shards(folder: Path) -> None:
 
 
 def plan_shards(folder: Path, plan: Callable[[Shard], ShardPlan]) -> tuple[list[ShardPlan], list[str]]:
-    """Plans the conversion of a checkpoint from its headers alone.
+    """Plans the conversion of a checkpoint from its headers; returns the plans of its files and every problem found.
 
-    Args:
-        folder: the checkpoint.
-        plan: plans one file; what it refuses by an InputError is collected.
-
-    Returns:
-        A plan for each file that has one, and every problem found.
+    `plan` plans one file; the problems of an InputError that it raises are collected.
 
     Raises:
         InputError: no weights; a broken index; missing files.
@@ -265,12 +254,9 @@ def _index_problems(shard: Shard, places: Mapping[str, str]) -> list[str]:
 
 
 def write_shards(plans: Sequence[ShardPlan], folder: Path, change: Callable[[str, Tensor], Tensor]) -> None:
-    """Writes planned files as model.safetensors, or as several files with an index.
+    """Writes planned files as model.safetensors, or as several files with an index; a file without tensors is left out.
 
-    Args:
-        plans: what to write; a file without tensors is left out.
-        folder: where to write.
-        change: turns a tensor, given its new name and its old values, into what is written.
+    `change` returns the values to write, given a tensor's new name and its values in the old file.
     """
     plans = [one for one in plans if one.tensors]
     places: dict[str, str] = {}

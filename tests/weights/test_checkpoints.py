@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from medisee import MediSee
 from medisee.foundation.errors import InputError
 from medisee.models.processing import Example, Query
-from medisee.weights import checkpoints
+from medisee.weights import checkpoints, hub
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_saving_replaces_nothing_but_checkpoints(model: MediSee, tmp_path: Path)
 def test_a_hub_id_is_fetched(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     fetch = lambda hub_id, revision, **_: asked.append((hub_id, revision)) or str(tiny_checkpoint)  # noqa: E731
-    monkeypatch.setattr(checkpoints, "snapshot_download", fetch)
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
     assert isinstance(MediSee.from_pretrained("lab/medisee", revision="v1"), MediSee)
     assert asked == [("lab/medisee", "v1")]
     with pytest.raises(InputError, match="runs/no/checkpoint: no such folder; give the folder that training wrote"):
@@ -116,9 +116,9 @@ def test_a_hub_out_of_reach_is_told(model: MediSee, monkeypatch: pytest.MonkeyPa
     def fail(*_: object, **__: object) -> None:
         raise OSError("401 Client Error.\nmore")
 
-    monkeypatch.setattr(checkpoints, "snapshot_download", fail)
+    monkeypatch.setattr(hub, "snapshot_download", fail)
     with pytest.raises(
-        InputError, match=r"lab/no: no such folder, and no hub repository in reach \(401 Client Error.\)"
+        InputError, match=r"lab/no: no such folder, and as a hub id it cannot be fetched: .* \(401 Client Error.\)"
     ):
         MediSee.from_pretrained("lab/no")
     monkeypatch.setattr(checkpoints.HfApi, "create_repo", fail)
