@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +16,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from medisee import MediSee
+from medisee.foundation import files
 from medisee.foundation.errors import InputError
+from medisee.foundation.files import sha256
 from medisee.models.processing import Example, Query
 from medisee.weights import checkpoints, hub
+from medisee.weights.shards import read_json
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +90,22 @@ def test_saved_and_loaded_models_agree_to_the_last_bit(model: MediSee, tmp_path:
         assert (mine is None) == (yours is None), field.name
         if mine is not None and yours is not None:
             assert torch.equal(mine, yours), field.name
+
+
+def test_files_are_read_once(
+    build_tiny: Callable[..., MediSee], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The frozen seg head's weights are hashed once for all saving and loading; config.json is read once per loading."""
+    save_file(build_tiny().seg_head.state_dict(), tmp_path / "sam.safetensors")
+    model = build_tiny(seg_head={"vit": "micro", "size": 64, "checkpoint": str(tmp_path / "sam.safetensors")})
+    hashed: list[Path] = []
+    monkeypatch.setattr(files, "sha256", lambda path: hashed.append(Path(path)) or sha256(path))
+    model.save_pretrained(tmp_path / "checkpoint")
+    read: list[Path] = []
+    monkeypatch.setattr(checkpoints, "read_json", lambda path: read.append(path) or read_json(path))
+    MediSee.from_pretrained(tmp_path / "checkpoint")
+    assert hashed == [tmp_path / "sam.safetensors"]
+    assert read == [tmp_path / "checkpoint" / "config.json"]
 
 
 def test_bits_need_a_published_language_model(tiny_checkpoint: Path) -> None:
