@@ -113,7 +113,7 @@ def wanted(names: Sequence[str]) -> dict[str, str | None]:
 
 
 def download(out: Path, models: Mapping[str, str | None]) -> list[str]:
-    """Downloads models (name -> revision) and records each in the manifest; returns why the missing ones are missing.
+    """Downloads models, given their revisions, and records each in the manifest; returns what is missing and why.
 
     Raises:
         InputError: the manifest is broken.
@@ -152,7 +152,8 @@ def download(out: Path, models: Mapping[str, str | None]) -> list[str]:
 
 def _hashed(out: Path, folder: Path) -> dict[str, FileNote]:
     # The hub keeps its own notes in hidden folders.
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and "/." not in f"/{path.relative_to(folder)}")
+    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    paths = sorted(path for name, path in files.items() if not any(part.startswith(".") for part in name.parts))
     return {
         path.relative_to(out).as_posix(): FileNote(sha256(path), path.stat().st_size)
         for path in tqdm(paths, desc=f"hashing {folder.name}", unit="file")

@@ -75,7 +75,7 @@ def released(model: MediSee, *, spelling: str) -> dict[str, Tensor]:
 
 
 def write_release(folder: Path, state: dict[str, Tensor], kind: str) -> None:
-    """Writes a state as shards with an index, and what else lies in the authors' folder."""
+    """Writes a state as shards with an index, beside the other files of the authors' folder."""
     folder.mkdir()
     names = list(state)
     places = {}

@@ -88,13 +88,13 @@ def test_a_file_that_is_not_the_hubs_is_not_noted(hub: Hub, tmp_path: Path, monk
     assert read_manifest(tmp_path) == {}
 
 
-def test_a_revision_is_asked_for_and_noted(hub: Hub, tmp_path: Path) -> None:
+def test_a_revision_is_fetched_and_noted(hub: Hub, tmp_path: Path) -> None:
     run("sam@abc123", "--out", tmp_path)
     assert (tmp_path / "sam" / "model.safetensors").read_bytes() == b"samabc123"
     assert read_manifest(tmp_path)["sam"].revision == "abc123"
 
 
-def test_what_is_missing_is_told_and_the_rest_is_there(hub: Hub, tmp_path: Path) -> None:
+def test_what_is_missing_is_reported_and_the_rest_is_there(hub: Hub, tmp_path: Path) -> None:
     (found,) = problems(lambda: run("clip", "sam", "--out", tmp_path))
     assert found == "missing clip: openai/clip-vit-large-patch14-336: cannot be fetched: no network."
     assert set(read_manifest(tmp_path)) == {"sam"}
@@ -175,7 +175,7 @@ def test_bad_names(names: list[str]) -> None:
     assert names[-1] in found
 
 
-def test_several_bad_names_are_told_together() -> None:
+def test_several_bad_names_are_reported_together() -> None:
     unknown, revision = problems(lambda: wanted(["sma", "sam@"]))
     assert "Did you mean 'sam'?" in unknown
     assert "sam@" in revision

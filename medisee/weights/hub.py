@@ -18,10 +18,6 @@ from huggingface_hub.errors import (
 
 from medisee.foundation.errors import InputError, first_line
 
-TEXTS = ("*.json", "tokenizer.model")
-SAFETENSORS = ("*.safetensors",)
-PICKLES = ("pytorch_model*.bin", "*.pth")
-
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -55,15 +51,14 @@ def fetch(repository: str, revision: str | None = None, folder: Path | None = No
     """
 
     def snapshot(*patterns: str) -> Path:
-        return Path(
-            snapshot_download(repository, revision=revision, local_dir=folder, allow_patterns=[*TEXTS, *patterns])
-        )
+        wanted = ["*.json", "tokenizer.model", *patterns]
+        return Path(snapshot_download(repository, revision=revision, local_dir=folder, allow_patterns=wanted))
 
     try:
         if not weights:
             return snapshot()
-        found = snapshot(*SAFETENSORS)
-        return found if any(found.glob("*.safetensors")) else snapshot(*PICKLES)
+        found = snapshot("*.safetensors")
+        return found if any(found.glob("*.safetensors")) else snapshot("pytorch_model*.bin", "*.pth")
     except (HTTPError, OSError, ValueError) as error:
         raise InputError(f"{repository}: cannot be fetched: {_reason(error, repository, revision)}") from error
 

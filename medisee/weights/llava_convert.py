@@ -58,8 +58,8 @@ _EMBEDDING = "model.language_model.embed_tokens.weight"
 def converted(folder: Path, config: Mllm) -> Path:
     """Returns the transformers-format folder of an original checkpoint, which is converted first if need be.
 
-    Its name depends on sizes and times of the weights and on the content of all other files, so that another checkpoint
-    never takes its place. `config` names it (`source`), its home (`converted`) and the `vision_source`.
+    Its name depends on sizes and times of the weights and on the content of all other files, so that it is never taken
+    for another checkpoint's.
 
     Raises:
         InputError: all that is missing, left over, misshapen or unreadable; no vision tower; no room.

@@ -122,17 +122,17 @@ def test_saving_replaces_nothing_but_checkpoints(model: MediSee, tmp_path: Path)
 
 
 def test_a_hub_id_is_fetched(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    fetch = lambda hub_id, revision, **_: asked.append((hub_id, revision)) or str(tiny_checkpoint)  # noqa: E731
+    requested = []
+    fetch = lambda hub_id, revision, **_: requested.append((hub_id, revision)) or str(tiny_checkpoint)  # noqa: E731
     monkeypatch.setattr(hub, "snapshot_download", fetch)
     assert isinstance(MediSee.from_pretrained("lab/medisee", revision="v1"), MediSee)
-    assert asked == [("lab/medisee", "v1")]
+    assert requested == [("lab/medisee", "v1")]
     with pytest.raises(InputError, match="runs/no/checkpoint: no such folder; give the folder that training wrote"):
         MediSee.from_pretrained("runs/no/checkpoint")
-    assert len(asked) == 1
+    assert len(requested) == 1
 
 
-def test_a_hub_out_of_reach_is_told(model: MediSee, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_out_of_reach_is_reported(model: MediSee, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError("401 Client Error.\nmore")
 

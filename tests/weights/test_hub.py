@@ -29,10 +29,10 @@ class FakeHub:
     """Makes the files that the patterns ask for, out of those that the repository has."""
 
     def __init__(self, folder: Path, *files: str) -> None:
-        self.folder, self.files, self.asked = folder, files, []
+        self.folder, self.files, self.requested = folder, files, []
 
     def __call__(self, repository: str, **settings: Any) -> str:
-        self.asked.append({"repository": repository, **settings})
+        self.requested.append({"repository": repository, **settings})
         folder = Path(settings["local_dir"] or self.folder)
         folder.mkdir(parents=True, exist_ok=True)
         for file in self.files:
@@ -55,7 +55,7 @@ def test_safetensors_are_preferred(install: Callable[..., FakeHub]) -> None:
     fake = install("config.json", "tokenizer.model", "model.safetensors", "pytorch_model.bin", "tf_model.h5")
     found = {path.name for path in fetch("owner/name", "abc").iterdir()}
     assert found == {"config.json", "tokenizer.model", "model.safetensors"}
-    assert fake.asked[0] == {
+    assert fake.requested[0] == {
         "repository": "owner/name",
         "revision": "abc",
         "local_dir": None,

@@ -132,15 +132,15 @@ def test_a_broken_config(folder: Path, content: str) -> None:
 
 
 def test_a_hub_id_is_fetched_at_its_revision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    requested = []
 
     def fetch(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
-        asked.append((name, revision, weights))
+        requested.append((name, revision, weights))
         return folder
 
     monkeypatch.setattr(pretrained, "fetch", fetch)
     load(Mllm(source="owner/name", revision="abc", vision_size=28))
-    assert asked == [("owner/name", "abc", False), ("owner/name", "abc", True)]
+    assert requested == [("owner/name", "abc", False), ("owner/name", "abc", True)]
 
 
 def test_a_padded_vocabulary_that_holds_an_image_token(folder: Path) -> None:

@@ -173,10 +173,10 @@ def test_the_vision_tower_comes_from_the_hub_id_that_config_json_names(
 ) -> None:
     checkpoint = make_original("llama", vision=False)
     write_clip(tmp_path / "clip")
-    asked = []
-    monkeypatch.setattr(llava_convert, "fetch", lambda name, **_: asked.append(name) or tmp_path / "clip")
+    requested = []
+    monkeypatch.setattr(llava_convert, "fetch", lambda name, **_: requested.append(name) or tmp_path / "clip")
     load(mllm(checkpoint))
-    assert asked == ["openai/clip-vit-large-patch14-336"]
+    assert requested == ["openai/clip-vit-large-patch14-336"]
 
 
 def test_a_vision_tower_out_of_reach_is_an_input_error(
@@ -351,7 +351,7 @@ def test_a_tensor_in_the_wrong_shard(make_original: MakeOriginal) -> None:
     assert all("model.norm.weight" in problem for problem in found)
 
 
-def test_two_damaged_shards_are_told_together(make_original: MakeOriginal) -> None:
+def test_two_damaged_shards_are_reported_together(make_original: MakeOriginal) -> None:
     checkpoint = make_original()
     for number in (1, 4):
         (checkpoint.folder / f"model-0000{number}-of-00004.safetensors").write_bytes(b"no")
@@ -395,7 +395,7 @@ def test_a_folder_that_cannot_be_written(make_original: MakeOriginal, tmp_path: 
     assert "model.mllm.converted" in found
 
 
-def test_no_room_is_told_before_anything_is_written(
+def test_no_room_is_reported_before_anything_is_written(
     make_original: MakeOriginal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 1000})

@@ -118,7 +118,7 @@ def test_rope_scaling_is_kept() -> None:
     assert config.text_config.rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}
 
 
-def test_every_problem_of_a_config_is_told_at_once() -> None:
+def test_every_problem_of_a_config_is_reported_at_once() -> None:
     broken = {key: value for key, value in LLAVA_MED.items() if key != "vocab_size"} | {"mm_projector_type": "linear"}
     with pytest.raises(InputError) as caught:
         llava_config(Path("config.json"), broken, CLIPVisionConfig())

@@ -259,10 +259,10 @@ def test_a_truncated_file_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_hub_id_is_fetched_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    requested = []
 
     def fetch(hub_id: str) -> Path:
-        asked.append(hub_id)
+        requested.append(hub_id)
         return folder
 
     sam_format._fetched.cache_clear()
@@ -275,13 +275,13 @@ def test_a_hub_id_is_fetched_once(folder: Path, monkeypatch: pytest.MonkeyPatch)
     (same,) = frozen_bases(Model.model_validate({"seg_head": {"checkpoint": str(folder)}}))
     assert (base.source, base.sha256) == ("facebook/sam-vit-tiny", same.sha256)
     assert base.sha256
-    assert asked == ["facebook/sam-vit-tiny"]
+    assert requested == ["facebook/sam-vit-tiny"]
     assert weights_file("weights/medsam_vit_b.pth") == Path("weights/medsam_vit_b.pth")  # a file, though absent
-    assert asked == ["facebook/sam-vit-tiny"]
+    assert requested == ["facebook/sam-vit-tiny"]
     sam_format._fetched.cache_clear()
 
 
-def test_a_hub_out_of_reach_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_out_of_reach_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(hub_id: str) -> None:
         raise InputError(f"{hub_id}: cannot be fetched: no network.")
 
