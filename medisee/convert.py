@@ -1,122 +1,107 @@
-"""Turns whole models into checkpoint folders of ours, and a checkpoint's SAM into transformers'. Run it as
+"""Converts whole models to checkpoint folders, and a checkpoint's SAM to transformers' format. Run it as
 
-  python scripts/convert_checkpoint.py from-release --weights weights/medisee --config configs/medisee_7b.yaml --out converted
+  python scripts/convert_checkpoint.py from-release --weights weights/medisee --config configs/medisee_7b.yaml --out new
   python scripts/convert_checkpoint.py merge --checkpoint runs/medisee_7b/checkpoint --out merged
   python scripts/convert_checkpoint.py export-sam --checkpoint runs/medisee_7b/checkpoint --out sam
 
-What the first two write holds all its weights (but LiteMedSAM's, which come with a package) and is loaded like any
-checkpoint.
+The first two write all of a model's weights, except LiteMedSAM's, which come with a package. The result is loaded like
+any checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from medisee.config.load import load_config
 from medisee.config.model import PLACING, LanguageSize, Mllm, Model
 from medisee.foundation.errors import InputError, exit_code
-from medisee.foundation.files import atomic_path, write_json
+from medisee.foundation.files import atomic_path
 from medisee.models.medisee import MediSee
 from medisee.models.seg_head import vit_sizes
 from medisee.weights.checkpoints import (
-    WEIGHTS,
     check_replaceable,
     load_checkpoint,
     local_checkpoint,
     merge_adapters,
-    read_run,
+    read_description,
     save_checkpoint,
     without_bases,
     write_description,
 )
 from medisee.weights.llava_format import original_tokenizer
-from medisee.weights.medisee_release import RELEASE_TOKENS, PlacedTensor, Report, place, read_placed, release_key
+from medisee.weights.medisee_release import RELEASE_TOKENS, Report, our_values, place, release_key
 from medisee.weights.sam_format import write_transformers
-from medisee.weights.shards import (
-    SAFETENSORS_INDEX,
-    Shard,
-    index_problems,
-    open_shard,
-    read_json,
-    shard_paths,
-    some,
-    weight_map,
-    write_shard,
-)
+from medisee.weights.shards import CONFIG, plan_shards, read_json, shard_paths, some, write_shards
 from medisee.weights.tokenizer import IMAGE_TOKEN, add_candidate_tokens, token_id
 
-FROM_RELEASE = """Converts the authors' checkpoint, strictly: every tensor has its place, or the command says which has not.
+FROM_RELEASE = """Converts the authors' checkpoint strictly: a tensor without a place, or a missing one, is an error.
 The weights are read file by file; nothing in them is executed.
 
-  python scripts/convert_checkpoint.py from-release --weights weights/medisee --config configs/medisee_7b.yaml --out converted
-
 Sizes come from the configuration and are compared with the weights. The model computes as the release does
-(compat=release), since its weights were trained so; add compat=none, or single settings such as model.box_frame=resized,
-for the correct behaviour. Weights that were merged before have no LoRA: add model.mllm.train=frozen.
+(compat=release), since its weights were trained so; add compat=none, or single settings such as
+model.box_frame=resized, for the correct behaviour. Merged weights have no LoRA: add model.mllm.train=frozen.
 """
-MERGE = """Folds LoRA and single token rows into the weights that they adapt and writes one model that needs no others
-and computes the same.
+MERGE = """Folds LoRA and separately trained token rows into the weights that they adapt. The result is one model that
+needs no other weights and computes the same.
 
-  python scripts/convert_checkpoint.py merge --checkpoint runs/medisee_7b/checkpoint --out merged
-
-The whole model is held in memory. Weights of 16 bits stay so, which rounds what is folded into them.
+The whole model is held in memory. 16-bit weights stay so, which rounds what is folded into them.
 """
-EXPORT = """Writes the SAM or MedSAM of a checkpoint, with its trained mask decoder, as a folder of transformers' SamModel,
-which model.seg_head.checkpoint takes as well.
-
-  python scripts/convert_checkpoint.py export-sam --checkpoint runs/medisee_7b/checkpoint --out sam
+EXPORT = """Writes the SAM or MedSAM of a checkpoint, with its trained mask decoder, as a folder of transformers'
+SamModel, which model.seg_head.checkpoint takes as well.
 
 LoRA on its image encoder is folded in. The whole model is held in memory.
 """
 
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """A file of the release and the place of its tensors."""
-
-    path: Path
-    placed: dict[str, PlacedTensor]
+_LANGUAGE_SIZES = {
+    "hidden_size": "hidden",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "intermediate_size": "intermediate",
+    "rms_norm_eps": "rms_eps",
+}
+"""Names of sizes in a config.json of transformers or the release, and in model.mllm.size."""
 
 
 def from_release(weights: Path, model: Model, tokenizer_folder: Path, out: Path) -> Report:
-    """Converts the authors' checkpoint into a folder of ours.
+    """Converts the authors' .bin or .safetensors files to a checkpoint folder, which replaces a checkpoint at `out`.
 
-    Args:
-        weights: the authors' folder: sharded .bin or .safetensors.
-        model: its configuration; where it names published weights, those of the release take their place.
-        tokenizer_folder: with or without the candidate tokens, which are added in the release's order.
-        out: replaced as a whole if it holds a checkpoint.
-
-    Returns:
-        What went where.
+    The release's weights replace the published ones that `model` names. The tokenizer's folder may lack the candidate
+    tokens, which are added in the release's order.
 
     Raises:
         InputError: another model, foreign or truncated files, missing shards or tensors, keys without a place, other
             shapes, another vocabulary; `out` holds something else.
     """
     check_replaceable(out)
-    files = shard_paths(weights)
+    shard_paths(weights)
     _check_model(model, weights)
     tokenizer = _release_tokenizer(tokenizer_folder)
     mllm = model.mllm.model_copy(update={"train_projector": False})
     model = without_bases(model.model_copy(update={"mllm": mllm}))
+    with torch.device("meta"):
+        built = MediSee(model, tokenizer, weights=False)
+    expected = {name: value.shape for name, value in built.state_dict().items()}
     report = Report()
-    planned = _plan(files, weights, _shapes(model, tokenizer), model, report)
+    plans, problems = plan_shards(weights, lambda shard: place(shard, expected=expected, config=model, report=report))
+    missing = expected.keys() - {name for plan in plans for name in plan.tensors}
+    if missing and not problems:  # what could not be placed is missing as well, and was named already
+        lacking = some(release_key(name) for name in missing)
+        problems = [f"{weights}: lacks {lacking}; fetch the checkpoint again, or correct the configuration."]
+    if problems:
+        raise InputError(problems)
     if report.dtypes.most_common(1)[0][0] == "bfloat16":
         model = model.model_copy(update={"mllm": model.mllm.model_copy(update={"dtype": "bfloat16"})})
     run = {"converted": "release", "weights": weights.absolute().name, "tensors": dict(report.placed)}
     with atomic_path(out) as temporary:
         temporary.mkdir()
-        _write(planned, temporary, model)
+        write_shards(plans, temporary, lambda name, values: our_values(name, values, model.candidate_tokens))
         tokenizer.save_pretrained(temporary)
         write_description(temporary, model, run)
     return report
@@ -132,26 +117,17 @@ def _check_model(model: Model, weights: Path) -> None:
         "model.candidate_tokens": (sorted(model.candidate_tokens), sorted(RELEASE_TOKENS)),
     }
     problems = [
-        f"{name} = {value!r}: the release has {expected!r}; set it so."
+        f"{name} = {value!r}: the release has {expected!r}; use that."
         for name, (value, expected) in wanted.items()
         if value != expected
     ]
-    described = weights / "config.json"
-    stated, size = read_json(described) if described.exists() else {}, model.mllm.size
-    # Heads, base and epsilon show in no shape.
-    sizes = {
-        "hidden_size": ("hidden", size.hidden),
-        "num_hidden_layers": ("layers", size.layers),
-        "num_attention_heads": ("heads", size.heads),
-        "num_key_value_heads": ("kv_heads", size.kv_heads),
-        "intermediate_size": ("intermediate", size.intermediate),
-        "rope_theta": ("rope_theta", size.rope_theta),
-        "rms_norm_eps": ("rms_eps", size.rms_eps),
-    }
+    described = weights / CONFIG
+    stated = read_json(described) if described.exists() else {}
+    # Shapes do not show heads, base and epsilon.
     problems += [
         f"{described}: {key} is {stated[key]}, but model.mllm.size.{name} is {value}; correct the configuration."
-        for key, (name, value) in sizes.items()
-        if key in stated and stated[key] != value
+        for key, name in {**_LANGUAGE_SIZES, "rope_theta": "rope_theta"}.items()
+        if key in stated and stated[key] != (value := getattr(model.mllm.size, name))
     ]
     if problems:
         raise InputError(problems)
@@ -159,75 +135,21 @@ def _check_model(model: Model, weights: Path) -> None:
 
 def _release_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give the one with the release's tokenizer files.")
+        raise InputError(f"{folder}: no such folder; give that of the release's tokenizer.")
     tokenizer = original_tokenizer(folder)
     tokenizer.pad_token = tokenizer.unk_token
     add_candidate_tokens(tokenizer, tuple(reversed(RELEASE_TOKENS)))
     image, last = token_id(tokenizer, IMAGE_TOKEN), len(tokenizer) - 1
     if image != last:
         raise InputError(
-            f"{folder}: {IMAGE_TOKEN} has id {image}, expected the last one, {last}, which the release does not use; "
-            "give the release's own tokenizer, or that of the LLaVA-Med it was trained from."
+            f"{folder}: {IMAGE_TOKEN} has id {image}, expected the last one, {last}; "
+            "give the release's own tokenizer, or that of the LLaVA-Med from which it was trained."
         )
     return tokenizer
 
 
-def _shapes(model: Model, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        built = MediSee(model, tokenizer, weights=False)
-    return {name: value.shape for name, value in built.state_dict().items()}
-
-
-def _plan(
-    files: list[Path], weights: Path, expected: Mapping[str, torch.Size], model: Model, report: Report
-) -> list[Planned]:
-    planned: list[Planned] = []
-    problems: list[str] = []
-    seen: set[str] = set()
-    places = weight_map(weights)
-    for path in files:
-        try:
-            with open_shard(path) as shard:
-                problems += index_problems(shard, places)
-                placed = place(shard, expected=expected, config=model, report=report)
-        except InputError as error:
-            problems += error.problems
-            continue
-        if twice := seen & set(placed):
-            problems.append(f"{path}: holds {some({placed[name].key for name in twice})} once more; fetch it again.")
-        seen |= set(placed)
-        planned.append(Planned(path, placed))
-    missing = {release_key(name) for name in expected if name not in seen}
-    if missing and not problems:  # what could not be placed is missing as well, and was named already
-        problems.append(f"{weights}: lacks {some(missing)}; fetch the checkpoint again, or correct the configuration.")
-    if problems:
-        raise InputError(problems)
-    return [one for one in planned if one.placed]
-
-
-def _write(planned: list[Planned], folder: Path, model: Model) -> None:
-    files: dict[str, str] = {}
-    for number, one in enumerate(tqdm(planned, desc="converting", unit="file"), start=1):
-        name = WEIGHTS if len(planned) == 1 else f"model-{number:05d}-of-{len(planned):05d}.safetensors"
-        with open_shard(one.path) as shard:
-            facts = {ours: tensor.facts for ours, tensor in one.placed.items()}
-            write_shard(folder / name, facts, _reader(shard, one, model))
-        files |= dict.fromkeys(one.placed, name)
-    if len(planned) > 1:
-        size = sum(tensor.facts.bytes for one in planned for tensor in one.placed.values())
-        write_json(folder / SAFETENSORS_INDEX, {"metadata": {"total_size": size}, "weight_map": files})
-
-
-def _reader(shard: Shard, planned: Planned, model: Model) -> Callable[[str], Tensor]:
-    return lambda name: read_placed(shard, planned.placed, name, model)
-
-
 def merge(checkpoint: Path, out: Path) -> None:
-    """Writes a checkpoint as one model without LoRA that needs no other weights.
-
-    Args:
-        checkpoint: a checkpoint folder.
-        out: replaced as a whole if it holds a checkpoint.
+    """Writes a checkpoint as one model without LoRA that needs no other weights; replaces a checkpoint at `out`.
 
     Raises:
         InputError: no checkpoint; a language model that cannot be built from sizes; `out` holds something else.
@@ -237,15 +159,11 @@ def merge(checkpoint: Path, out: Path) -> None:
     model = load_checkpoint(folder, _in_full)
     merge_adapters(model)
     model.config = _standalone(model, folder)
-    save_checkpoint(model, out, {**read_run(folder), "merged": True})
+    save_checkpoint(model, out, {**(read_description(folder).get("run") or {}), "merged": True})
 
 
 def export_sam(checkpoint: Path, out: Path) -> None:
-    """Writes a checkpoint's seg head as a folder of transformers' SamModel.
-
-    Args:
-        checkpoint: a checkpoint folder.
-        out: a new folder.
+    """Writes a checkpoint's seg head as a new folder of transformers' SamModel.
 
     Raises:
         InputError: no checkpoint; a seg head of another kind; `out` is there already.
@@ -256,23 +174,19 @@ def export_sam(checkpoint: Path, out: Path) -> None:
     model = load_checkpoint(folder, _in_full)
     head = model.config.seg_head
     if head.kind not in ("sam", "medsam"):
-        raise InputError(
-            f"{folder}: model.seg_head.kind is {head.kind!r}, which transformers' SamModel is not; expected 'sam' or 'medsam'; "
-            "give another checkpoint."
-        )
+        raise InputError(f"{folder}: model.seg_head.kind is {head.kind!r}; give a checkpoint with 'sam' or 'medsam'.")
     merge_adapters(model)
     with atomic_path(out) as temporary:
         write_transformers(model.seg_head.state_dict(), vit_sizes(head), head.size, temporary)
 
 
 def _in_full(config: Model, tokenizer: PreTrainedTokenizerBase) -> MediSee:
-    # Layers of 4 bits, or on a disk, cannot take up LoRA.
+    # LoRA cannot be folded into layers of 4 bits or on a disk.
     mllm = config.mllm.model_copy(update=dict.fromkeys(PLACING))
     return MediSee(config.model_copy(update={"mllm": mllm}), tokenizer)
 
 
 def _standalone(model: MediSee, folder: Path) -> Model:
-    """Describes a merged model by sizes alone."""
     mllm, llava = model.config.mllm, model.mllm
     stored = {value.dtype for value in llava.parameters() if not value.requires_grad}
     changes: dict[str, Any] = {
@@ -303,22 +217,15 @@ def _sizes(llava: Any, mllm: Mllm, folder: Path) -> dict[str, Any]:
         "vision_feature_select_strategy": (llava.vision_feature_select_strategy, "default"),
     }
     problems = [
-        f"{folder}: {name} of {mllm.source} is {value!r}, but models built from sizes have {expected!r}; it cannot be merged."
+        f"{folder}: cannot be merged, since {name} of {mllm.source} is {value!r}, "
+        f"but models built from sizes have {expected!r}."
         for name, (value, expected) in given.items()
         if value != expected
     ]
     if problems:
         raise InputError(problems)
-    size = LanguageSize(
-        hidden=text.hidden_size,
-        layers=text.num_hidden_layers,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        intermediate=text.intermediate_size,
-        rope_theta=rope["rope_theta"],
-        rms_eps=text.rms_norm_eps,
-        dropout=text.attention_dropout,
-    )
+    ours = {name: getattr(text, key) for key, name in _LANGUAGE_SIZES.items()}
+    size = LanguageSize(**ours, rope_theta=rope["rope_theta"], dropout=text.attention_dropout)
     if mllm.image_tokens == "seg_head":
         return {"size": size}
     return {
@@ -335,7 +242,16 @@ def _sizes(llava: Any, mllm: Mllm, folder: Path) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Converts from the command line."""
     arguments = _parser().parse_args(argv)
-    arguments.run(arguments)
+    if arguments.command == "from-release":
+        # Only the model matters here: not what a run would choose its checkpoint on, nor how answers would be decoded.
+        settings = ["compat=release", "data.select=val", "eval.decoding=routed", *arguments.overrides]
+        model = load_config(arguments.config, settings).model
+        report = from_release(arguments.weights, model, arguments.tokenizer or arguments.weights, arguments.out)
+        print("\n".join(report.lines()))
+    elif arguments.command == "merge":
+        merge(arguments.checkpoint, arguments.out)
+    else:
+        export_sam(arguments.checkpoint, arguments.out)
     print(f"done: the {'SAM' if arguments.command == 'export-sam' else 'checkpoint'} is in {arguments.out}")
 
 
@@ -346,40 +262,18 @@ def _parser() -> argparse.ArgumentParser:
     release = commands.add_parser(
         "from-release", help="the authors' checkpoint", description=FROM_RELEASE, formatter_class=raw
     )
-    release.set_defaults(run=_from_release)
     add = release.add_argument
     add("--weights", type=Path, required=True, help="folder with the authors' .bin or .safetensors files")
-    add("--config", type=Path, required=True, help="YAML run that describes the model, as configs/medisee_7b.yaml")
+    add("--config", type=Path, required=True, help="YAML run that describes the model, such as configs/medisee_7b.yaml")
     add("--tokenizer", type=Path, help="folder with its tokenizer (default: that of the weights)")
     add("--out", type=Path, required=True, help="checkpoint folder to write")
     add("overrides", nargs="*", help="dotted overrides, such as compat=none")
     merged = commands.add_parser("merge", help="a checkpoint without LoRA", description=MERGE, formatter_class=raw)
-    merged.set_defaults(run=_merge)
-    add = merged.add_argument
-    add("--checkpoint", type=Path, required=True, help="checkpoint folder, or hub id")
-    add("--out", type=Path, required=True, help="checkpoint folder to write")
     sam = commands.add_parser("export-sam", help="a checkpoint's SAM", description=EXPORT, formatter_class=raw)
-    sam.set_defaults(run=_export_sam)
-    sam.add_argument("--checkpoint", type=Path, required=True, help="checkpoint folder, or hub id")
-    sam.add_argument("--out", type=Path, required=True, help="folder to write")
+    for command, what in ((merged, "checkpoint folder"), (sam, "folder")):
+        command.add_argument("--checkpoint", type=Path, required=True, help="checkpoint folder, or hub id")
+        command.add_argument("--out", type=Path, required=True, help=f"{what} to write")
     return parser
-
-
-def _from_release(arguments: argparse.Namespace) -> None:
-    # Only the model matters here: not what a run would choose its checkpoint on, nor how answers would be decoded.
-    ours = ["data.select=val", "eval.decoding=routed"]
-    config = load_config(arguments.config, ["compat=release", *ours, *arguments.overrides])
-    tokenizer = arguments.tokenizer or arguments.weights
-    report = from_release(arguments.weights, config.model, tokenizer, arguments.out)
-    print("\n".join(report.lines()))
-
-
-def _merge(arguments: argparse.Namespace) -> None:
-    merge(arguments.checkpoint, arguments.out)
-
-
-def _export_sam(arguments: argparse.Namespace) -> None:
-    export_sam(arguments.checkpoint, arguments.out)
 
 
 if __name__ == "__main__":

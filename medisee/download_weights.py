@@ -1,39 +1,39 @@
-"""Downloads published weights and keeps their SHA-256. Run it as
+"""Downloads published weights and records their SHA-256. Run it as
 
   python scripts/download_weights.py --list
   python scripts/download_weights.py medisee-7b --out weights             what configs/medisee_7b.yaml needs
-  python scripts/download_weights.py llava-med@REVISION sam --out weights a fixed revision, and another one
-  python scripts/download_weights.py --check --out weights                nothing changed since? without a network
+  python scripts/download_weights.py llava-med@REVISION sam --out weights one model at a fixed revision, and another
+  python scripts/download_weights.py --check --out weights                nothing changed since? needs no network
 
-Each model becomes a folder of its name in OUT. A download that broke off goes on where it ended. weights.json in OUT holds
-the size and SHA-256 of every file; a file that differs from it later is an error and never silently accepted.
+Each model is put into a folder of its name in OUT. An interrupted download is resumed, and what was downloaded is
+compared with the hub's checksums. weights.json in OUT records size and SHA-256 of every file; a file that differs from
+it later is an error and never silently accepted.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
+from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from medisee.foundation.errors import InputError, exit_code, nearest
 from medisee.foundation.files import inside, sha256, write_json
-from medisee.weights.hub import fetch
+from medisee.weights.hub import fetch, verify
 
 MANIFEST = "weights.json"
-FORMAT = 1
 
-_REVISION = re.compile(r"[\w][\w./-]*")
+_REVISION = re.compile(r"\w[\w./-]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Published weights. `repository` is None where a person has to fetch `manual` from `page`."""
+    """Published weights. `repository` is None where the user has to download the file `manual` from `page`."""
 
     repository: str | None
     about: str
@@ -51,27 +51,44 @@ WEIGHTS = {
     "sam": Weights("facebook/sam-vit-base", "SAM ViT-B; model.seg_head.checkpoint (0.4 GB)"),
     "sam-med2d": Weights(
         None,
-        "SAM-Med2D ViT-B at 256; model.seg_head.checkpoint (2.4 GB), fetched by hand",
+        "SAM-Med2D ViT-B at 256; model.seg_head.checkpoint (2.4 GB), downloaded by hand",
         page="https://github.com/OpenGVLab/SAM-Med2D",
         manual="sam-med2d_b.pth",
     ),
     "medisee": Weights("Carryyy/MediSee", "the authors' own MediSee checkpoint"),
 }
-"""What can be asked for."""
+"""What can be downloaded."""
 SETS = {"medisee-7b": ("llava-med", "medsam"), "llava-7b": ("llava-v1.5", "clip", "medsam")}
-"""Names for all that one configuration needs."""
+"""Names for everything that one configuration needs."""
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """One model to fetch, and the revision that was asked for."""
+class FileNote:
+    """SHA-256 of a downloaded file, and its size in bytes."""
 
-    name: str
-    revision: str | None
+    sha256: str
+    size: int
 
 
-def wanted(names: Sequence[str]) -> list[Wanted]:
-    """Resolves sets and NAME@REVISION, each model once.
+@dataclass(frozen=True, slots=True)
+class ModelNote:
+    """A downloaded model: its repository or page, and its files by their path in OUT."""
+
+    files: dict[str, FileNote]
+    source: str = ""
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """The content of weights.json: a note for each downloaded model."""
+
+    format: Literal[1]
+    weights: dict[str, ModelNote]
+
+
+def wanted(names: Sequence[str]) -> dict[str, str | None]:
+    """Resolves sets and NAME@REVISION to models and their revisions.
 
     Raises:
         InputError: every unknown name, a revision of a set, one model in two revisions.
@@ -85,117 +102,81 @@ def wanted(names: Sequence[str]) -> list[Wanted]:
             known = (*SETS, *WEIGHTS)
             problems.append(f"{text}: unknown weights; known are {', '.join(known)}.{nearest(name, known)}")
         elif separator and (name in SETS or not _REVISION.fullmatch(revision)):
-            problems.append(f"{text}: a branch, tag or commit stands behind the @ of one model; write llava-med@main.")
+            problems.append(f"{text}: expected a branch, tag or commit after the @ of one model, as in llava-med@main.")
         elif any(found.get(member, revision or None) != (revision or None) for member in members):
-            problems.append(f"{text}: asked for in two revisions; name it once.")
+            problems.append(f"{text}: named in two revisions; name it once.")
         else:
             found |= dict.fromkeys(members, revision or None)
     if problems:
         raise InputError(problems)
-    return [Wanted(name, revision) for name, revision in found.items()]
+    return found
 
 
-def download(out: Path, models: Sequence[Wanted]) -> list[str]:
-    """Fetches models one after the other, and notes their files in the manifest as they become complete.
-
-    Args:
-        out: folder of the models and of the manifest.
-        models: what to fetch.
-
-    Returns:
-        What is missing, and why; the other models are there.
+def download(out: Path, models: Mapping[str, str | None]) -> list[str]:
+    """Downloads models, given their revisions, and records each in the manifest; returns what is missing and why.
 
     Raises:
         InputError: the manifest is broken.
     """
     notes = read_manifest(out)
     missing: list[str] = []
-    for model in models:
-        folder, weights = out / model.name, WEIGHTS[model.name]
+    for name, revision in models.items():
+        folder, weights = out / name, WEIGHTS[name]
         try:
-            if weights.repository is None:
-                _by_hand(folder, weights)
-            else:
-                fetch(weights.repository, model.revision, folder)
+            if weights.repository is not None:
+                fetch(weights.repository, revision, folder)
+                verify(weights.repository, revision, folder)
+            elif not (folder / weights.manual).is_file():
+                raise InputError(
+                    f"{folder / weights.manual}: its authors offer it by a link only; "
+                    f"open {weights.page}, save {weights.manual} there, and start again."
+                )
             files = _hashed(out, folder)
-            _compare(out, notes, model.name, files)
+            known = notes[name].files if name in notes else {}
+            if changed := [file for file in files if file in known and known[file].sha256 != files[file].sha256]:
+                raise InputError(
+                    f"{out / file}: SHA-256 is {files[file].sha256}, but {MANIFEST} says {known[file].sha256}; delete "
+                    f"the file and start again, or delete {name!r} from {MANIFEST} if its authors have changed it."
+                    for file in changed
+                )
         except InputError as error:
-            missing += [f"missing {model.name}: {problem}" for problem in error.problems]
-            continue
+            missing += [f"missing {name}: {problem}" for problem in error.problems]
         except OSError as error:
-            missing.append(f"missing {model.name}: {folder} cannot be read or written ({error}); correct --out.")
-            continue
-        notes[model.name] = {"source": weights.repository or weights.page, "revision": model.revision, "files": files}
-        write_json(out / MANIFEST, {"format": FORMAT, "weights": notes})
-        print(f"{model.name}: {len(files)} files in {folder}")
+            missing.append(f"missing {name}: {folder} cannot be read or written ({error}); correct --out.")
+        else:
+            notes[name] = ModelNote(files, weights.repository or weights.page, revision)
+            write_json(out / MANIFEST, asdict(Notes(1, notes)))
+            print(f"{name}: {len(files)} files in {folder}")
     return missing
 
 
-def _by_hand(folder: Path, weights: Weights) -> None:
-    if not (folder / weights.manual).is_file():
-        raise InputError(
-            f"{folder / weights.manual}: its authors offer it by a link only; "
-            f"open {weights.page}, save {weights.manual} there, and start again."
-        )
-
-
-def _hashed(out: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    # Behind a dot stand the hub's own notes on an unfinished download.
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder)))
+def _hashed(out: Path, folder: Path) -> dict[str, FileNote]:
+    # The hub keeps its own notes in hidden folders.
+    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    paths = sorted(path for name, path in files.items() if not any(part.startswith(".") for part in name.parts))
     return {
-        path.relative_to(out).as_posix(): {"sha256": sha256(path), "size": path.stat().st_size}
+        path.relative_to(out).as_posix(): FileNote(sha256(path), path.stat().st_size)
         for path in tqdm(paths, desc=f"hashing {folder.name}", unit="file")
     }
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _compare(out: Path, notes: dict[str, Any], name: str, files: dict[str, dict[str, Any]]) -> None:
-    known = notes.get(name, {}).get("files", {})
-    changed = [file for file, facts in files.items() if file in known and known[file]["sha256"] != facts["sha256"]]
-    if changed:
-        raise InputError(
-            f"{out / file}: SHA-256 is {files[file]['sha256']}, but {MANIFEST} says {known[file]['sha256']}; delete the "
-            f"file and start again, or delete {name!r} from {MANIFEST} if its authors have changed it."
-            for file in changed
-        )
-
-
-def read_manifest(out: Path) -> dict[str, Any]:
-    """Returns what weights.json says of each model; nothing where there is none.
+def read_manifest(out: Path) -> dict[str, ModelNote]:
+    """Returns what weights.json says of each model; nothing where there is no such file.
 
     Raises:
-        InputError: it cannot be read, or is of another format.
+        InputError: it cannot be read, or has another format.
     """
     path = out / MANIFEST
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return TypeAdapter(Notes).validate_json(path.read_bytes(), strict=True).weights
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); delete it and download again.") from error
-    weights = content.get("weights") if isinstance(content, dict) and content.get("format") == FORMAT else None
-    if not isinstance(weights, dict) or not all(_is_note(note) for note in weights.values()):
-        raise InputError(f"{path}: no list of weights of format {FORMAT}; delete it and download again.")
-    return weights
-
-
-def _is_note(note: Any) -> bool:
-    files = note.get("files") if isinstance(note, dict) else None
-    return isinstance(files, dict) and all(
-        isinstance(facts, dict) and isinstance(facts.get("sha256"), str) and isinstance(facts.get("size"), int)
-        for facts in files.values()
-    )
+        raise InputError(f"{path}: not a list of weights of format 1; delete it and download again.") from error
 
 
 def check(out: Path, names: Sequence[str] = ()) -> int:
-    """Compares the files on disk with the manifest, without a network; returns how many there are.
-
-    Args:
-        out: folder of the manifest.
-        names: models or sets to look at; none: all that the manifest names.
+    """Compares the files of models or sets, or all, with the manifest; needs no network and returns their number.
 
     Raises:
         InputError: every file that is missing or differs, every model that was never downloaded.
@@ -203,24 +184,20 @@ def check(out: Path, names: Sequence[str] = ()) -> int:
     notes = read_manifest(out)
     if not notes:
         found = "names no weights" if (out / MANIFEST).exists() else "is not there"
-        raise InputError(f"{out / MANIFEST}: {found}; expected downloaded weights; download some first, see --list.")
-    chosen = [model.name for model in wanted(names)] or list(notes)
+        raise InputError(f"{out / MANIFEST}: {found}; download some weights first, see --list.")
+    chosen = list(wanted(names)) or list(notes)
     problems = [
         f"{out}: {name} was never downloaded here; run without --check." for name in chosen if name not in notes
     ]
-    files = {file: facts for name in chosen if name in notes for file, facts in notes[name]["files"].items()}
-    for file, facts in tqdm(files.items(), desc="checking", unit="file"):
+    files = {file: note for name in chosen if name in notes for file, note in notes[name].files.items()}
+    for file, note in tqdm(files.items(), desc="checking", unit="file"):
         path = inside(out, file, str(out / MANIFEST))
         if not path.is_file():
             problems.append(f"{path}: missing; download it again.")
-        elif path.stat().st_size != facts["size"]:
-            problems.append(
-                f"{path}: has {path.stat().st_size} bytes instead of {facts['size']}; delete it and download it again."
-            )
-        elif (found := sha256(path)) != facts["sha256"]:
-            problems.append(
-                f"{path}: SHA-256 is {found} instead of {facts['sha256']}; delete it and download it again."
-            )
+        elif (size := path.stat().st_size) != note.size:
+            problems.append(f"{path}: has {size} bytes instead of {note.size}; delete it and download it again.")
+        elif (digest := sha256(path)) != note.sha256:
+            problems.append(f"{path}: SHA-256 is {digest} instead of {note.sha256}; delete it and download it again.")
     if problems:
         raise InputError(problems)
     return len(files)
@@ -230,40 +207,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Downloads or checks weights from the command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("names", nargs="*", metavar="NAME[@REVISION]", help="models or sets, see --list")
+    parser.add_argument("names", nargs="*", metavar="NAME[@REVISION]", help="models or sets; see --list")
     parser.add_argument("--out", type=Path, default=Path("weights"), help="folder to write (default: weights)")
-    parser.add_argument("--list", action="store_true", help="print what there is, and end")
+    parser.add_argument("--list", action="store_true", help="print the known weights and exit")
     parser.add_argument("--check", action="store_true", help="compare OUT with its weights.json; needs no network")
     arguments = parser.parse_args(argv)
     out: Path = arguments.out
     if arguments.list:
-        print(_listing())
+        print("models:")
+        for name, weights in WEIGHTS.items():
+            print(f"  {name:<12}{weights.repository or weights.page:<44}{weights.about}")
+        print("sets:")
+        for name, members in SETS.items():
+            print(f"  {name:<12}{', '.join(members)}")
     elif arguments.check:
         print(f"done: {check(out, arguments.names)} files in {out} are as {MANIFEST} says")
     elif not arguments.names:
         raise InputError("no weights named; give one or more of those that --list prints, such as medisee-7b.")
     else:
-        _download(out, arguments.names)
-
-
-def _download(out: Path, names: Sequence[str]) -> None:
-    models = wanted(names)
-    standing = next((path for path in (out, *out.parents) if path.exists()), out)
-    if not standing.is_dir():
-        raise InputError(f"--out {out}: {standing} is a file; expected a folder; name another.")
-    if missing := download(out, models):
-        raise InputError(missing)
-    print(f"done: {', '.join(model.name for model in models)} in {out}; --check compares them with {MANIFEST} later")
-
-
-def _listing() -> str:
-    lines = ["models:"]
-    lines += [
-        f"  {name:<12}{weights.repository or weights.page:<44}{weights.about}" for name, weights in WEIGHTS.items()
-    ]
-    lines.append("sets:")
-    lines += [f"  {name:<12}{', '.join(members)}" for name, members in SETS.items()]
-    return "\n".join(lines)
+        models = wanted(arguments.names)
+        existing = next((path for path in (out, *out.parents) if path.exists()), out)
+        if not existing.is_dir():
+            raise InputError(f"--out {out}: {existing} is a file; name a folder.")
+        if missing := download(out, models):
+            raise InputError(missing)
+        print(f"done: {', '.join(models)} in {out}; --check compares them with {MANIFEST} later")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from medisee.config.load import load_config
 from medisee.config.model import MAX_TOKENS
 from medisee.evaluation import prediction
 from medisee.evaluation.drawing import overlay
-from medisee.foundation.errors import InputError, exit_code
+from medisee.foundation.errors import InputError, exit_code, first_line
 from medisee.foundation.files import atomic_path, write_json
 from medisee.foundation.provenance import run_facts
 from medisee.models.medisee import MediSee
@@ -47,7 +47,7 @@ from medisee.planning.plan_tables import render_inference_plan
 from medisee.records.images import read_image
 from medisee.records.masks import Box, decode_mask, encode_mask
 from medisee.records.prompts import candidate_text
-from medisee.weights.checkpoints import local_checkpoint
+from medisee.weights.checkpoints import local_checkpoint, read_description
 from medisee.weights.hub import is_hub_id
 
 Decode = Literal["generate", "forced"]
@@ -272,7 +272,7 @@ def _check(arguments: argparse.Namespace, folders: Sequence[Path]) -> torch.devi
     problems += _problems_of(lambda: _device(arguments.device))
     # Nothing is fetched from the hub in vain.
     if not (problems and is_hub_id(arguments.checkpoint)):
-        problems += _problems_of(lambda: local_checkpoint(arguments.checkpoint))
+        problems += _problems_of(lambda: read_description(local_checkpoint(arguments.checkpoint)))
     if problems:
         raise InputError(problems)
     return _device(arguments.device)
@@ -305,8 +305,9 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name!r} cannot be used ({reason}); expected cpu, cuda or cuda:N.") from error
+        raise InputError(
+            f"--device {name!r} cannot be used ({first_line(error)}); expected cpu, cuda or cuda:N."
+        ) from error
     return device
 
 

@@ -28,7 +28,7 @@ from medisee.models.medisee import MediSee, Output
 from medisee.models.packing import Packed, pack
 from medisee.models.processing import Batch, Example, Query
 from medisee.weights.checkpoints import load_trained
-from medisee.weights.medisee_release import RELEASE_TOKENS, Report, place, read_placed
+from medisee.weights.medisee_release import RELEASE_TOKENS, Report, our_values, place
 from medisee.weights.shards import open_shard
 from medisee.weights.tokenizer import add_candidate_tokens
 
@@ -189,8 +189,10 @@ def load_case(path: Path) -> Case:
     expected = {name: value.shape for name, value in model.state_dict().items()}
     report = Report()
     with open_shard(path.with_suffix(".safetensors")) as shard:
-        placed = place(shard, expected=expected, config=config.model, report=report)
-        load_trained(model, {name: read_placed(shard, placed, name, config.model) for name in placed}, path)
+        plan = place(shard, expected=expected, config=config.model, report=report)
+        tokens = config.model.candidate_tokens
+        state = {name: our_values(name, shard.read(key), tokens) for name, key in plan.old_names.items()}
+        load_trained(model, state, path)
         assert sum(report.placed.values()) + len(report.dropped) == len(shard.tensors)
     images = len(arrays["offset"]) - 1
     examples = [example_of(arrays, image) for image in range(images)]

@@ -105,7 +105,7 @@ def clip_shapes(start: str) -> dict[str, tuple[int, ...]]:
 
 
 def random_tensors(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Draws tensors; what scales a norm lies around 1."""
+    """Draws tensors; the scales of norms are near 1."""
     generator = torch.Generator().manual_seed(0)
     tensors = {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     return {name: (value + ("norm" in name and name.endswith("weight"))).to(dtype) for name, value in tensors.items()}

@@ -75,7 +75,7 @@ def released(model: MediSee, *, spelling: str) -> dict[str, Tensor]:
 
 
 def write_release(folder: Path, state: dict[str, Tensor], kind: str) -> None:
-    """Writes a state as shards with an index, and what else lies in the authors' folder."""
+    """Writes a state as shards with an index, beside the other files of the authors' folder."""
     folder.mkdir()
     names = list(state)
     places = {}
@@ -247,7 +247,7 @@ def damage(folder: Path, what: str) -> None:
     [
         ("missing shard", (), "names pytorch_model-00002-of-00003.bin, which is not there"),
         ("truncated", (), "pytorch_model-00001-of-00003.bin: truncated"),
-        ("code", (), "pytorch_model-00001-of-00003.bin: holds something else than tensors"),
+        ("code", (), "pytorch_model-00001-of-00003.bin: holds something other than tensors"),
         ("foreign", (), "unknown tensor stranger"),
         ("missing", (), "release: lacks base_model.model.lm_head.weight"),
         ("vocabulary", (), r"lm_head.weight has \d+ rows of 32, but the tokenizer has \d+ tokens beside <image>"),

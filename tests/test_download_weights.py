@@ -38,7 +38,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
             (folder / name).write_bytes(content + (revision or "").encode())
         return folder
 
+    def verify(repository: str, revision: str | None, folder: Path) -> None:
+        for name, content in files[repository].items():
+            if not (folder / name).read_bytes().startswith(content):
+                raise InputError(f"{folder / name}: differs from the hub's.")
+
     monkeypatch.setattr(download_weights, "fetch", fetch)
+    monkeypatch.setattr(download_weights, "verify", verify)
     return files
 
 
@@ -56,23 +62,39 @@ def test_a_set_is_fetched_and_noted(hub: Hub, tmp_path: Path, capsys: pytest.Cap
     run("medisee-7b", "--out", tmp_path)
     notes = read_manifest(tmp_path)
     assert set(notes) == {"llava-med", "medsam"}
-    assert notes["llava-med"]["source"] == "microsoft/llava-med-v1.5-mistral-7b"
-    files = notes["llava-med"]["files"]
+    assert notes["llava-med"].source == "microsoft/llava-med-v1.5-mistral-7b"
+    files = notes["llava-med"].files
     assert set(files) == {"llava-med/config.json", "llava-med/model-00001-of-00001.safetensors"}
     expected = {"sha256": hashlib.sha256(b"medsam").hexdigest(), "size": 6}
-    assert notes["medsam"]["files"] == {"medsam/model.safetensors": expected}
+    written = json.loads((tmp_path / MANIFEST).read_text())
+    assert (written["format"], set(written["weights"])) == (1, {"llava-med", "medsam"})
+    assert written["weights"]["medsam"] == {
+        "source": "wanglab/medsam-vit-base",
+        "revision": None,
+        "files": {"medsam/model.safetensors": expected},
+    }
     assert "done: llava-med, medsam" in capsys.readouterr().out
     run("--check", "--out", tmp_path)
     assert "done: 3 files" in capsys.readouterr().out
 
 
-def test_a_revision_is_asked_for_and_noted(hub: Hub, tmp_path: Path) -> None:
+def test_a_file_that_is_not_the_hubs_is_not_noted(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        download_weights, "fetch", lambda _, __, folder: (folder / "model.safetensors").write_bytes(b"?")
+    )
+    (tmp_path / "sam").mkdir()
+    (found,) = problems(lambda: run("sam", "--out", tmp_path))
+    assert found == f"missing sam: {tmp_path}/sam/model.safetensors: differs from the hub's."
+    assert read_manifest(tmp_path) == {}
+
+
+def test_a_revision_is_fetched_and_noted(hub: Hub, tmp_path: Path) -> None:
     run("sam@abc123", "--out", tmp_path)
     assert (tmp_path / "sam" / "model.safetensors").read_bytes() == b"samabc123"
-    assert read_manifest(tmp_path)["sam"]["revision"] == "abc123"
+    assert read_manifest(tmp_path)["sam"].revision == "abc123"
 
 
-def test_what_is_missing_is_told_and_the_rest_is_there(hub: Hub, tmp_path: Path) -> None:
+def test_what_is_missing_is_reported_and_the_rest_is_there(hub: Hub, tmp_path: Path) -> None:
     (found,) = problems(lambda: run("clip", "sam", "--out", tmp_path))
     assert found == "missing clip: openai/clip-vit-large-patch14-336: cannot be fetched: no network."
     assert set(read_manifest(tmp_path)) == {"sam"}
@@ -84,7 +106,7 @@ def test_weights_without_a_repository_are_saved_by_hand(hub: Hub, tmp_path: Path
     (tmp_path / "sam-med2d").mkdir()
     (tmp_path / "sam-med2d" / "sam-med2d_b.pth").write_bytes(b"own")
     run("sam-med2d", "--out", tmp_path)
-    assert set(read_manifest(tmp_path)["sam-med2d"]["files"]) == {"sam-med2d/sam-med2d_b.pth"}
+    assert set(read_manifest(tmp_path)["sam-med2d"].files) == {"sam-med2d/sam-med2d_b.pth"}
 
 
 def test_a_changed_file_is_never_accepted_silently(hub: Hub, tmp_path: Path) -> None:
@@ -123,7 +145,14 @@ def test_nothing_to_check(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{}", '{"format": 2, "weights": {}}', '{"format": 1, "weights": {"sam": {"files": {"x": 1}}}}'],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": 2, "weights": {}}',
+        '{"format": 1, "weights": {"sam": {"files": {"x": 1}}}}',
+        '{"weights": {}}',
+    ],
 )
 def test_a_broken_manifest(hub: Hub, tmp_path: Path, content: str) -> None:
     (tmp_path / MANIFEST).write_text(content)
@@ -146,14 +175,14 @@ def test_bad_names(names: list[str]) -> None:
     assert names[-1] in found
 
 
-def test_several_bad_names_are_told_together() -> None:
+def test_several_bad_names_are_reported_together() -> None:
     unknown, revision = problems(lambda: wanted(["sma", "sam@"]))
     assert "Did you mean 'sam'?" in unknown
     assert "sam@" in revision
 
 
 def test_a_model_of_two_sets_is_fetched_once() -> None:
-    names = [one.name for one in wanted(["medisee-7b", "llava-7b", "medsam"])]
+    names = list(wanted(["medisee-7b", "llava-7b", "medsam"]))
     assert sorted(names) == sorted({*SETS["medisee-7b"], *SETS["llava-7b"]})
 
 

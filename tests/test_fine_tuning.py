@@ -92,7 +92,7 @@ def test_another_model_is_refused(tiny_config: Run, tiny_checkpoint: Path, tmp_p
         build_model(config, [])
     (problem,) = caught.value.problems
     assert "config.json: train.init holds a model with model." in problem
-    assert "model.seg_head.pixels" in problem or "model.box_hidden = 16, the run says 8" in problem
+    assert "model.seg_head.pixels" in problem or "model.box_hidden = 16, but the run says 8" in problem
 
 
 def test_no_checkpoint_is_refused_and_named_beforehand(tiny_config: Run, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from medisee import MediSee, ask, ask_all, inference, overlay
 from medisee.foundation.errors import InputError, exit_code
 from medisee.inference import main, plain_text
 from medisee.records.masks import Rle, decode_mask
-from medisee.weights import checkpoints
+from medisee.weights import hub
 
 Capture = pytest.CaptureFixture[str]
 Say = Callable[..., None]
@@ -288,7 +288,7 @@ def test_all_bad_input_is_told_together_and_nothing_is_written(
 def test_nothing_is_fetched_for_other_bad_input_but_a_missing_folder_is_told(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
     said = refused(capsys, command(Path("lab/medisee"), tmp_path / "out", [tmp_path / "no.png"], "Where?"))
     assert len(said) == 1
     said = refused(capsys, command(tmp_path / "no", tmp_path / "out", [tmp_path / "no.png"], "Where?"))

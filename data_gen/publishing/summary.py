@@ -16,7 +16,7 @@ from data_gen.ledger.agreement import agreements
 from data_gen.ledger.screening import Screening
 from data_gen.publishing.entries import Entry, questions
 from data_gen.publishing.splits import SPLITS
-from medisee.foundation.errors import InputError
+from medisee.foundation.errors import InputError, first_line
 from medisee.sources.image_name import parse_name
 
 OFFLINE = "offline"
@@ -60,8 +60,7 @@ def read_sources(*extra: Path) -> dict[str, Source]:
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             problems.append(f"{path}: cannot be read ({error}); expected YAML with lines {form}; correct the path.")
         except (AttributeError, ValidationError) as error:
-            told = str(error).splitlines()[0]
-            problems.append(f"{path}: has another form ({told}); expected lines {form}; correct it.")
+            problems.append(f"{path}: has another form ({first_line(error)}); expected lines {form}; correct it.")
     if problems:
         raise InputError(problems)
     return found

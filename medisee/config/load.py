@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from medisee.config.model import Section
 from medisee.config.run import Config, Source, merge
-from medisee.foundation.errors import InputError, nearest
+from medisee.foundation.errors import InputError, first_line, nearest
 
 
 def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
@@ -85,7 +85,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         fix = f"correct `base` in {seen[-1]}" if seen else "give an existing YAML file"
         raise InputError(f"{path}: cannot read the configuration ({error.strerror}); {fix}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: no valid YAML ({str(error).splitlines()[0]}); fix the file.") from error
+        raise InputError(f"{path}: no valid YAML ({first_line(error)}); fix the file.") from error
     if not isinstance(values, dict):
         raise InputError(
             f"{path}: expected a mapping of sections (model, loss, data, train, eval), found {type(values).__name__}."

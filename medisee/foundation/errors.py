@@ -1,7 +1,8 @@
-"""What a user did wrong, said once: InputError carries every problem found, commands print it and exit with 2."""
+"""What a user did wrong, reported once: InputError carries every problem found, commands print it and exit with 2."""
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
@@ -18,18 +19,27 @@ class InputError(Exception):
         super().__init__("\n".join(self.problems))
 
 
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, or the error's type where there is no message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def shortened(problems: Sequence[str], where: str, most: int = 8) -> list[str]:
+    """Returns the first problems and how many more there are."""
+    more = [f"{where}: and {len(problems) - most} more"] if len(problems) > most else []
+    return [*problems[:most], *more]
+
+
 def nearest(value: str, known: Iterable[str]) -> str:
     """Returns " Did you mean 'x'?" for the closest known name, or an empty string when none is close."""
-    import difflib
-
     match = difflib.get_close_matches(value, list(known), n=1, cutoff=0.5)
     return f" Did you mean {match[0]!r}?" if match else ""
 
 
 def exit_code(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
-    """Runs a command's main: 0 when it ends, 2 with one line a problem on stderr when the input was bad.
+    """Runs a command's main and returns its exit status.
 
-    A broken pipe or an interrupt ends quietly with the shell's usual codes.
+    It is 0 on success, 2 for bad input, with one line per problem on stderr, and 130 after an interrupt.
     """
     try:
         main(argv)

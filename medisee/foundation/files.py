@@ -1,4 +1,4 @@
-"""Files that are never half-written: write to a temporary sibling, then rename."""
+"""Files: written completely or not at all, read only from inside their root, compared by hashes of content or name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from medisee.foundation.errors import InputError
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it replaces `path`, on an exception it is removed.
+    """Yields a temporary path beside `path`, for a file or a new folder, and creates missing parents.
 
-    Works for a file and for a folder that does not exist yet. Parents are made.
+    On success it replaces `path`; on an exception it is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +42,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Puts a complete folder in the place of an older one, which may be absent, when all of it is on the disk."""
+    """Flushes a complete folder to the disk and moves it to `folder`, replacing an older one if there is one."""
     for path in new.rglob("*"):
         _sync(path)
     _sync(new)
@@ -55,7 +56,7 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def recover_folder(folder: Path) -> None:
-    """Undoes a `replace_folder` that was killed between its two renames, and removes what others have left over."""
+    """Undoes a `replace_folder` that was killed between its two renames; removes leftovers of interrupted writes."""
     old = folder.with_name(f".{folder.name}.old")
     if old.is_dir() and not folder.exists():
         os.rename(old, folder)
@@ -78,12 +79,12 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Writes indented JSON atomically; NaN is refused, since JSON has none."""
+    """Writes indented JSON atomically; NaN, which JSON lacks, raises a ValueError."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def is_new_or_earlier(folder: Path, file: str, key: str) -> bool:
-    """Tells whether a folder is missing, empty or an earlier result: it has a JSON file with a key that tells whose."""
+    """Tells whether a folder is missing, empty, or an earlier result: its JSON file `file` has the key `key`."""
     if not folder.exists():
         return True
     if not folder.is_dir():
@@ -106,13 +107,19 @@ def sha256(path: Path | str) -> str:
     return digest.hexdigest()
 
 
-def inside(root: Path, relative: str, where: str) -> Path:
-    """Resolves a manifest's path and refuses one that leaves its root.
+def cached_sha256(path: Path | str) -> str:
+    """Returns `sha256`, computed once per process unless the file's size or modification time changes."""
+    status = os.stat(path)
+    return _unchanged_sha256(os.path.abspath(path), status.st_size, status.st_mtime_ns)
 
-    Args:
-        root: the manifest's root folder.
-        relative: a path relative to it.
-        where: "file:line" for the message.
+
+@cache
+def _unchanged_sha256(path: str, size: int, modified_ns: int) -> str:
+    return sha256(path)
+
+
+def inside(root: Path, relative: str, where: str) -> Path:
+    """Resolves a manifest's path, relative to its root folder; `where` is "file:line" for the message.
 
     Raises:
         InputError: the path is absolute or leaves the root.
@@ -136,7 +143,7 @@ class Fingerprints:
     def repeated(self) -> frozenset[int]:
         """Returns the fingerprints that were added twice or more.
 
-        Two names may share one, so the names that have one of these are to be compared: a second look at a few.
+        Different names may share one, so the caller compares the few names that have one of these.
         """
         ranked = np.sort(np.frombuffer(self._hashes, np.uint64))
         return frozenset(ranked[1:][ranked[1:] == ranked[:-1]].tolist())

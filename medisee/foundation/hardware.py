@@ -1,4 +1,4 @@
-"""What the machine decides: which floating-point types are fast, and how the C library's allocator keeps memory."""
+"""What depends on the machine: which floating-point types are fast, and how the C library's allocator keeps memory."""
 
 from __future__ import annotations
 
@@ -25,19 +25,15 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def is_mixed(model: nn.Module) -> bool:
-    """Tells whether some weights are stored in 16 bit beside others in 32, so that autocast has to join them."""
+    """Tells whether a model stores its weights in more than one type, so that autocast has to combine them."""
     return len({parameter.dtype for parameter in model.parameters()}) > 1
 
 
 def to_training_precision(model: nn.Module, dtype: torch.dtype) -> None:
-    """Stores what learns in float32, where small steps count; frozen 16-bit weights stay so in a 16-bit run.
+    """Stores in place what learns in float32, where small steps count; frozen 16-bit weights stay so in a 16-bit run.
 
-    Frozen float16 weights become bfloat16 in a bfloat16 run: beside it, float16 would make float32 of every sum. Packed
-    weights of 4 or 8 bits, which are integers, stay as they are.
-
-    Args:
-        model: changed in place.
-        dtype: what the run computes in.
+    Frozen float16 weights become bfloat16 in a bfloat16 run, since sums of the two would be float32. Packed weights of
+    4 or 8 bits, which are integers, stay as they are. `dtype` is the type in which the run computes.
     """
     for parameter in model.parameters():
         if not parameter.is_floating_point():
@@ -54,13 +50,10 @@ _MOST_FREE = (1 << 31) - 1  # bytes; mallopt takes an int
 
 
 def keep_freed_memory() -> bool:
-    """Lets the process keep the memory that tensors have freed, for the next ones.
+    """Makes the process reuse the memory of freed CPU tensors; returns False where the C library cannot be set so.
 
-    glibc returns large blocks to the system at once, which clears every page before it hands it out again. Affects CPU
-    tensors only. Does nothing where the C library has no such setting (macOS, Windows, musl).
-
-    Returns:
-        Whether it is set.
+    By default glibc returns large blocks to the system at once, which clears every page before handing it out again.
+    macOS, Windows and musl have no such setting.
     """
     if sys.platform != "linux":
         return False

@@ -1,6 +1,6 @@
-"""run.json: what made a result - configuration, commit, versions, device, seed, time. No patient field, no key.
+"""run.json: how a result was made - configuration, commit, versions, device, seed, time. No patient data, no keys.
 
-Of the command line only the program's name is kept: names of folders and images can be patient data.
+Only the program's name is kept of the command line: names of folders and images can be patient data.
 """
 
 from __future__ import annotations
@@ -20,23 +20,19 @@ _PACKAGES = ("medisee", "torch", "transformers", "peft", "deepspeed", "segment-a
 
 def run_facts(settings: dict[str, Any], seed: int, device: torch.device | str) -> dict[str, Any]:
     """Returns the facts to write beside a result; `settings` is the resolved configuration."""
+    device = torch.device(device)
+    is_gpu = device.type == "cuda"
     return {
         "command": Path(sys.argv[0]).name,
         "settings": settings,
         "seed": seed,
-        "device": _device_name(torch.device(device)),
+        "device": torch.cuda.get_device_name(device) if is_gpu else f"{device.type} ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "commit": _commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()})"
 
 
 def _version(name: str) -> str | None:

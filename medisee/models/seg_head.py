@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medisee.config.model import Lora, SamSizes, SegHeadConfig
-from medisee.foundation.errors import InputError
+from medisee.foundation.errors import InputError, shortened
 from medisee.models.image_encoder import PATCH, image_encoder
 from medisee.weights.sam_format import is_transformers, read_weights, transformers_name, weights_file, without_tied
 
@@ -269,6 +269,5 @@ def load_weights(head: SamHead, source: str | Path, prepare: Callable[[Any], Any
         if there in state and state[there].shape != own[name].shape
     ]
     if problems:
-        more = [f"{path}: and {len(problems) - 8} more"] if len(problems) > 8 else []
-        raise InputError(problems[:8] + more)
+        raise InputError(shortened(problems, str(path)))
     head.load_state_dict({name: state[there] for name, there in names.items()})

@@ -22,8 +22,8 @@ from medisee.foundation.errors import InputError
 from medisee.foundation.hardware import to_training_precision
 from medisee.models.medisee import MediSee
 from medisee.weights.gguf import find_gguf, gguf_folder
-from medisee.weights.llava_format import CONFIG, is_original
-from medisee.weights.shards import read_json
+from medisee.weights.llava_format import is_original
+from medisee.weights.shards import CONFIG, read_json
 from medisee.weights.tokenizer import IMAGE_TOKEN, SPECIAL, add_candidate_tokens
 
 VOCABULARY = 32000

@@ -41,9 +41,8 @@ from medisee.planning.workload import (
     training_workload,
 )
 from medisee.training.optimization import split_batch
-from medisee.weights.checkpoints import CONFIG
 from medisee.weights.missing import Missing, missing_files, missing_weights
-from medisee.weights.shards import read_json
+from medisee.weights.shards import CONFIG, read_json
 
 GPU = "a6000"
 GPUS = 4

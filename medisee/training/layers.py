@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from medisee.foundation.errors import InputError
+from medisee.foundation.errors import InputError, first_line
 
 
 def check_compiler(device: torch.device) -> None:
@@ -24,9 +24,8 @@ def check_compiler(device: torch.device) -> None:
     try:
         probe(torch.ones(64, device=device, requires_grad=True)).backward()
     except (RuntimeError, OSError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
-            f"train.compile_layers = true: torch.compile cannot build kernels for {device.type!r} here ({reason}); a CPU "
+            f"train.compile_layers = true: torch.compile cannot build kernels for {device.type!r} here ({first_line(error)}); a CPU "
             "needs g++, or what the variable CXX names, and Python's headers (python3-dev), a GPU needs Triton. Install "
             "them, or set train.compile_layers=false, which computes the same more slowly."
         ) from error

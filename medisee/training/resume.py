@@ -24,7 +24,7 @@ from torch import Tensor
 
 from medisee.config import Config
 from medisee.config.load import config_from
-from medisee.foundation.errors import InputError
+from medisee.foundation.errors import InputError, first_line
 from medisee.foundation.files import replace_folder, sha256, write_json
 from medisee.models.medisee import MediSee
 from medisee.training.optimization import Optimization
@@ -319,13 +319,10 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _not_saved(states: LastStates, step: int, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0]
     left, start = "nothing was saved before it", "start again with --fresh"
     if states.newest is not None:
         left, start = f"{states.newest} is untouched", "go on with --resume"
-    return (
-        f"{states.out / _name(step)}: cannot be saved ({reason}), so the training ends; {left}: make room and {start}."
-    )
+    return f"{states.out / _name(step)}: cannot be saved ({first_line(error)}), so the training ends; {left}: make room and {start}."
 
 
 def _name(step: int) -> str:

@@ -1,11 +1,11 @@
-"""GGUF files: a language model that reads text only becomes that of a Llava, converted once and kept.
+"""GGUF files: a text-only language model becomes that of a Llava, converted once and kept.
 
 The result is an ordinary folder of transformers' Llava in float32. Its image tokens come from the seg head, so vision
 tower and projector, which a GGUF file lacks, are the smallest that the format allows; loading replaces both.
 
-Many small models tie the output layer to the embedding: one matrix serves both, and the file holds it once. Here they
-are untied: each has its own copy, equal at the start and learning apart, as those of the paper's Mistral do. So every
-rule about embedding and output layer (new rows, float32, ZeRO, merging) holds for these models too.
+Many small models tie the output layer to the embedding: the file holds one matrix for both. Here each has its own copy,
+equal at the start and trained separately like those of the paper's Mistral, so that every rule about embedding and
+output layer (new rows, float32, ZeRO, merging) applies to these models too.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from transformers import (
 )
 
 from medisee.config.model import PACKAGE, Mllm
-from medisee.foundation.errors import InputError
-from medisee.foundation.files import atomic_path, sha256
+from medisee.foundation.errors import InputError, first_line
+from medisee.foundation.files import atomic_path, cached_sha256
 from medisee.weights.llava_convert import convert_once
 from medisee.weights.shards import some
 
@@ -37,23 +37,20 @@ FORMAT = 1
 
 
 def gguf_folder(config: Mllm) -> Path:
-    """Returns the transformers-format folder of `config.source`, a GGUF file, which is written if it is not there yet.
+    """Returns the transformers-format folder of `config.source`, a GGUF file, which is converted first if need be.
 
-    It is kept under the file's content, beside converted checkpoints of other kinds.
+    Its name depends on the file's content; it is beside converted checkpoints of other kinds.
 
     Raises:
-        InputError: no such package or file; no GGUF file of a language model; no room.
+        InputError: no such package or file; not a GGUF file of a language model; no room.
     """
     path = gguf_file(config.source or "")
-    content = hashlib.sha256(f"{FORMAT} {sha256(path)}".encode()).hexdigest()[:16]
+    content = hashlib.sha256(f"{FORMAT} {cached_sha256(path)}".encode()).hexdigest()[:16]
     return convert_once(f"{path.stem}-{content}", config, lambda target: _convert(path, target))
 
 
 def find_gguf(source: str) -> Path | None:
-    """Returns the GGUF file that a source names, None where it is not on this machine.
-
-    A package is not imported: its list of files says where the file lies.
-    """
+    """Returns the GGUF file that a source names, None where it is not on this machine; a package is not imported."""
     if not source.startswith(PACKAGE):
         return Path(source) if Path(source).is_file() else None
     try:
@@ -106,7 +103,7 @@ def _convert(path: Path, target: Path) -> None:
     llava.lm_head.load_state_dict(text.get_output_embeddings().state_dict())
     rows = config.vocab_size
     if len(tokenizer) > rows:
-        # transformers' tokenizer classes may bring a token of their own that the file's vocabulary lacks.
+        # transformers' tokenizer classes may add a token that the file's vocabulary lacks.
         llava.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         for layer in (llava.get_input_embeddings(), llava.get_output_embeddings()):
             weight: torch.Tensor = layer.weight.data  # type: ignore[assignment]
@@ -118,7 +115,7 @@ def _convert(path: Path, target: Path) -> None:
 
 
 def _read(path: Path) -> tuple[PreTrainedTokenizerBase, Any]:
-    # Left alone, newer versions of transformers may keep the weights in the file's 4 bits.
+    # By default, newer versions of transformers may keep the weights in the file's 4 bits.
     kind = getattr(transformers, "GgufConfig", None)
     unpacked = {"quantization_config": kind(dequantize=True)} if kind is not None else {}
     try:
@@ -129,14 +126,13 @@ def _read(path: Path) -> tuple[PreTrainedTokenizerBase, Any]:
     except ImportError as error:
         raise InputError(f"{path}: reading it needs the package gguf; run pip install -e '.[laptop]'.") from error
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, struct.error) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{path}: no GGUF file of a language model that transformers reads ({reason}).") from error
+        raise InputError(f"{path}: not a language model that transformers can read ({first_line(error)}).") from error
     text, report = loaded
     problems = []
-    if lacking := set(report["missing_keys"]) | {str(name) for name, *_ in report["mismatched_keys"]}:
+    if lacking := {*report["missing_keys"], *(str(name) for name, *_ in report["mismatched_keys"])}:
         problems.append(f"{path}: lacks {some(lacking)}; fetch the file again.")
     if tokenizer.bos_token is None or tokenizer.eos_token is None:
-        problems.append(f"{path}: its tokenizer has no tokens for beginning and end; take another model.")
+        problems.append(f"{path}: its tokenizer has no tokens for beginning and end; use another model.")
     if problems:
         raise InputError(problems)
     return tokenizer, text

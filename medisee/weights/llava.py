@@ -1,4 +1,4 @@
-"""Published language models: found, checked, converted where need be, and loaded completely or not at all.
+"""Published language models: found, checked, converted if need be, and loaded completely or not at all.
 
 transformers fills what a checkpoint lacks with random weights and only logs it; here that is an error.
 """
@@ -22,17 +22,16 @@ from transformers import (
 )
 
 from medisee.config.model import Mllm
-from medisee.foundation.errors import InputError
+from medisee.foundation.errors import InputError, first_line
 from medisee.weights.gguf import gguf_folder
 from medisee.weights.hub import fetch, is_hub_id
 from medisee.weights.llava_convert import converted, vocabulary_problems
-from medisee.weights.llava_format import CONFIG, is_original, original_tokenizer
-from medisee.weights.shards import check_shards, read_json, shard_paths, some
+from medisee.weights.llava_format import is_original, original_tokenizer
+from medisee.weights.shards import CONFIG, check_shards, read_json, shard_paths, some
 from medisee.weights.tokenizer import as_legacy
 
 SKIPPED = ("lm_head", "model.multi_modal_projector", "model.vision_tower")
-"""What stays in 16 or 32 bits beside a language model of 4 or 8; transformers compares the beginnings of whole names."""
-
+"""What stays in 16 or 32 bits beside a language model of 4 or 8; transformers compares the beginnings of names."""
 DTYPES: dict[str, Any] = {
     "auto": "auto",
     "float32": torch.float32,
@@ -43,7 +42,7 @@ DTYPES: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Pretrained:
-    """A loaded Llava. `vocabulary` is the number of tokens that it was trained with; rows behind them are padding."""
+    """A loaded Llava and the number of tokens that it was trained with; later rows of its embedding are padding."""
 
     llava: LlavaForConditionalGeneration
     vocabulary: int
@@ -65,7 +64,7 @@ def _load_tokenizer(folder: Path, config: Mllm) -> PreTrainedTokenizerBase:
     try:
         return as_legacy(AutoTokenizer.from_pretrained(folder))
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(_unreadable(config, error)) from error
+        raise _unreadable(config, error) from error
 
 
 def load_pretrained(config: Mllm) -> Pretrained:
@@ -73,21 +72,26 @@ def load_pretrained(config: Mllm) -> Pretrained:
 
     Raises:
         InputError: the source cannot be found; files or tensors are missing, left over, misshapen or foreign; the
-            tokenizer is another model's; 4 or 8 bits without a GPU or bitsandbytes; layers without memory.
+            tokenizer is another model's; 4 or 8 bits without a GPU or bitsandbytes; too little memory for the layers.
     """
-    quantization = _quantization(config)
+    if config.bits is not None:
+        _check_bits(config.bits)
     folder = _source_folder(config, weights=True)
     settings = read_json(folder / CONFIG)
     if is_original(settings):
         folder = converted(folder, config)
     elif settings.get("model_type") != "llava":
         raise InputError(
-            f"{folder / CONFIG}: describes {settings.get('model_type')!r}, which is no Llava; give a transformers Llava "
-            "or an original LLaVA(-Med) checkpoint."
+            f"{folder / CONFIG}: describes {settings.get('model_type')!r}, which is not a Llava; give a transformers "
+            "Llava or an original LLaVA(-Med) checkpoint."
         )
-    _check_format(folder)
+    if others := [path.name for path in shard_paths(folder) if path.suffix != ".safetensors"]:
+        raise InputError(
+            f"{folder}: holds a transformers Llava as {some(others)}; expected .safetensors files, which run no code; "
+            "fetch a revision that has them, or write them with transformers' save_pretrained."
+        )
     check_shards(folder)
-    llava = _load(folder, config, quantization)
+    llava = _load(folder, config)
     embedding: Any = llava.get_input_embeddings()
     tokens = len(_load_tokenizer(folder, config))
     stated = llava.config.get_text_config().vocab_size
@@ -96,18 +100,10 @@ def load_pretrained(config: Mllm) -> Pretrained:
     return Pretrained(llava, tokens)
 
 
-def _check_format(folder: Path) -> None:
-    if others := {path.name for path in shard_paths(folder) if path.suffix != ".safetensors"}:
-        raise InputError(
-            f"{folder}: holds a transformers Llava as {some(others)}; expected .safetensors files, which run no code; "
-            "fetch a revision that has them, or write them by save_pretrained of transformers."
-        )
-
-
-def _load(folder: Path, config: Mllm, quantization: BitsAndBytesConfig | None) -> LlavaForConditionalGeneration:
+def _load(folder: Path, config: Mllm) -> LlavaForConditionalGeneration:
     placing: dict[str, Any] = {}
-    if quantization is not None:
-        placing = {"quantization_config": quantization, "device_map": {"": torch.cuda.current_device()}}
+    if config.bits is not None:
+        placing = {"quantization_config": quantization_config(config), "device_map": {"": torch.cuda.current_device()}}
     if config.device_map is not None:
         placing = {"device_map": layer_devices(folder, config), "offload_folder": config.offload_folder}
     try:
@@ -121,29 +117,27 @@ def _load(folder: Path, config: Mllm, quantization: BitsAndBytesConfig | None) -
             **placing,
         )
     except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
-        raise InputError(_unreadable(config, error)) from error
+        raise _unreadable(config, error) from error
     llava, report = loaded
-    if problems := _loading_problems(folder, report):
+    problems = []
+    if lacking := report["missing_keys"]:
+        problems.append(f"{folder}: lacks {some(lacking)}; fetch the checkpoint again.")
+    if extra := report["unexpected_keys"]:
+        problems.append(f"{folder}: holds {some(extra)}, for which config.json has no place; fetch it again.")
+    if wrong := [f"{name} of {tuple(own)} instead of {tuple(ours)}" for name, own, ours in report["mismatched_keys"]]:
+        problems.append(f"{folder}: holds {some(wrong)} as in config.json; fetch both again.")
+    problems += [f"{folder}: {message}; fetch it again." for message in report["error_msgs"]]
+    if problems:
         raise InputError(problems)
     if placing:
-        _pin(llava)
+        # accelerate has put every part where it belongs; moving the whole model must leave it there.
+        llava._apply = lambda *_, **__: llava
     return llava
 
 
 def general_kernel(config: Mllm) -> str:
-    """Returns transformers' name of the attention kernel of all parts; flex attention is the layers' own, see flex.py."""
+    """Returns transformers' attention kernel for all parts; packing.py sets flex attention in the layers."""
     return "sdpa" if config.attention == "flex" else config.attention
-
-
-def _loading_problems(folder: Path, report: dict[str, Any]) -> list[str]:
-    problems = []
-    if lacking := report["missing_keys"]:
-        problems.append(f"{folder}: lacks {some(set(lacking))}; fetch the checkpoint again.")
-    if extra := report["unexpected_keys"]:
-        problems.append(f"{folder}: holds {some(set(extra))}, for which config.json has no place; fetch it again.")
-    if wrong := [f"{name} of {tuple(own)} instead of {tuple(asked)}" for name, own, asked in report["mismatched_keys"]]:
-        problems.append(f"{folder}: holds {some(wrong)}, which config.json asks for; fetch both again.")
-    return problems + [f"{folder}: {message}; fetch it again." for message in report["error_msgs"]]
 
 
 def _source_folder(config: Mllm, *, weights: bool) -> Path:
@@ -156,33 +150,29 @@ def _source_folder(config: Mllm, *, weights: bool) -> Path:
     if folder.is_dir():
         raise InputError(f"model.mllm.source = {source!r}: holds no {CONFIG}; give the folder of a Llava, or a hub id.")
     if not is_hub_id(source):
-        raise InputError(f"model.mllm.source = {source!r}: no such folder, and no hub id; give one of them.")
+        raise InputError(f"model.mllm.source = {source!r}: neither a folder nor a hub id; give one of them.")
     try:
         return fetch(source, config.revision, weights=weights)
     except InputError as error:
         raise InputError(f"model.mllm.source = {error.problems[0]}") from error
 
 
-def _unreadable(config: Mllm, error: Exception) -> str:
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return f"model.mllm.source = {config.source!r}: cannot be loaded ({reason}); fetch it again."
+def _unreadable(config: Mllm, error: Exception) -> InputError:
+    return InputError(f"model.mllm.source = {config.source!r}: cannot be loaded ({first_line(error)}); fetch it again.")
 
 
-def _quantization(config: Mllm) -> BitsAndBytesConfig | None:
-    if config.bits is None:
-        return None
-    where, problems = f"model.mllm.bits = {config.bits}", []
+def _check_bits(bits: int) -> None:
+    problems = []
     if not torch.cuda.is_available():
-        problems.append(f"{where}: needs an NVIDIA GPU, and torch sees none; set it to null.")
+        problems.append(f"model.mllm.bits = {bits}: needs an NVIDIA GPU, and torch sees none; set it to null.")
     if importlib.util.find_spec("bitsandbytes") is None:
-        problems.append(f"{where}: needs bitsandbytes; run pip install bitsandbytes, or set it to null.")
+        problems.append(f"model.mllm.bits = {bits}: run pip install bitsandbytes, or set it to null.")
     if problems:
         raise InputError(problems)
-    return quantization_config(config)
 
 
 def quantization_config(config: Mllm) -> BitsAndBytesConfig:
-    """Returns how the language model's linear layers are held in 4 bits (NF4, as QLoRA) or 8 (LLM.int8())."""
+    """Returns how the language model's linear layers are held in 4 bits (NF4, as in QLoRA) or 8 (LLM.int8())."""
     return BitsAndBytesConfig(
         load_in_4bit=config.bits == 4,
         load_in_8bit=config.bits == 8,
@@ -196,10 +186,10 @@ def quantization_config(config: Mllm) -> BitsAndBytesConfig:
 def layer_devices(folder: Path, config: Mllm) -> dict[str, int | str]:
     """Spreads the language model's layers over the devices; all else goes to the first one.
 
-    What learns, and what the seg head and the routers read, so stays where they are.
+    So what learns, and what the seg head and the routers read, stays on their device.
 
     Raises:
-        InputError: no memory for the parts outside the layers, or for some layers and no folder to offload them to.
+        InputError: no memory for the parts outside the layers, or for some layers without a folder to offload them to.
     """
     settings: Any = AutoConfig.from_pretrained(folder)
     assumed = {"auto": settings.dtype or torch.float32}.get(config.dtype, DTYPES[config.dtype])
@@ -207,7 +197,8 @@ def layer_devices(folder: Path, config: Mllm) -> dict[str, int | str]:
         llava = LlavaForConditionalGeneration(settings)
     memory = _memory(config)
     first = next(iter(memory))
-    layers: Any = llava.model.language_model.layers
+    language: Any = llava.model.language_model
+    layers = language.layers
     inside = {id(parameter) for parameter in layers.parameters()}
     # The embedding and the output layer learn in float32.
     memory[first] -= sum(4 * value.numel() for value in llava.parameters() if id(value) not in inside)
@@ -227,7 +218,8 @@ def layer_devices(folder: Path, config: Mllm) -> dict[str, int | str]:
     places: dict[str, Any] = {
         f"model.language_model.layers.{n}": found.get(str(n), found.get("")) for n in range(len(layers))
     }
-    rest = ("vision_tower", "multi_modal_projector", *(f"language_model.{part}" for part in _outside(llava)))
+    outside = (f"language_model.{name}" for name, _ in language.named_children() if name != "layers")
+    rest = ("vision_tower", "multi_modal_projector", *outside)
     return {**{f"model.{part}": first for part in rest}, "lm_head": first, **places}
 
 
@@ -238,27 +230,16 @@ def _memory(config: Mllm) -> dict[Any, Any]:
     known = [*range(torch.cuda.device_count()), "cpu"]
     if unknown := [str(key) for key in most if key not in known]:
         raise InputError(
-            f"model.mllm.max_memory: no device {some(unknown)} here; there is {', '.join(map(str, known))}."
+            f"model.mllm.max_memory: no device {some(unknown)} here; write one of {', '.join(map(str, known))}."
         )
     try:
         return get_max_memory(most or None)
     except ValueError as error:
-        raise InputError(f"model.mllm.max_memory = {config.max_memory}: {error}; write 20GiB or bytes.") from error
-
-
-def _outside(llava: LlavaForConditionalGeneration) -> list[str]:
-    language: Any = llava.model.language_model
-    return [name for name, _ in language.named_children() if name != "layers"]
-
-
-def _pin(llava: LlavaForConditionalGeneration) -> None:
-    # accelerate has put every part where it belongs; moving the whole model must leave it there.
-    def stay(fn: Any, recurse: bool = True) -> LlavaForConditionalGeneration:
-        return llava
-
-    llava._apply = stay
+        raise InputError(
+            f"model.mllm.max_memory = {config.max_memory}: {error}; write a size such as 20GiB, or bytes."
+        ) from error
 
 
 def pinned_device(llava: LlavaForConditionalGeneration) -> torch.device | None:
-    """Returns where a language model takes its inputs if it cannot be moved: of 4 or 8 bits, or spread over devices."""
+    """Returns the input device of a language model that cannot be moved (4 or 8 bits, or spread over devices)."""
     return next(llava.get_input_embeddings().parameters()).device if "_apply" in vars(llava) else None

@@ -1,15 +1,14 @@
 """What an original LLaVA(-Med) checkpoint means in transformers' Llava: names, sizes, tokenizer.
 
-An original checkpoint is what LLaVA's own code wrote: `LlavaMistralForCausalLM` or `LlavaLlamaForCausalLM` in config.json,
-tensors under LLaVA's names, often tokenizer.model as the only tokenizer. It is recognised by its config.json; none of its
-code is run. Here is what its files mean; conversion.py writes them anew.
+An original checkpoint was written by LLaVA's own code: config.json names `LlavaMistralForCausalLM` or
+`LlavaLlamaForCausalLM`, tensors have LLaVA's names, and tokenizer.model is often the only tokenizer. Its code is never
+run. llava_convert.py writes it in transformers' format.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,8 @@ from transformers import (
 )
 
 from medisee.foundation.errors import InputError
-from medisee.weights.shards import TensorFacts, read_json, some
+from medisee.weights.shards import CONFIG, TensorFacts, read_json, some
 from medisee.weights.tokenizer import as_legacy, sentencepiece_tokenizer
-
-CONFIG = "config.json"
 
 LLAVA_NAMES = (
     ("model.embed_tokens.", "model.language_model.embed_tokens."),
@@ -38,9 +35,9 @@ LLAVA_NAMES = (
     ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower."),
     ("lm_head.", "lm_head."),
 )
-"""Beginnings of names in an original checkpoint, and in transformers' Llava."""
+"""Beginnings of tensor names in an original checkpoint, and in transformers' Llava."""
 LLAVA_DROPPED = re.compile(r".*\.rotary_emb\.inv_freq|.*vision_model\.embeddings\.position_ids")
-"""Buffers that older versions saved; both are computed from the sizes."""
+"""Buffers that older versions saved and that are computed from the sizes."""
 CLIP_NAMES = (
     ("vision_model.", "model.vision_tower."),
     *((f"{part}.", f"model.vision_tower.{part}.") for part in ("embeddings", "pre_layrnorm", "encoder")),
@@ -56,21 +53,14 @@ _ARCHITECTURES = {"LlavaMistralForCausalLM": "mistral", "LlavaLlamaForCausalLM":
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A folder of weights and what its tensors are called in transformers' Llava."""
+def renamed(name: str, beginnings: Iterable[tuple[str, str]]) -> str | None:
+    """Replaces the beginning of a name by that of the first pair (old, new) that fits; None where none does."""
+    return next((new + name[len(old) :] for old, new in beginnings if name.startswith(old)), None)
 
-    folder: Path
-    names: tuple[tuple[str, str], ...]
-    dropped: re.Pattern[str]
 
-    def renamed(self, name: str) -> str | None:
-        """Returns transformers' name of a tensor; None for one that is not known here."""
-        return next((new + name[len(old) :] for old, new in self.names if name.startswith(old)), None)
-
-    def original(self, name: str) -> str:
-        """Returns this format's name of a transformers tensor."""
-        return next((old + name[len(new) :] for old, new in self.names if name.startswith(new)), name)
+def named_back(name: str, beginnings: Iterable[tuple[str, str]]) -> str:
+    """Undoes `renamed`; a name that no pair fits is returned unchanged."""
+    return renamed(name, [(new, old) for old, new in beginnings]) or name
 
 
 def is_original(settings: Mapping[str, Any]) -> bool:
@@ -79,8 +69,7 @@ def is_original(settings: Mapping[str, Any]) -> bool:
 
 
 def _language(settings: Mapping[str, Any]) -> str | None:
-    architectures = settings.get("architectures") or ()
-    for name in architectures:
+    for name in settings.get("architectures") or ():
         if name in _ARCHITECTURES:
             return _ARCHITECTURES[name]
     # transformers calls its own Llava "llava" too, and nests the language model's sizes.
@@ -90,15 +79,11 @@ def _language(settings: Mapping[str, Any]) -> str | None:
 
 
 def llava_config(path: Path, settings: Mapping[str, Any], vision: CLIPVisionConfig) -> LlavaConfig:
-    """Translates an original config.json.
+    """Translates the content of an original config.json, which is at `path`.
 
-    The sliding window is None, as LLaVA-Med was trained, whatever the file says; the base of the rotary code is the
-    file's, or 1e6 for Mistral and 1e4 for Llama. Where newer transformers have other defaults, these are stated.
-
-    Args:
-        path: of config.json, for messages.
-        settings: its content.
-        vision: the vision tower's.
+    The sliding window is None, as in LLaVA-Med's training, whatever the file says; the base of the rotary code is the
+    file's, or 1e6 for Mistral and 1e4 for Llama. Values whose defaults differ between versions of transformers are
+    written out.
 
     Raises:
         InputError: missing sizes; a projector, image tokens or a vocabulary of another kind.
@@ -108,10 +93,10 @@ def llava_config(path: Path, settings: Mapping[str, Any], vision: CLIPVisionConf
         f"{path}: {key} is missing; fetch it again." for key in _SIZES if not isinstance(settings.get(key), int)
     ]
     refused = {
-        "mm_projector_type": settings.get("mm_projector_type") not in ("mlp2x_gelu",),
+        "mm_projector_type": settings.get("mm_projector_type") != "mlp2x_gelu",
         "mm_use_im_start_end": bool(settings.get("mm_use_im_start_end")),
         "tie_word_embeddings": bool(settings.get("tie_word_embeddings")),
-        # cls_patch has a token for the class in front of those of the patches, which prompts have no place for.
+        # cls_patch adds a class token before the patches, for which prompts have no place.
         "mm_vision_select_feature": settings.get("mm_vision_select_feature", "patch") != "patch",
     }
     problems += [
@@ -122,6 +107,11 @@ def llava_config(path: Path, settings: Mapping[str, Any], vision: CLIPVisionConf
     if problems:
         raise InputError(problems)
     theta = settings.get("rope_theta") or (1e6 if language == "mistral" else 1e4)
+    scaling = dict(settings.get("rope_scaling") or {})
+    # Older configurations call the kind "type".
+    older = scaling.pop("type", None)
+    kind = scaling.get("rope_type") or older
+    scaling = scaling | {"rope_type": kind} if kind else {}
     common: dict[str, Any] = {key: settings[key] for key in _SIZES}
     common |= {
         "num_key_value_heads": settings.get("num_key_value_heads") or settings["num_attention_heads"],
@@ -129,7 +119,7 @@ def llava_config(path: Path, settings: Mapping[str, Any], vision: CLIPVisionConf
         "hidden_act": settings.get("hidden_act", "silu"),
         "max_position_embeddings": settings.get("max_position_embeddings", 32768 if language == "mistral" else 4096),
         "rms_norm_eps": settings.get("rms_norm_eps", 1e-5),
-        "rope_parameters": {"rope_type": "default", **_rope_scaling(settings), "rope_theta": float(theta)},
+        "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": float(theta)},
         "attention_dropout": 0.0,
         "bos_token_id": settings.get("bos_token_id", 1),
         "eos_token_id": settings.get("eos_token_id", 2),
@@ -149,16 +139,10 @@ def llava_config(path: Path, settings: Mapping[str, Any], vision: CLIPVisionConf
     )
 
 
-def _rope_scaling(settings: Mapping[str, Any]) -> dict[str, Any]:
-    scaling = settings.get("rope_scaling") or {}
-    kind = scaling.get("rope_type") or scaling.get("type")
-    return {**{key: value for key, value in scaling.items() if key != "type"}, "rope_type": kind} if kind else {}
-
-
 def vision_config(
     folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, TensorFacts], described: Path | None
 ) -> CLIPVisionConfig:
-    """Reads the vision tower's sizes from its tensors; its heads from CLIP's own config.json, or 64 wide (OpenAI's).
+    """Reads the vision tower's sizes from its tensors, and its heads from CLIP's config.json (OpenAI's are 64 wide).
 
     Args:
         folder: the checkpoint, for messages.
@@ -167,7 +151,7 @@ def vision_config(
         described: folder with CLIP's config.json, if there is one.
 
     Raises:
-        InputError: tensors are missing; heads are nowhere stated.
+        InputError: tensors are missing; the number of heads is not stated.
     """
     tower = "model.vision_tower."
     needed = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight")
@@ -181,7 +165,7 @@ def vision_config(
     name = str(settings.get("mm_vision_tower", ""))
     if described is None and "openai" not in name.lower():
         raise InputError(
-            f"{folder / CONFIG}: mm_vision_tower is {name!r}, whose heads are not known here; "
+            f"{folder / CONFIG}: the number of attention heads of mm_vision_tower = {name!r} is unknown; "
             "set model.mllm.vision_source to its hub id or folder."
         )
     own = read_json(described / CONFIG) if described is not None else {}
@@ -199,13 +183,12 @@ def vision_config(
 
 
 def original_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Builds the tokenizer of an original checkpoint: tokenizer.model, or tokenizer.json where that is all there is.
+    """Builds the tokenizer of an original checkpoint from tokenizer.model, or else from tokenizer.json.
 
     Raises:
-        InputError: neither is there, or they cannot be read; added tokens with ids that leave gaps.
+        InputError: both files are missing or unreadable; the ids of added tokens leave gaps.
     """
-    model = folder / "tokenizer.model"
-    described = folder / "tokenizer_config.json"
+    model, described = folder / "tokenizer.model", folder / "tokenizer_config.json"
     settings = read_json(described) if described.exists() else {}
     if not model.exists():
         file = folder / "tokenizer.json"

@@ -1,12 +1,10 @@
-"""The authors' checkpoint, tensor by tensor: key names, the order of the routers' inputs, the vocabulary.
+"""The authors' checkpoint, tensor by tensor: names, the order of the routers' inputs, the vocabulary.
 
-What differs from ours:
+It differs from ours in three ways:
 - LoRA's base weights are called `q_proj.weight` (peft 0.4) or `q_proj.base_layer.weight` (later);
 - the routers read and weigh the states in the order [BBOX], [SEG], ours in that of `Model.candidate_tokens`;
-- there is no row for `<image>`, where the release marks the image by -200; ours is added with zeros. Its embedding is
-  always replaced by image states, and `MediSee.text_logits` never lets it be a next token.
-
-Shapes: D hidden width, K candidate tokens, R router width, V vocabulary.
+- it marks the image by the id -200 and has no row for `<image>`; ours is added with zeros. Its embedding is always
+  replaced by image states, and `MediSee.text_logits` never lets it be a next token.
 """
 
 from __future__ import annotations
@@ -20,12 +18,12 @@ import torch
 from torch import Tensor
 
 from medisee.config.model import Model
-from medisee.foundation.errors import InputError
-from medisee.weights.llava_format import LLAVA_DROPPED, LLAVA_NAMES
-from medisee.weights.shards import Shard, TensorFacts
+from medisee.foundation.errors import InputError, shortened
+from medisee.weights.llava_format import LLAVA_DROPPED, LLAVA_NAMES, named_back, renamed
+from medisee.weights.shards import Shard, ShardPlan, TensorFacts
 
 RELEASE_TOKENS = ("[BBOX]", "[SEG]")
-"""The candidate tokens in the order of the release's routers; in its vocabulary they stand the other way round."""
+"""The candidate tokens in the order of the release's routers; its vocabulary has them in reverse order."""
 
 PARTS = {
     "language model": "mllm.model.language_model.",
@@ -37,7 +35,7 @@ PARTS = {
     "box decoder": "box_decoder.",
     "text projection": "text_projection.",
 }
-"""Our model's parts and how their tensors' names begin."""
+"""Our model's parts and the beginnings of their tensors' names."""
 
 _NAMES = (
     *((old, f"mllm.{new}") for old, new in LLAVA_NAMES),
@@ -59,10 +57,10 @@ _VOCABULARY = ("mllm.model.language_model.embed_tokens.weight", "mllm.lm_head.we
 
 @dataclass(slots=True)
 class Report:
-    """What went where.
+    """What was converted.
 
     Attributes:
-        placed: number of tensors of each part of ours.
+        placed: number of tensors of each part.
         parameters: number of values of each part, as read.
         dropped: keys that are left out, and why.
         dtypes: number of tensors of each type.
@@ -73,48 +71,29 @@ class Report:
     dropped: dict[str, str] = field(default_factory=dict)
     dtypes: Counter[str] = field(default_factory=Counter)
 
-    def count(self, name: str, facts: TensorFacts) -> None:
-        """Adds a tensor that was placed under our name."""
-        part = next(part for part, begins in PARTS.items() if name.startswith(begins))
-        self.placed[part] += 1
-        self.parameters[part] += torch.Size(facts.shape).numel()
-        self.dtypes[str(facts.dtype).removeprefix("torch.")] += 1
-
     def lines(self) -> list[str]:
-        """Returns the report as a table, a line each."""
+        """Returns the report as the lines of a table."""
         lines = [f"{part:<16} {self.placed[part]:>5} tensors {self.parameters[part]:>14,} values" for part in PARTS]
         lines += [f"left out: {key} ({reason})" for key, reason in self.dropped.items()]
         return [*lines, "stored as " + ", ".join(f"{name}: {count}" for name, count in sorted(self.dtypes.items()))]
 
 
-@dataclass(frozen=True, slots=True)
-class PlacedTensor:
-    """One of our tensors: the release's key, and shape and type in our model."""
-
-    key: str
-    facts: TensorFacts
-
-
 def our_name(key: str, *, lora: bool) -> str | None:
-    """Returns our name of a tensor of the release, None for a key that is none of the release's.
+    """Returns our name of a tensor of the release, with or without peft's prefix; None for an unknown key.
 
-    Args:
-        key: with or without `base_model.model.`, which peft puts in front.
-        lora: our language model has LoRA; its base weights are then called `base_layer`.
+    If our language model has LoRA, its base weights are called `base_layer`.
     """
-    key = key.removeprefix(_PEFT)
-    name = next((ours + key[len(theirs) :] for theirs, ours in _NAMES if key.startswith(theirs)), None)
+    name = renamed(key.removeprefix(_PEFT), _NAMES)
     return name and _ADAPTED.sub(rf"\1.{'base_layer.' if lora else ''}\2", name)
 
 
 def release_key(name: str) -> str:
     """Returns the release's key of one of our tensors, in the spelling of peft 0.4."""
-    name = _ADAPTED.sub(r"\1.\2", name)
-    return _PEFT + next((theirs + name[len(ours) :] for theirs, ours in _NAMES if name.startswith(ours)), name)
+    return _PEFT + named_back(_ADAPTED.sub(r"\1.\2", name), _NAMES)
 
 
 def why_dropped(key: str) -> str | None:
-    """Says why a key of the release has no place in ours; None when it should have one."""
+    """Returns the reason why a key of the release has no place in our model, None when it should have one."""
     key = key.removeprefix(_PEFT)
     if LLAVA_DROPPED.fullmatch(key):
         return "computed from the sizes"
@@ -122,12 +101,9 @@ def why_dropped(key: str) -> str | None:
 
 
 def our_values(name: str, values: Tensor, candidate_tokens: tuple[str, ...]) -> Tensor:
-    """Brings a tensor of the release, or its gradient, into our order and vocabulary.
+    """Converts a tensor of the release, or its gradient, to our order and vocabulary; `name` is ours.
 
-    Args:
-        name: ours.
-        values: the release's; what has another number of tokens comes back as it is.
-        candidate_tokens: of our model; RELEASE_TOKENS in any order.
+    `candidate_tokens` are RELEASE_TOKENS in our order. A tensor for another number of tokens is returned unchanged.
     """
     order = [RELEASE_TOKENS.index(token) for token in candidate_tokens]
     if name.endswith("_router.gate.0.weight") and values.ndim == 2 and values.shape[1] % len(order) == 0:
@@ -139,24 +115,15 @@ def our_values(name: str, values: Tensor, candidate_tokens: tuple[str, ...]) -> 
     return values
 
 
-def place(
-    shard: Shard, *, expected: Mapping[str, torch.Size], config: Model, report: Report
-) -> dict[str, PlacedTensor]:
-    """Finds the place of one file's tensors in our model; nothing is read yet.
+def place(shard: Shard, *, expected: Mapping[str, torch.Size], config: Model, report: Report) -> ShardPlan:
+    """Finds the place of one file's tensors in our model and adds them to the report; nothing is read yet.
 
-    Args:
-        shard: a file of the release.
-        expected: name and shape of every tensor of our model.
-        config: of our model.
-        report: grows by this file.
-
-    Returns:
-        Our names, each with what it comes from.
+    `expected` are names and shapes of all tensors of our model, which `config` describes.
 
     Raises:
-        InputError: foreign keys, other shapes, another vocabulary; all of this file's at once.
+        InputError: unknown keys, other shapes, another vocabulary; all of this file's at once.
     """
-    placed: dict[str, PlacedTensor] = {}
+    plan = ShardPlan(shard.path, {}, {})
     problems: list[str] = []
     for key, facts in shard.tensors.items():
         if reason := why_dropped(key):
@@ -164,44 +131,30 @@ def place(
             continue
         name = our_name(key, lora=config.mllm.train == "lora")
         if name is None or name not in expected:
-            problems.append(f"{shard.path}: unknown tensor {key}; {_unknown(key, config)}")
+            fix = "expected the authors' checkpoint of the model that the configuration describes."
+            if ".lora_" in key and config.mllm.train != "lora":
+                fix = "the weights have LoRA, so set model.mllm.train=lora."
+            problems.append(f"{shard.path}: unknown tensor {key}; {fix}")
             continue
         # The meta device computes shapes without values.
         shape = our_values(name, torch.empty(facts.shape, device="meta"), config.candidate_tokens).shape
-        if shape != expected[name]:
-            problems.append(f"{shard.path}: {_misfit(key, facts, name, expected[name])}")
-            continue
-        placed[name] = PlacedTensor(key, TensorFacts(tuple(shape), facts.dtype))
-        report.count(name, facts)
+        if shape != expected[name] and name in _VOCABULARY and len(facts.shape) == 2:
+            rows, width = expected[name]
+            problems.append(
+                f"{shard.path}: {key} has {facts.shape[0]} rows of {facts.shape[1]}, but the tokenizer has {rows - 1} "
+                f"tokens beside <image>, and the configuration has width {width}; give its own tokenizer and sizes."
+            )
+        elif shape != expected[name]:
+            problems.append(
+                f"{shard.path}: {key} has shape {facts.shape}, the configuration expects {tuple(expected[name])}; "
+                "correct the sizes in the configuration."
+            )
+        else:
+            plan.tensors[name], plan.old_names[name] = TensorFacts(tuple(shape), facts.dtype), key
+            part = next(part for part, begins in PARTS.items() if name.startswith(begins))
+            report.placed[part] += 1
+            report.parameters[part] += torch.Size(facts.shape).numel()
+            report.dtypes[str(facts.dtype).removeprefix("torch.")] += 1
     if problems:
         raise InputError(shortened(problems, str(shard.path)))
-    return placed
-
-
-def read_placed(shard: Shard, placed: Mapping[str, PlacedTensor], name: str, config: Model) -> Tensor:
-    """Reads one of our tensors from the file that holds it."""
-    return our_values(name, shard.read(placed[name].key), config.candidate_tokens).contiguous()
-
-
-def shortened(problems: list[str], where: str, most: int = 8) -> list[str]:
-    """Returns the first problems and how many more there are."""
-    more = [f"{where}: and {len(problems) - most} more"] if len(problems) > most else []
-    return problems[:most] + more
-
-
-def _unknown(key: str, config: Model) -> str:
-    if ".lora_" in key and config.mllm.train != "lora":
-        return "the weights have LoRA, so set model.mllm.train=lora."
-    return "expected the authors' checkpoint of the model that the configuration describes."
-
-
-def _misfit(key: str, facts: TensorFacts, name: str, shape: torch.Size) -> str:
-    if name in _VOCABULARY and len(facts.shape) == 2:
-        return (
-            f"{key} has {facts.shape[0]} rows of {facts.shape[1]}, but the tokenizer has {shape[0] - 1} tokens beside "
-            f"<image> and the configuration a width of {shape[1]}; give the checkpoint's own tokenizer and sizes."
-        )
-    return (
-        f"{key} has shape {facts.shape}, the configuration expects {tuple(shape)}; "
-        "correct the sizes in the configuration."
-    )
+    return plan

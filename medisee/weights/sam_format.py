@@ -1,4 +1,4 @@
-"""SAM's weights as others publish them: where they lie, how they are read, how transformers names them.
+"""SAM's weights as others publish them: where they are, how they are read, what transformers calls them.
 
 Two formats: segment_anything's names, in a .pth (SAM, MedSAM, SAM-Med2D, LiteMedSAM) or .safetensors file, and those of
 transformers' SamModel, in a folder or hub repository of config.json and model.safetensors.
@@ -6,7 +6,6 @@ transformers' SamModel, in a folder or hub repository of config.json and model.s
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -22,7 +21,8 @@ from transformers import SamConfig, SamModel
 
 from medisee.config.model import SamSizes
 from medisee.foundation.errors import InputError
-from medisee.weights.hub import fetch
+from medisee.weights.hub import fetch, is_hub_id
+from medisee.weights.shards import CONFIG, read_json
 
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 FILE_TYPES = (".safetensors", ".pth", ".pt", ".bin")
@@ -30,8 +30,6 @@ FILE_TYPES = (".safetensors", ".pth", ".pt", ".bin")
 POSITIONS = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 SHARED_POSITIONS = "shared_image_embedding.positional_embedding"
 TIED_POSITIONS = "prompt_encoder.shared_embedding.positional_embedding"
-
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 # In order; each turns a part of segment_anything's name into transformers'.
 _RENAMED: tuple[tuple[str, str], ...] = (
@@ -69,14 +67,14 @@ def transformers_name(name: str) -> str:
 
 
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames a whole SAM for transformers' `SamModel.load_state_dict`, which keeps the position code twice."""
+    """Renames a whole SAM for transformers' `SamModel.load_state_dict`, which needs the position code twice."""
     renamed = {transformers_name(name): value for name, value in state.items()}
     renamed[TIED_POSITIONS] = renamed[SHARED_POSITIONS]
     return renamed
 
 
 def write_transformers(state: Mapping[str, Tensor], sizes: SamSizes, size: int, folder: Path) -> None:
-    """Writes a whole SAM as a folder of transformers' SamModel, for frames of side `size`."""
+    """Writes a whole SAM as a folder of transformers' SamModel, for frames of `size` pixels a side."""
     settings = SamConfig(
         vision_config={
             "hidden_size": sizes.width,
@@ -111,7 +109,7 @@ def is_transformers(state: Mapping[str, Any]) -> bool:
 
 
 def without_tied(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Drops transformers' second copy of the position code, which files hold or not.
+    """Drops transformers' second copy of the position code, which not all files hold.
 
     Raises:
         InputError: the copies differ.
@@ -120,24 +118,32 @@ def without_tied(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     tied = state.get(TIED_POSITIONS)
     if tied is not None and not torch.equal(kept.setdefault(SHARED_POSITIONS, tied), tied):
         raise InputError(
-            f"{path}: {SHARED_POSITIONS} and {TIED_POSITIONS} differ, but SAM has one; get the file again."
+            f"{path}: {SHARED_POSITIONS} and {TIED_POSITIONS} differ, but SAM has only one; get the file again."
         )
     return kept
 
 
 def weights_file(source: str | Path) -> Path:
-    """Returns the file of a seg head's weights.
-
-    Args:
-        source: a file; a folder of a transformers SAM; or its hub id "owner/name", which is fetched.
+    """Returns the file of a seg head's weights: `source`, or that of a transformers SAM in a folder or on the hub.
 
     Raises:
         InputError: a folder or repository of another model or without weights; a hub out of reach.
     """
     path = Path(source)
-    if not path.exists() and path.suffix not in FILE_TYPES and _HUB_ID.fullmatch(str(source)):
+    if path.suffix not in FILE_TYPES and "/" in str(source) and is_hub_id(source):
         path = _fetched(str(source))
-    return _file_of_folder(path) if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    if not (path / CONFIG).is_file():
+        raise InputError(f"{path / CONFIG}: missing; give the folder of a transformers SAM, or a file of weights.")
+    if (kind := read_json(path / CONFIG).get("model_type")) != "sam":
+        raise InputError(
+            f"{path / CONFIG}: model_type = {kind!r}, expected 'sam'; give the folder of a transformers SAM."
+        )
+    found = [path / name for name in FOLDER_FILES if (path / name).exists()]
+    if not found:
+        raise InputError(f"{path}: neither {' nor '.join(FOLDER_FILES)} is there; get the folder again.")
+    return found[0]
 
 
 @cache
@@ -148,25 +154,6 @@ def _fetched(hub_id: str) -> Path:
         raise InputError(
             f"model.seg_head.checkpoint = {hub_id!r}: no such file or folder here, and not on the hub: {error}"
         ) from error
-
-
-def _file_of_folder(folder: Path) -> Path:
-    config = folder / "config.json"
-    try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{config}: missing; a folder of weights must be a transformers SAM, or name a file."
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{config}: no valid JSON ({error}); get the folder again.") from error
-    kind = content.get("model_type") if isinstance(content, dict) else None
-    if kind != "sam":
-        raise InputError(f"{config}: model_type = {kind!r}, expected 'sam'; give the folder of a transformers SAM.")
-    found = [folder / name for name in FOLDER_FILES if (folder / name).exists()]
-    if not found:
-        raise InputError(f"{folder}: neither {' nor '.join(FOLDER_FILES)} is there; get the folder again.")
-    return found[0]
 
 
 def read_weights(path: Path) -> Any:
@@ -185,7 +172,7 @@ def read_weights(path: Path) -> Any:
             "or to a folder or hub id of a transformers SAM."
         ) from error
     except SafetensorError as error:
-        raise InputError(f"{path}: no complete safetensors file ({error}); get it again.") from error
+        raise InputError(f"{path}: not a complete safetensors file ({error}); get it again.") from error
     except Exception as error:  # torch raises many types for truncated, foreign and code-carrying files
         raise InputError(
             f"{path}: cannot be read as plain tensors ({type(error).__name__}); expected a state dict."

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint on disk: read shard by shard without executing anything, written one tensor at a time.
+"""Tensors of a checkpoint on disk: read shard by shard without running any code, written one tensor at a time.
 
 A 7B model is as large as a laptop's memory, so nothing here holds more than one shard.
 """
@@ -10,7 +10,7 @@ import json
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
-from medisee.foundation.errors import InputError
+from medisee.foundation.errors import InputError, first_line
+from medisee.foundation.files import write_json
 
+CONFIG = "config.json"
+SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
-WEIGHTS = (SAFETENSORS_INDEX, "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+WEIGHT_FILES = (SAFETENSORS_INDEX, SAFETENSORS, "pytorch_model.bin.index.json", "pytorch_model.bin")
 """Where weights may be, safetensors first."""
-SHOWN = 4
 
 _DTYPES = {
     "F64": torch.float64,
@@ -43,7 +46,7 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class TensorFacts:
-    """What a header says of a tensor."""
+    """Shape and type of a tensor on disk."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -56,24 +59,31 @@ class TensorFacts:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """An open file of tensors: facts of all of them, and a reader for each."""
+    """An open file of tensors: shape and type of each, and a function that reads one."""
 
     path: Path
     tensors: Mapping[str, TensorFacts]
     read: Callable[[str], Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """A file to convert: for each new name, shape and type of the tensor to write, and its old name."""
+
+    path: Path
+    tensors: dict[str, TensorFacts]
+    old_names: dict[str, str]
+
+
 def shard_paths(folder: Path) -> list[Path]:
-    """Lists the weight files of a checkpoint: those its index names, or the only one.
+    """Lists the weight files of a checkpoint: those that its index names, or the only one.
 
     Raises:
-        InputError: no weights; a broken index; shards that it names and that are missing, all of them.
+        InputError: no weights; a broken index; all files that it names and that are missing.
     """
     first = _first(folder)
     if first is None:
-        raise InputError(
-            f"{folder}: holds no weights; expected one of {', '.join(WEIGHTS)}; fetch the checkpoint again."
-        )
+        raise InputError(f"{folder}: holds no weights; expected one of {', '.join(WEIGHT_FILES)}; fetch it again.")
     if first.suffix != ".json":
         return [first]
     files = sorted(set(weight_map(folder).values()))
@@ -83,7 +93,7 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def weight_map(folder: Path) -> dict[str, str]:
-    """Returns which file holds each tensor, by the index; empty for a single file.
+    """Returns which file holds each tensor according to the index; empty for a single file.
 
     Raises:
         InputError: the index is broken.
@@ -92,32 +102,30 @@ def weight_map(folder: Path) -> dict[str, str]:
     if path is None or path.suffix != ".json":
         return {}
     content = read_json(path).get("weight_map")
-    if not isinstance(content, dict) or not all(_is_plain(file) for file in content.values()):
+    # A path to another folder has no business in an index.
+    if not isinstance(content, dict) or not all(
+        isinstance(file, str) and Path(file).name == file for file in content.values()
+    ):
         raise InputError(f"{path}: has no weight_map from tensors to files beside it; fetch it again.")
     return content
 
 
 def _first(folder: Path) -> Path | None:
-    return next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
-
-
-def _is_plain(file: Any) -> bool:
-    # A path to elsewhere has no business in an index.
-    return isinstance(file, str) and Path(file).name == file
+    return next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        InputError: it cannot be read or holds something else.
+        InputError: the file cannot be read or holds something else.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); fetch it again.") from error
     except ValueError as error:
-        raise InputError(f"{path}: no valid JSON ({error}); fetch it again.") from error
+        raise InputError(f"{path}: not valid JSON ({error}); fetch it again.") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}; fetch it again.")
     return content
@@ -125,60 +133,64 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def open_shard(path: Path) -> Iterator[Shard]:
-    """Opens a .safetensors or .bin file; tensors are read when they are asked for and stay mapped until the end.
+    """Opens a .safetensors or .bin file, whose tensors are read on demand and stay mapped until it is closed.
 
     Raises:
         InputError: the file is truncated, of another kind, or holds anything but tensors. Pickled code is not run.
     """
-    if path.suffix == ".safetensors":
-        try:
-            handle = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: truncated or no safetensors file ({_line(error)}); fetch it again.") from error
-        with handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (it is no mapping)
-            codes = {name: piece.get_dtype() for name, piece in slices.items()}
-            _check_dtypes(path, {name: code for name, code in codes.items() if code not in _DTYPES})
-            facts = {n: TensorFacts(tuple(piece.get_shape()), _DTYPES[codes[n]]) for n, piece in slices.items()}
-            yield Shard(path, facts, handle.get_tensor)
+    if path.suffix != ".safetensors":
+        tensors = _unpickled(path)
+        types: dict[str, Any] = {name: tensor.dtype for name, tensor in tensors.items()}
+        _check_types(path, types, _CODES)
+        facts = {name: TensorFacts(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        yield Shard(path, facts, tensors.__getitem__)
         return
-    tensors = _unpickled(path)
-    _check_dtypes(path, {name: str(t.dtype) for name, t in tensors.items() if t.dtype not in _CODES})
-    facts = {name: TensorFacts(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    yield Shard(path, facts, tensors.__getitem__)
+    try:
+        handle = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: truncated or not a safetensors file ({first_line(error)}); fetch it again."
+        ) from error
+    with handle:
+        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (it is not a mapping)
+        types = {name: piece.get_dtype() for name, piece in slices.items()}
+        _check_types(path, types, _DTYPES)
+        facts = {name: TensorFacts(tuple(piece.get_shape()), _DTYPES[types[name]]) for name, piece in slices.items()}
+        yield Shard(path, facts, handle.get_tensor)
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
     try:
-        # Files older than torch 1.6 are no zip archives, which cannot be mapped.
+        # Only zip archives can be mapped; files of torch before 1.6 are not.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{path}: holds something else than tensors, or is damaged; nothing of it was executed; "
-            "fetch it again from a source that you trust."
+            f"{path}: holds something other than tensors, or is damaged; none of it was executed; "
+            "fetch it from a source that you trust."
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: truncated or no file of tensors ({_line(error)}); fetch it again.") from error
+        raise InputError(
+            f"{path}: truncated or not a file of tensors ({first_line(error)}); fetch it again."
+        ) from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise InputError(f"{path}: expected names and tensors, found {type(content).__name__}; fetch it again.")
     return content
 
 
-def _check_dtypes(path: Path, odd: Mapping[str, str]) -> None:
-    if odd:
-        names = some([f"{name} ({kind})" for name, kind in odd.items()])
-        raise InputError(f"{path}: {names} of a type that no full checkpoint has; give the one without quantization.")
+def _check_types(path: Path, types: Mapping[str, Any], known: Mapping[Any, Any]) -> None:
+    if odd := [f"{name} ({kind})" for name, kind in types.items() if kind not in known]:
+        raise InputError(f"{path}: holds {some(odd)}; give the checkpoint without quantization.")
 
 
 def shards_digest(folder: Path) -> str | None:
-    """Returns the SHA-256 of config.json and of each weight file's name, size and, where it has one, header.
+    """Returns the SHA-256 of config.json and of each weight file's name, size and safetensors header.
 
-    It takes moments, and tells other models and other versions of one apart, but not other values in the same places.
+    It is fast and tells models and their versions apart, but does not notice other values in the same places.
     None where a file is missing.
     """
     digest = hashlib.sha256()
     try:
-        digest.update((folder / "config.json").read_bytes())
+        digest.update((folder / CONFIG).read_bytes())
         for path in shard_paths(folder):
             digest.update(f"\n{path.name} {path.stat().st_size}\n".encode())
             if path.suffix == ".safetensors":
@@ -192,24 +204,44 @@ def shards_digest(folder: Path) -> str | None:
 
 
 def check_shards(folder: Path) -> None:
-    """Opens every shard of a checkpoint and compares it with the index.
+    """Opens every file of a checkpoint and compares it with the index.
 
     Raises:
         InputError: every file that is missing, truncated or foreign, and every tensor that is not where the index says.
     """
-    places, problems = weight_map(folder), []
-    for path in shard_paths(folder):
-        try:
-            with open_shard(path) as shard:
-                problems += index_problems(shard, places)
-        except InputError as error:
-            problems += error.problems
+    _, problems = plan_shards(folder, lambda shard: ShardPlan(shard.path, {}, {}))
     if problems:
         raise InputError(problems)
 
 
-def index_problems(shard: Shard, places: Mapping[str, str]) -> list[str]:
-    """Says which tensors of a shard the index does not place in it, and which it places in it but which are not."""
+def plan_shards(folder: Path, plan: Callable[[Shard], ShardPlan]) -> tuple[list[ShardPlan], list[str]]:
+    """Plans the conversion of a checkpoint from its headers; returns the plans of its files and every problem found.
+
+    `plan` plans one file; the problems of an InputError that it raises are collected.
+
+    Raises:
+        InputError: no weights; a broken index; missing files.
+    """
+    places = weight_map(folder)
+    plans: list[ShardPlan] = []
+    problems: list[str] = []
+    seen: set[str] = set()
+    for path in shard_paths(folder):
+        try:
+            with open_shard(path) as shard:
+                problems += _index_problems(shard, places)
+                found = plan(shard)
+        except InputError as error:
+            problems += error.problems
+            continue
+        if twice := {found.old_names[name] for name in found.tensors if name in seen}:
+            problems.append(f"{path}: holds {some(twice)}, which another file holds too; fetch it again.")
+        seen |= found.tensors.keys()
+        plans.append(found)
+    return plans, problems
+
+
+def _index_problems(shard: Shard, places: Mapping[str, str]) -> list[str]:
     if not places:
         return []
     named = {name for name, file in places.items() if file == shard.path.name}
@@ -221,15 +253,31 @@ def index_problems(shard: Shard, places: Mapping[str, str]) -> list[str]:
     return problems
 
 
+def write_shards(plans: Sequence[ShardPlan], folder: Path, change: Callable[[str, Tensor], Tensor]) -> None:
+    """Writes planned files as model.safetensors, or as several files with an index; a file without tensors is left out.
+
+    `change` returns the values to write, given a tensor's new name and its values in the old file.
+    """
+    plans = [one for one in plans if one.tensors]
+    places: dict[str, str] = {}
+    for number, one in enumerate(tqdm(plans, desc="converting", unit="file"), start=1):
+        name = SAFETENSORS if len(plans) == 1 else f"model-{number:05d}-of-{len(plans):05d}.safetensors"
+        _convert_shard(one, folder / name, change)
+        places |= dict.fromkeys(one.tensors, name)
+    if len(plans) > 1:
+        size = sum(facts.bytes for one in plans for facts in one.tensors.values())
+        write_json(folder / SAFETENSORS_INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+
+
+def _convert_shard(plan: ShardPlan, path: Path, change: Callable[[str, Tensor], Tensor]) -> None:
+    with open_shard(plan.path) as shard:
+        write_shard(path, plan.tensors, lambda name: change(name, shard.read(plan.old_names[name])))
+
+
 def write_shard(path: Path, tensors: Mapping[str, TensorFacts], read: Callable[[str], Tensor]) -> None:
-    """Writes a .safetensors file, holding one tensor at a time.
+    """Writes a new .safetensors file, holding one tensor at a time; `read` returns a tensor by its name.
 
-    The safetensors package builds the whole file in memory first, beside the tensors themselves.
-
-    Args:
-        path: a new file.
-        tensors: names and facts of what is written.
-        read: returns a tensor by its name here.
+    Older versions of the safetensors package build the whole file in memory, and all refuse tensors that share memory.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -247,12 +295,8 @@ def write_shard(path: Path, tensors: Mapping[str, TensorFacts], read: Callable[[
             handle.write(read(name).contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def some(names: Sequence[str] | set[str]) -> str:
-    """Lists the first few names and counts the others."""
+def some(names: Iterable[str]) -> str:
+    """Lists the first four names in order and counts the others."""
     ordered = sorted(names)
-    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
-    return ", ".join(ordered[:SHOWN]) + more
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    more = f" and {len(ordered) - 4} more" if len(ordered) > 4 else ""
+    return ", ".join(ordered[:4]) + more

@@ -1,8 +1,8 @@
-"""Tokenizers: a small byte-level one trained on a run's own texts, and LLaVA's out of its tokenizer.model.
+"""Tokenizers: a small byte-level one trained on a run's own texts, and LLaVA's, built from its tokenizer.model.
 
-LLaVA(-Med) was trained with transformers' slow Llama tokenizer, which cuts a text at its added tokens and encodes each
-piece by sentencepiece. In its `legacy` mode every piece gets sentencepiece's own leading space, so that a token for a
-space stands behind many added tokens; otherwise the first piece only.
+LLaVA(-Med) was trained with transformers' slow Llama tokenizer, which splits a text at its added tokens and encodes
+each piece by sentencepiece. In its `legacy` mode every piece gets a leading space, so that many added tokens are
+followed by a token for a space; otherwise only the first piece does.
 """
 
 from __future__ import annotations
@@ -29,11 +29,9 @@ _BPE = 2
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Trains a tokenizer whose first ids are Mistral's: 0 <unk>, which is also the padding, 1 <s>, 2 </s>.
+    """Trains a tokenizer of at most `vocabulary` entries on texts in any order.
 
-    Args:
-        texts: what it is trained on; the order does not matter.
-        vocabulary: the most entries it may have.
+    Its first ids are Mistral's: 0 <unk>, which is also the padding, 1 <s>, 2 </s>.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -53,25 +51,23 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def sentencepiece_tokenizer(path: Path, *, legacy: bool) -> PreTrainedTokenizerFast:
-    """Builds LLaVA's tokenizer out of a sentencepiece model, with the ids of transformers' slow Llama tokenizer.
+    """Builds LLaVA's tokenizer from tokenizer.model, with the ids of transformers' slow Llama tokenizer.
 
-    Args:
-        path: tokenizer.model.
-        legacy: whether every piece between added tokens gets a leading space, or the first only.
+    If `legacy`, every piece between added tokens gets a leading space, else only the first.
 
     Raises:
         InputError: the file cannot be read or is not a model of Llama's kind (byte-pair encoding of unchanged text).
     """
     proto = _sentencepiece_model(path)
-    pieces = proto.pieces
+    pieces, spec = proto.pieces, proto.trainer_spec
     vocabulary = {piece.piece: number for number, piece in enumerate(pieces)}
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocabulary,
             merges=_merges(pieces),
-            unk_token=pieces[proto.trainer_spec.unk_id].piece,
+            unk_token=pieces[spec.unk_id].piece,
             fuse_unk=True,
-            byte_fallback=proto.trainer_spec.byte_fallback,
+            byte_fallback=spec.byte_fallback,
         )
     )
     if legacy:
@@ -88,7 +84,6 @@ def sentencepiece_tokenizer(path: Path, *, legacy: bool) -> PreTrainedTokenizerF
     )
     control = [AddedToken(piece.piece, normalized=False, special=True) for piece in pieces if piece.type == _CONTROL]
     tokenizer.add_special_tokens(control)
-    spec = proto.trainer_spec
     unknown, begin, end = (pieces[number].piece for number in (spec.unk_id, spec.bos_id, spec.eos_id))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token=unknown, bos_token=begin, eos_token=end, pad_token=unknown
@@ -96,10 +91,10 @@ def sentencepiece_tokenizer(path: Path, *, legacy: bool) -> PreTrainedTokenizerF
 
 
 def as_legacy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Returns a tokenizer with the slow one's leading spaces, where transformers only approximates them.
+    """Returns a tokenizer with the slow one's leading spaces, which transformers only approximates.
 
-    Its own Llama tokenizer of the `legacy` kind leaves out the leading space of pieces that start with one, and forgets
-    its kind when it is saved; every other tokenizer is returned as it is.
+    Its own `legacy` Llama tokenizer leaves out the leading space of pieces that start with one, and loses its kind when
+    it is saved. Every other tokenizer is returned unchanged.
     """
     rule = _backend(tokenizer).pre_tokenizer
     if not isinstance(rule, pre_tokenizers.Metaspace) or rule.prepend_scheme != "always" or rule.split:
@@ -111,7 +106,7 @@ def as_legacy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def _legacy_spaces() -> normalizers.Normalizer:
-    # Metaspace would not put its space before a piece that starts with one, as " and " between two tokens does.
+    # Metaspace would not put its space before a piece that starts with one, such as " and " between two tokens.
     return normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
 
 
@@ -122,7 +117,7 @@ def _sentencepiece_model(path: Path) -> Any:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); copy the tokenizer again.") from error
     except DecodeError as error:
-        raise InputError(f"{path}: no sentencepiece model ({error}); copy the tokenizer again.") from error
+        raise InputError(f"{path}: not a sentencepiece model ({error}); copy the tokenizer again.") from error
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     kinds = {piece.type for piece in proto.pieces}
     if not proto.pieces or min(trainer.unk_id, trainer.bos_id, trainer.eos_id) < 0:
@@ -130,14 +125,14 @@ def _sentencepiece_model(path: Path) -> Any:
     changed = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces or not normalizer.add_dummy_prefix
     if trainer.model_type != _BPE or changed or not kinds <= {_NORMAL, _UNKNOWN, _CONTROL, _BYTE}:
         raise InputError(
-            f"{path}: not Llama's kind of sentencepiece model (byte-pair encoding, text taken as it is, leading space); "
+            f"{path}: not Llama's kind of sentencepiece model (byte-pair encoding of unchanged text, leading space); "
             "give the checkpoint's own tokenizer.json."
         )
     return proto
 
 
 def _merges(pieces: Sequence[Any]) -> list[tuple[str, str]]:
-    # Sentencepiece joins whichever neighbours make the piece of the best score; control and byte pieces are never made.
+    # Sentencepiece joins the neighbours that make the piece with the best score, never control and byte pieces.
     scores = {piece.piece: piece.score for piece in pieces if piece.type == _NORMAL}
     found = [
         (-score, cut, whole)
@@ -149,16 +144,16 @@ def _merges(pieces: Sequence[Any]) -> list[tuple[str, str]]:
 
 
 def answer_end(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns the text that ends an answer: ` </s>` as LLaVA has it, without the space for byte-level tokenizers.
+    """Returns the text that ends an answer: ` </s>` as in LLaVA, without the space for byte-level tokenizers.
 
-    Sentencepiece makes a token of its own of that space, which LLaVA's models have learnt to write.
+    Sentencepiece encodes that space as a separate token, which LLaVA's models have learnt to write.
     """
     spaces = _is_legacy(tokenizer) or isinstance(_backend(tokenizer).pre_tokenizer, pre_tokenizers.Metaspace)
     return f" {tokenizer.eos_token}" if spaces else str(tokenizer.eos_token)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Turns ids into text, special tokens included, without the spaces that were only put before pieces of text."""
+    """Turns ids into text with its special tokens, without the leading spaces that encoding added to pieces."""
     if not _is_legacy(tokenizer):
         return str(tokenizer.decode(list(ids), skip_special_tokens=False))
     added = set(tokenizer.added_tokens_decoder)  # type: ignore[attr-defined]
@@ -176,18 +171,18 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def add_candidate_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
-    """Adds the candidate tokens and then `<image>`, so that Mistral's get 32000, 32001 and 32002.
+    """Adds the candidate tokens and then `<image>`, which get the ids 32000, 32001 and 32002 in Mistral's tokenizer.
 
-    What the vocabulary holds already keeps its id: in a transformers LLaVA-v1.5 `<image>` is 32000 and a padding token
-    32001, so the candidate tokens get 32002 and 32003.
+    Tokens that the vocabulary already holds keep their ids: a transformers LLaVA-v1.5 has `<image>` at 32000 and a
+    padding token at 32001, so the candidate tokens get 32002 and 32003.
     """
     missing = [token for token in (*tokens, IMAGE_TOKEN) if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens(missing, special_tokens=True)
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    """Returns the id of one token that the vocabulary holds."""
+    """Returns the id of a token of the vocabulary."""
     found = tokenizer.convert_tokens_to_ids(token)
     if not isinstance(found, int):
-        raise ValueError(f"{token!r} is no single token of the vocabulary")
+        raise ValueError(f"{token!r} is not a token of the vocabulary")
     return found

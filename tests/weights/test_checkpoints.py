@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +16,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from medisee import MediSee
+from medisee.foundation import files
 from medisee.foundation.errors import InputError
+from medisee.foundation.files import sha256
 from medisee.models.processing import Example, Query
-from medisee.weights import checkpoints
+from medisee.weights import checkpoints, hub
+from medisee.weights.shards import read_json
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +92,22 @@ def test_saved_and_loaded_models_agree_to_the_last_bit(model: MediSee, tmp_path:
             assert torch.equal(mine, yours), field.name
 
 
+def test_files_are_read_once(
+    build_tiny: Callable[..., MediSee], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The frozen seg head's weights are hashed once for all saving and loading; config.json is read once per loading."""
+    save_file(build_tiny().seg_head.state_dict(), tmp_path / "sam.safetensors")
+    model = build_tiny(seg_head={"vit": "micro", "size": 64, "checkpoint": str(tmp_path / "sam.safetensors")})
+    hashed: list[Path] = []
+    monkeypatch.setattr(files, "sha256", lambda path: hashed.append(Path(path)) or sha256(path))
+    model.save_pretrained(tmp_path / "checkpoint")
+    read: list[Path] = []
+    monkeypatch.setattr(checkpoints, "read_json", lambda path: read.append(path) or read_json(path))
+    MediSee.from_pretrained(tmp_path / "checkpoint")
+    assert hashed == [tmp_path / "sam.safetensors"]
+    assert read == [tmp_path / "checkpoint" / "config.json"]
+
+
 def test_bits_need_a_published_language_model(tiny_checkpoint: Path) -> None:
     with pytest.raises(InputError, match=r"holds all of its language model, so bits cannot be chosen"):
         MediSee.from_pretrained(tiny_checkpoint, bits=4)
@@ -102,23 +122,23 @@ def test_saving_replaces_nothing_but_checkpoints(model: MediSee, tmp_path: Path)
 
 
 def test_a_hub_id_is_fetched(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    fetch = lambda hub_id, revision, **_: asked.append((hub_id, revision)) or str(tiny_checkpoint)  # noqa: E731
-    monkeypatch.setattr(checkpoints, "snapshot_download", fetch)
+    requested = []
+    fetch = lambda hub_id, revision, **_: requested.append((hub_id, revision)) or str(tiny_checkpoint)  # noqa: E731
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
     assert isinstance(MediSee.from_pretrained("lab/medisee", revision="v1"), MediSee)
-    assert asked == [("lab/medisee", "v1")]
+    assert requested == [("lab/medisee", "v1")]
     with pytest.raises(InputError, match="runs/no/checkpoint: no such folder; give the folder that training wrote"):
         MediSee.from_pretrained("runs/no/checkpoint")
-    assert len(asked) == 1
+    assert len(requested) == 1
 
 
-def test_a_hub_out_of_reach_is_told(model: MediSee, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_out_of_reach_is_reported(model: MediSee, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError("401 Client Error.\nmore")
 
-    monkeypatch.setattr(checkpoints, "snapshot_download", fail)
+    monkeypatch.setattr(hub, "snapshot_download", fail)
     with pytest.raises(
-        InputError, match=r"lab/no: no such folder, and no hub repository in reach \(401 Client Error.\)"
+        InputError, match=r"lab/no: no such folder, and as a hub id it cannot be fetched: .* \(401 Client Error.\)"
     ):
         MediSee.from_pretrained("lab/no")
     monkeypatch.setattr(checkpoints.HfApi, "create_repo", fail)

@@ -95,7 +95,7 @@ def test_embedding_and_output_layer_are_equal_first_and_learn_apart(
     assert not torch.equal(embedding, head)
 
 
-def test_only_lora_and_new_rows_learn_in_the_language_model_if_asked(file: Path) -> None:
+def test_only_lora_and_new_rows_learn_in_the_language_model_if_chosen(file: Path) -> None:
     model = medisee(file, train_tokens="new")
     learning = {name for name, one in model.mllm.named_parameters() if one.requires_grad and "projector" not in name}
     assert learning
@@ -119,8 +119,8 @@ def test_it_answers_and_a_checkpoint_brings_the_same_back(
         before, after = model(batch), again(batch)
     assert torch.equal(before.boxes_I4, after.boxes_I4)
     assert torch.equal(before.text_logits_NV, after.text_logits_NV)
-    asked = model.processor([make_example(["Which organ?"])], packed=False)
-    assert len(again.generate(asked, max_new_tokens=3).texts) == 1
+    question = model.processor([make_example(["Which organ?"])], packed=False)
+    assert len(again.generate(question, max_new_tokens=3).texts) == 1
 
 
 def test_a_checkpoint_does_not_load_on_another_file(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_the_shipped_model_still_speaks(tmp_path: Path) -> None:
     config = mllm(SHIPPED, converted=str(tmp_path))
     llava: Any = load_pretrained(config).llava.eval()
     tokenizer: Any = pretrained_tokenizer(config)
-    asked = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-    ids = tokenizer(asked, return_tensors="pt").input_ids
+    prompt = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
     written = llava.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
     assert "Paris" in tokenizer.decode(written[0, ids.shape[1] :])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from huggingface_hub import HfApi, RepoFile
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -18,7 +20,7 @@ from huggingface_hub.errors import (
 
 from medisee.foundation.errors import InputError
 from medisee.weights import hub
-from medisee.weights.hub import fetch
+from medisee.weights.hub import fetch, verify
 
 RESPONSE = Mock(headers={})
 
@@ -27,10 +29,10 @@ class FakeHub:
     """Makes the files that the patterns ask for, out of those that the repository has."""
 
     def __init__(self, folder: Path, *files: str) -> None:
-        self.folder, self.files, self.asked = folder, files, []
+        self.folder, self.files, self.requested = folder, files, []
 
     def __call__(self, repository: str, **settings: Any) -> str:
-        self.asked.append({"repository": repository, **settings})
+        self.requested.append({"repository": repository, **settings})
         folder = Path(settings["local_dir"] or self.folder)
         folder.mkdir(parents=True, exist_ok=True)
         for file in self.files:
@@ -53,7 +55,7 @@ def test_safetensors_are_preferred(install: Callable[..., FakeHub]) -> None:
     fake = install("config.json", "tokenizer.model", "model.safetensors", "pytorch_model.bin", "tf_model.h5")
     found = {path.name for path in fetch("owner/name", "abc").iterdir()}
     assert found == {"config.json", "tokenizer.model", "model.safetensors"}
-    assert fake.asked[0] == {
+    assert fake.requested[0] == {
         "repository": "owner/name",
         "revision": "abc",
         "local_dir": None,
@@ -70,6 +72,32 @@ def test_bin_files_come_where_there_is_nothing_else(install: Callable[..., FakeH
 def test_weights_can_be_left_out(install: Callable[..., FakeHub]) -> None:
     install("config.json", "model.safetensors")
     assert [path.name for path in fetch("owner/name", weights=False).iterdir()] == ["config.json"]
+
+
+def test_files_that_are_not_the_hubs_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's own function compares them; it lists one large file, kept by its SHA-256, and one small file."""
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "config.json").write_bytes(b"{}")
+    large = hashlib.sha256(b"weights").hexdigest()
+    small = hashlib.sha1(b"blob 2\0{}").hexdigest()
+    listed = [
+        RepoFile(path="model.safetensors", size=7, oid="", lfs={"oid": large, "size": 7, "pointerSize": 0}),
+        RepoFile(path="config.json", size=2, oid=small),
+        RepoFile(path="flax.msgpack", size=2, oid=""),
+    ]
+    monkeypatch.setattr(HfApi, "list_repo_tree", lambda *_, **__: iter(listed))
+    verify("owner/name", None, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"weightS")
+    with pytest.raises(InputError, match=rf"model.safetensors: sha256 is \w+, but the hub has {large}; delete"):
+        verify("owner/name", None, tmp_path)
+
+
+@pytest.mark.parametrize("error", [OfflineModeIsEnabled("x"), ConnectionError("refused")])
+def test_nothing_is_compared_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(HfApi, "list_repo_tree", Mock(side_effect=error))
+    verify("owner/name", None, tmp_path)
 
 
 @pytest.mark.parametrize(

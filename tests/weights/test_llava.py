@@ -32,7 +32,7 @@ MakeOriginal = Callable[..., OriginalCheckpoint]
 SPEC = SegHeadSpec(size=64, resize="longest", pixels="minmax", channels=32, grid=4)
 CANDIDATES = ("[SEG]", "[BBOX]")
 HEAD = {"vit": "micro", "size": 64}
-WEIGHTS = "model-00001-of-00001.safetensors"
+WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture
@@ -58,12 +58,10 @@ def medisee(folder: Path, **changes: Any) -> MediSee:
 
 
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    """Changes the weights and the index with them."""
+    """Changes the weights."""
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": dict.fromkeys(tensors, WEIGHTS)}))
 
 
 def problems(config: Mllm) -> tuple[str, ...]:
@@ -82,7 +80,7 @@ def test_a_tensor_that_is_missing_is_no_random_one(folder: Path) -> None:
     assert Q_PROJ in found and "lacks" in found
 
 
-def test_all_that_does_not_fit_is_told_together(folder: Path) -> None:
+def test_all_that_does_not_fit_is_reported_together(folder: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.language_model.layers.1.self_attn.query.weight"] = tensors.pop(Q_PROJ)
         tensors["model.language_model.norm.weight"] = torch.ones(31)
@@ -103,7 +101,6 @@ def test_a_truncated_file(folder: Path) -> None:
 def test_pickled_weights_are_refused(folder: Path) -> None:
     torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
     (folder / WEIGHTS).unlink()
-    (folder / "model.safetensors.index.json").unlink()
     (found,) = problems(mllm(folder))
     assert "pytorch_model.bin; expected .safetensors files" in found
 
@@ -124,7 +121,7 @@ def test_the_tokenizer_of_another_model(folder: Path, make_original: MakeOrigina
 def test_another_model_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "mistral"}))
     (found,) = problems(mllm(folder))
-    assert "'mistral', which is no Llava" in found
+    assert "'mistral', which is not a Llava" in found
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{"])
@@ -135,15 +132,15 @@ def test_a_broken_config(folder: Path, content: str) -> None:
 
 
 def test_a_hub_id_is_fetched_at_its_revision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    requested = []
 
     def fetch(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
-        asked.append((name, revision, weights))
+        requested.append((name, revision, weights))
         return folder
 
     monkeypatch.setattr(pretrained, "fetch", fetch)
     load(Mllm(source="owner/name", revision="abc", vision_size=28))
-    assert asked == [("owner/name", "abc", False), ("owner/name", "abc", True)]
+    assert requested == [("owner/name", "abc", False), ("owner/name", "abc", True)]
 
 
 def test_a_padded_vocabulary_that_holds_an_image_token(folder: Path) -> None:
@@ -155,7 +152,6 @@ def test_a_padded_vocabulary_that_holds_an_image_token(folder: Path) -> None:
     llava.resize_token_embeddings(448)
     rows = llava.get_input_embeddings().weight.clone()
     llava.save_pretrained(folder)
-    (folder / "model.safetensors.index.json").unlink()
     again: Any = load(mllm(folder))
     own = load_tokenizer(mllm(folder), CANDIDATES)
     assert [token_id(own, token) for token in ("<image>", "<pad>", *CANDIDATES)] == [400, 401, 402, 403]

@@ -22,7 +22,7 @@ from medisee.config.model import Mllm
 from medisee.foundation.errors import InputError
 from medisee.models.mllm import load_mllm, load_tokenizer
 from medisee.models.seg_head import SegHeadSpec
-from medisee.weights import llava_convert as conversion
+from medisee.weights import llava_convert, shards
 from medisee.weights.llava_convert import converted
 from medisee.weights.tokenizer import token_id
 
@@ -173,10 +173,10 @@ def test_the_vision_tower_comes_from_the_hub_id_that_config_json_names(
 ) -> None:
     checkpoint = make_original("llama", vision=False)
     write_clip(tmp_path / "clip")
-    asked = []
-    monkeypatch.setattr(conversion, "fetch", lambda name, **_: asked.append(name) or tmp_path / "clip")
+    requested = []
+    monkeypatch.setattr(llava_convert, "fetch", lambda name, **_: requested.append(name) or tmp_path / "clip")
     load(mllm(checkpoint))
-    assert asked == ["openai/clip-vit-large-patch14-336"]
+    assert requested == ["openai/clip-vit-large-patch14-336"]
 
 
 def test_a_vision_tower_out_of_reach_is_an_input_error(
@@ -185,7 +185,7 @@ def test_a_vision_tower_out_of_reach_is_an_input_error(
     def nothing(name: str, **_: Any) -> Path:
         raise InputError(f"{name}: cannot be fetched: no network.")
 
-    monkeypatch.setattr(conversion, "fetch", nothing)
+    monkeypatch.setattr(llava_convert, "fetch", nothing)
     with pytest.raises(InputError, match=r"clip-vit-large.*no network.*download_weights\.py clip.*vision_source"):
         load(mllm(make_original("llama", vision=False)))
 
@@ -210,7 +210,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_complete(
 ) -> None:
     checkpoint = make_original()
     config = mllm(checkpoint)
-    write, done = conversion.write_shard, []
+    write, done = shards.write_shard, []
 
     def third_fails(path: Path, *rest: Any) -> None:
         done.append(path)
@@ -218,12 +218,12 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_complete(
             raise KeyboardInterrupt
         write(path, *rest)
 
-    monkeypatch.setattr(conversion, "write_shard", third_fails)
+    monkeypatch.setattr(shards, "write_shard", third_fails)
     with pytest.raises(KeyboardInterrupt):
         converted(checkpoint.folder, config)
     home = checkpoint.folder.parent / "converted"
     assert [path.name for path in home.iterdir() if path.is_dir()] == []
-    monkeypatch.setattr(conversion, "write_shard", write)
+    monkeypatch.setattr(shards, "write_shard", write)
     assert load(config) is not None
 
 
@@ -335,7 +335,7 @@ def test_pickled_code_is_not_run(make_original: MakeOriginal, tmp_path: Path, zi
         path.write_bytes(pickle.dumps({"model.norm.weight": Code(tmp_path / "ran")}, protocol=2))
     (found,) = problems(checkpoint)
     assert path.name in found
-    assert "nothing of it was executed" in found
+    assert "none of it was executed" in found
     assert not (tmp_path / "ran").exists()
 
 
@@ -351,7 +351,7 @@ def test_a_tensor_in_the_wrong_shard(make_original: MakeOriginal) -> None:
     assert all("model.norm.weight" in problem for problem in found)
 
 
-def test_two_damaged_shards_are_told_together(make_original: MakeOriginal) -> None:
+def test_two_damaged_shards_are_reported_together(make_original: MakeOriginal) -> None:
     checkpoint = make_original()
     for number in (1, 4):
         (checkpoint.folder / f"model-0000{number}-of-00004.safetensors").write_bytes(b"no")
@@ -395,11 +395,11 @@ def test_a_folder_that_cannot_be_written(make_original: MakeOriginal, tmp_path: 
     assert "model.mllm.converted" in found
 
 
-def test_no_room_is_told_before_anything_is_written(
+def test_no_room_is_reported_before_anything_is_written(
     make_original: MakeOriginal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(llava_convert.shutil, "disk_usage", lambda _: usage)
     (found,) = problems(make_original())
     assert "make room" in found
 

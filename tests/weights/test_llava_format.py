@@ -17,10 +17,11 @@ from medisee.foundation.errors import InputError
 from medisee.weights.llava_format import (
     LLAVA_DROPPED,
     LLAVA_NAMES,
-    Source,
     is_original,
     llava_config,
+    named_back,
     original_tokenizer,
+    renamed,
     vision_config,
 )
 from medisee.weights.shards import TensorFacts
@@ -56,7 +57,6 @@ def test_it_is_recognised_by_its_config(settings: dict[str, Any], original: bool
 
 
 def test_names_lead_to_transformers_and_back() -> None:
-    source = Source(Path(), LLAVA_NAMES, LLAVA_DROPPED)
     for name, new in {
         "model.embed_tokens.weight": "model.language_model.embed_tokens.weight",
         "model.layers.31.mlp.up_proj.weight": "model.language_model.layers.31.mlp.up_proj.weight",
@@ -64,10 +64,10 @@ def test_names_lead_to_transformers_and_back() -> None:
         "model.vision_tower.vision_tower.vision_model.post_layernorm.bias": "model.vision_tower.post_layernorm.bias",
         "lm_head.weight": "lm_head.weight",
     }.items():
-        assert source.renamed(name) == new
-        assert source.original(new) == name
-    assert source.renamed("model.mm_projector.1.weight") is None
-    assert source.renamed("base_model.model.lm_head.weight") is None
+        assert renamed(name, LLAVA_NAMES) == new
+        assert named_back(new, LLAVA_NAMES) == name
+    assert renamed("model.mm_projector.1.weight", LLAVA_NAMES) is None
+    assert renamed("base_model.model.lm_head.weight", LLAVA_NAMES) is None
     assert LLAVA_DROPPED.fullmatch("model.layers.3.self_attn.rotary_emb.inv_freq")
     assert not LLAVA_DROPPED.fullmatch("model.layers.3.self_attn.q_proj.weight")
 
@@ -118,7 +118,7 @@ def test_rope_scaling_is_kept() -> None:
     assert config.text_config.rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}
 
 
-def test_every_problem_of_a_config_is_told_at_once() -> None:
+def test_every_problem_of_a_config_is_reported_at_once() -> None:
     broken = {key: value for key, value in LLAVA_MED.items() if key != "vocab_size"} | {"mm_projector_type": "linear"}
     with pytest.raises(InputError) as caught:
         llava_config(Path("config.json"), broken, CLIPVisionConfig())

@@ -19,7 +19,6 @@ from medisee.weights.medisee_release import (
     our_name,
     our_values,
     place,
-    read_placed,
     release_key,
     why_dropped,
 )
@@ -103,11 +102,12 @@ def test_every_tensor_goes_there_and_back(build_tiny: BuildModel, sizes: dict) -
     sizes = {**sizes, "mllm": {"image_tokens": "vision_tower", **sizes.get("mllm", {})}}
     model, report = build_tiny(**sizes), Report()
     shard = shard_of(released(model))
-    placed = place(shard, expected=shapes_of(model), config=model.config, report=report)
+    plan = place(shard, expected=shapes_of(model), config=model.config, report=report)
     state = model.state_dict()
-    assert set(placed) == set(state)
+    assert plan.tensors.keys() == plan.old_names.keys() == state.keys()
     for name, value in state.items():
-        read = read_placed(shard, placed, name, model.config)
+        read = our_values(name, shard.read(plan.old_names[name]), model.config.candidate_tokens)
+        assert plan.tensors[name] == TensorFacts(tuple(read.shape), read.dtype)
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
             assert (read[-1] == 0).all()
             read, value = read[:-1], value[:-1]
@@ -154,7 +154,8 @@ def test_what_is_left_out_has_a_reason(build_tiny: BuildModel, key: str, reason:
         return
     model, report = build_tiny(mllm={"image_tokens": "vision_tower"}), Report()
     shard = shard_of({**released(model), key: torch.zeros(3)})
-    assert len(place(shard, expected=shapes_of(model), config=model.config, report=report)) == len(model.state_dict())
+    plan = place(shard, expected=shapes_of(model), config=model.config, report=report)
+    assert len(plan.tensors) == len(model.state_dict())
     assert f"left out: {key} ({reason})" in report.lines()
 
 

@@ -233,12 +233,12 @@ def test_problems_are_named_as_in_the_file(
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"config.json": None}, "config.json: missing; a folder of weights must be a transformers SAM"),
-        ({"config.json": "{"}, "config.json: no valid JSON"),
+        ({"config.json": None}, "config.json: missing; give the folder of a transformers SAM"),
+        ({"config.json": "{"}, "config.json: not valid JSON"),
         ({"config.json": '{"model_type": "sam2"}'}, "config.json: model_type = 'sam2', expected 'sam'"),
-        ({"config.json": "[1]"}, "config.json: model_type = None, expected 'sam'"),
+        ({"config.json": "[1]"}, "config.json: expected a JSON object, found list"),
         ({"model.safetensors": None}, "neither model.safetensors nor pytorch_model.bin is there"),
-        ({"model.safetensors": "cos\nsystem\n"}, "model.safetensors: no complete safetensors file"),
+        ({"model.safetensors": "cos\nsystem\n"}, "model.safetensors: not a complete safetensors file"),
     ],
 )
 def test_a_damaged_folder_is_named(folder: Path, tmp_path: Path, change: dict[str, str | None], expected: str) -> None:
@@ -255,14 +255,14 @@ def test_a_truncated_file_is_refused(folder: Path, tmp_path: Path) -> None:
     whole = (folder / "model.safetensors").read_bytes()
     for length in (0, 5, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut.safetensors").write_bytes(whole[:length])
-        assert "cut.safetensors: no complete safetensors file" in problems(tmp_path / "cut.safetensors")
+        assert "cut.safetensors: not a complete safetensors file" in problems(tmp_path / "cut.safetensors")
 
 
 def test_a_hub_id_is_fetched_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    requested = []
 
     def fetch(hub_id: str) -> Path:
-        asked.append(hub_id)
+        requested.append(hub_id)
         return folder
 
     sam_format._fetched.cache_clear()
@@ -275,13 +275,13 @@ def test_a_hub_id_is_fetched_once(folder: Path, monkeypatch: pytest.MonkeyPatch)
     (same,) = frozen_bases(Model.model_validate({"seg_head": {"checkpoint": str(folder)}}))
     assert (base.source, base.sha256) == ("facebook/sam-vit-tiny", same.sha256)
     assert base.sha256
-    assert asked == ["facebook/sam-vit-tiny"]
+    assert requested == ["facebook/sam-vit-tiny"]
     assert weights_file("weights/medsam_vit_b.pth") == Path("weights/medsam_vit_b.pth")  # a file, though absent
-    assert asked == ["facebook/sam-vit-tiny"]
+    assert requested == ["facebook/sam-vit-tiny"]
     sam_format._fetched.cache_clear()
 
 
-def test_a_hub_out_of_reach_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_out_of_reach_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(hub_id: str) -> None:
         raise InputError(f"{hub_id}: cannot be fetched: no network.")
 

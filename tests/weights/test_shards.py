@@ -100,7 +100,7 @@ def test_a_bin_of_something_else_than_tensors(tmp_path: Path, content: object) -
         pass
 
 
-def test_every_damaged_shard_is_told(tmp_path: Path) -> None:
+def test_every_damaged_shard_is_reported(tmp_path: Path) -> None:
     files = {name: f"model-{name}.safetensors" for name in "abc"}
     for name, file in files.items():
         save_file({name: TENSORS[name]}, tmp_path / file)
