@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +18,8 @@ from medisee.foundation.files import atomic_path, is_new_or_earlier, write_json
 from medisee.records.images import read_image
 from medisee.records.manifest import Manifest
 from medisee.records.masks import bounded_size, encode_mask, mask_box
-from medisee.records.records import Record, Target, write_records
+from medisee.records.records import SPLITS, Record, Split, Target, write_records
 from medisee.sources.augment import augment
-from medisee.sources.brain import Split
 from medisee.sources.query_bank import ask_held_out, ask_seen, ask_training, load_bank, split_bank
 
 SUMMARY = "asked.json"
@@ -119,7 +117,7 @@ def _check(out: Path, numbers: Mapping[str, tuple[int, int]]) -> None:
 
 def _manifests(records: Path, root: Path | None) -> dict[Split, Manifest]:
     """Opens the manifests of all splits and checks that none shares a case with another."""
-    paths: dict[Split, Path] = {split: records / f"{split}.jsonl" for split in get_args(Split)}
+    paths: dict[Split, Path] = {split: records / f"{split}.jsonl" for split in SPLITS}
     if lacking := [path for path in (paths["train"], paths["test"]) if not path.is_file()]:
         raise InputError(
             f"{path}: expected a manifest, found no such file; name a folder that prepare_data.py sa-med2d wrote."

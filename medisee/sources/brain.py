@@ -14,9 +14,9 @@ from nibabel.filebasedimages import ImageFileError
 from numpy.typing import NDArray
 
 from medisee.foundation.errors import InputError
+from medisee.records.records import Split
 
 Plane = Literal["axial", "coronal", "sagittal"]
-Split = Literal["train", "val", "test"]
 
 # The array axis each plane is cut along, in a right-anterior-superior (RAS+) volume.
 PLANES: dict[Plane, int] = {"sagittal": 0, "coronal": 1, "axial": 2}

@@ -17,13 +17,12 @@ from tqdm import tqdm
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import atomic_path, is_new_or_earlier, sha256, write_json
 from medisee.records.masks import encode_mask, mask_box
-from medisee.records.records import Record, Target, write_records
+from medisee.records.records import Record, Split, Target, write_records
 from medisee.sources.augment import augment
 from medisee.sources.brain import (
     PLANES,
     STRUCTURES,
     Slice,
-    Split,
     block_number,
     block_of,
     cut,

@@ -11,17 +11,15 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from random import Random
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import yaml
 
 from medisee.foundation.errors import InputError
 from medisee.records.prompts import reasoning_answer, reasoning_question
-from medisee.records.records import QA, Record, Target
-from medisee.sources.brain import STRUCTURES, Split
+from medisee.records.records import QA, Length, Perspective, Record, Split, Target
+from medisee.sources.brain import STRUCTURES
 
-Perspective = Literal["attribute", "location"]
-Length = Literal["short", "long"]
 Cell: TypeAlias = tuple[Perspective, Length]
 
 PERSPECTIVES: tuple[Perspective, ...] = ("attribute", "location")

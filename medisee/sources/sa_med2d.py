@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 from tqdm import tqdm
@@ -23,12 +22,10 @@ from tqdm import tqdm
 from medisee.foundation.errors import InputError
 from medisee.records.jsonl import line_writer
 from medisee.records.offsets import file_stamp, keep_offsets
-from medisee.records.records import Record, record_writer
+from medisee.records.records import SPLITS, Record, Split, record_writer
 from medisee.sources.sa_med2d_index import Entry, Index, Reject
 from medisee.sources.sa_med2d_record import Found, by_names, by_pixels
 from medisee.sources.subset import Chosen, Subset, check_categories
-
-Split = Literal["train", "val", "test"]
 
 _CHUNK = 32  # images that a process reads at a time
 _AHEAD = 4  # chunks for each process, so that none waits and none piles up
@@ -217,7 +214,7 @@ def prepare(
 
 def _write(found: Iterable[Found], splits: dict[str, Split], out: Path) -> Prepared:
     images, targets, rejects = Counter[str](), Counter[str](), Counter[str]()
-    cases: dict[Split, set[str]] = {split: set() for split in get_args(Split)}
+    cases: dict[Split, set[str]] = {split: set() for split in SPLITS}
     with ExitStack() as files:
         writers = {split: files.enter_context(record_writer(out / f"{split}.jsonl")) for split in cases}
         left_out = files.enter_context(line_writer(out / "rejects.jsonl"))

@@ -12,9 +12,9 @@ from medisee.foundation.errors import InputError
 from medisee.foundation.files import sha256
 from medisee.records.manifest import Manifest
 from medisee.records.masks import mask_box
-from medisee.records.records import Record
+from medisee.records.records import Record, Split
 from medisee.sources import demo as demo_module
-from medisee.sources.brain import PLANES, STRUCTURES, Split
+from medisee.sources.brain import PLANES, STRUCTURES
 from medisee.sources.demo import prepare_demo
 from medisee.sources.query_bank import load_bank, split_bank
 
