@@ -24,7 +24,7 @@ from medisee.foundation.files import inside
 from medisee.records.jsonl import Text, null_means, read_line, read_lines, read_object
 from medisee.records.prompts import reasoning_answer, reasoning_question
 from medisee.records.records import QA, SPLITS, Length, Perspective, Record, Target, TrueBox, Turn, write_records
-from medisee.sources.image_name import parse_name
+from medisee.sources.sa_med2d_index import parse_name
 
 _HUB_NAMES = {"train": "train", "val": "validation", "test": "test"}
 _PICTURE = re.compile(r"[\w-][\w.-]*\.(png|jpe?g|tiff?)", re.ASCII | re.IGNORECASE)

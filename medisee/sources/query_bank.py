@@ -16,8 +16,9 @@ from typing import Any, TypeAlias
 import yaml
 
 from medisee.foundation.errors import InputError
+from medisee.foundation.files import is_new_or_earlier, write_json
 from medisee.records.prompts import reasoning_answer, reasoning_question
-from medisee.records.records import QA, Length, Perspective, Record, Split, Target
+from medisee.records.records import QA, SPLITS, Length, Perspective, Record, Split, Target, write_records
 from medisee.sources.brain import STRUCTURES
 
 Cell: TypeAlias = tuple[Perspective, Length]
@@ -97,7 +98,7 @@ def split_bank(bank: Mapping[str, Pool], seed: int) -> dict[Split, dict[str, Poo
 
     A wording's place depends on the seed and its text alone, so adding others moves few.
     """
-    parts: dict[Split, dict[str, Pool]] = {"train": {}, "val": {}, "test": {}}
+    parts: dict[Split, dict[str, Pool]] = {split: {} for split in SPLITS}
     for name, pool in bank.items():
         ranked = {cell: sorted(queries, key=lambda query: _rank(seed, query)) for cell, queries in pool.queries.items()}
         for split, part in parts.items():
@@ -138,14 +139,14 @@ def _ask(pool: Pool, cell: Cell, query: str, rng: Random) -> QA:
     return QA(reasoning_question(query, rng), answer, perspective, length)
 
 
-def ask_training(record: Record, pools: Mapping[str, Pool], seed: int, count: int) -> Record:
+def _ask_training(record: Record, pools: Mapping[str, Pool], seed: int, count: int) -> Record:
     """Gives each target `count` questions, other ones on every record."""
     return _with_questions(
         record, {t.id: training_questions(pools[t.category], count, _rng(seed, record, t)) for t in record.targets}
     )
 
 
-def ask_held_out(records: Iterable[Record], pools: Mapping[str, Pool], seed: int) -> list[Record]:
+def _ask_held_out(records: Iterable[Record], pools: Mapping[str, Pool], seed: int) -> list[Record]:
     """Gives each target a short and a long question whose perspectives change from record to record and target."""
     return [
         _with_questions(
@@ -159,12 +160,54 @@ def ask_held_out(records: Iterable[Record], pools: Mapping[str, Pool], seed: int
     ]
 
 
-def ask_seen(records: Iterable[Record], training: Mapping[str, Pool], seed: int) -> list[Record]:
-    """Asks held-out records in the wordings of training: what a model loses there, it does not lose by the words.
+def check_settings(numbers: Mapping[str, tuple[int | None, int]], out: Path, file: str, key: str, kind: str) -> None:
+    """Checks what a data set with questions is made of, and that its folder holds nothing else.
 
-    The records get ids of their own, so that one evaluation can take both.
+    Args:
+        numbers: the value and the least allowed value of each setting; None is not checked.
+        out: the folder.
+        file: a JSON file of earlier results.
+        key: a key of this file that no other data set has.
+        kind: what the folder may hold, for the message.
+
+    Raises:
+        InputError: a number is too small, or the folder holds something else; all problems are named.
     """
-    return ask_held_out((replace(record, id=f"{record.id}_seen") for record in records), training, seed)
+    problems = [
+        f"{name} is {value}; expected {least} or more; raise it."
+        for name, (value, least) in numbers.items()
+        if value is not None and value < least
+    ]
+    if not is_new_or_earlier(out, file, key):
+        problems.append(f"{out}: exists and is not {kind}; expected a new or empty folder; choose another.")
+    if problems:
+        raise InputError(problems)
+
+
+def write_questions(
+    folder: Path, plain: Mapping[Split, list[Record]], bank: Mapping[str, Pool], seed: int, count: int
+) -> dict[str, list[Record]]:
+    """Writes the manifests of a data set with questions, and categories.json, the names of each category.
+
+    Returns:
+        The records of each manifest, by its name: train_class (without questions), train_reasoning (`count` questions
+        for each target), val, test, and test_seen, which repeats test with wordings of training.
+    """
+    wordings = split_bank(bank, seed)
+    manifests = {
+        "train_class": plain["train"],
+        "train_reasoning": [_ask_training(record, wordings["train"], seed, count) for record in plain["train"]],
+        "val": _ask_held_out(plain["val"], wordings["val"], seed),
+        "test": _ask_held_out(plain["test"], wordings["test"], seed),
+        # What a model loses on test but not here, it loses by the wording. Other ids, so that one evaluation can take both.
+        "test_seen": _ask_held_out(
+            (replace(record, id=f"{record.id}_seen") for record in plain["test"]), wordings["train"], seed
+        ),
+    }
+    for name, records in manifests.items():
+        write_records(folder / f"{name}.jsonl", records)
+    write_json(folder / "categories.json", {name: pool.names for name, pool in bank.items()})
+    return manifests
 
 
 def _with_questions(record: Record, qa: Mapping[str, tuple[QA, ...]]) -> Record:

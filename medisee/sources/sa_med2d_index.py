@@ -19,7 +19,6 @@ import ijson
 
 from medisee.foundation.errors import InputError, nearest
 from medisee.foundation.files import Fingerprints, fingerprint
-from medisee.sources.image_name import ImageName, parse_name
 
 INDEX_FILE = "SAMed2D_v1.json"
 CLASSES_FILE = "SAMed2D_v1_class_mapping_id.json"
@@ -33,6 +32,33 @@ _CODE = re.compile(r"([0-9]{1,9})_[0-9]+\.png")
 _UNION = -1  # stands for the class id of all merged regions
 _PIECE = 1 << 16  # bytes that are parsed at a time
 _SHOWN = 5  # of millions of equal problems
+_PLANES = {"x": "sagittal", "y": "coronal", "z": "axial", "2d": None}
+_WITHOUT_SUBMODALITY = {"x_ray": "x-ray", "fundus_photography": "fundus photography"}
+_VIEW = re.compile(r"([xyz])_\d+|(2d)_none")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageName:
+    """What the name of an image says; `case` is "<dataset>/<case>", `plane` is None for native 2-D images."""
+
+    modality: str
+    dataset: str
+    case: str
+    plane: str | None
+
+
+def parse_name(image: str) -> ImageName | None:
+    """Reads `images/<modality>_<submodality>--<dataset>--<case>--<axis>_<slice>.png`; None for any other name."""
+    # From the right first: a case may end in "-" and contain anything but "--".
+    file = image.rpartition("/")[2]
+    head, _, view = (file.rpartition(".")[0] or file).rpartition("--")
+    parts = head.split("--", 2)
+    match = _VIEW.fullmatch(view)
+    if len(parts) != 3 or not all(parts) or match is None:
+        return None
+    name, dataset, case = parts
+    modality = _WITHOUT_SUBMODALITY.get(name) or name.partition("_")[0]
+    return ImageName(modality, dataset, f"{dataset}/{case}", _PLANES[match[1] or match[2]])
 
 
 @dataclass(frozen=True, slots=True)
