@@ -116,6 +116,7 @@ def _adapter(noun: type[T]) -> TypeAdapter[T]:
 
 
 _EXPECTED = {
+    "string_unicode": "expected valid Unicode; correct it",
     "string_type": "expected a string; write it in double quotes",
     "bool_type": "expected true or false; write it without quotes",
     "bytes_type": "expected the bytes of a file; add them",

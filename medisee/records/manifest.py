@@ -6,7 +6,8 @@ import mmap
 import operator
 from array import array
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -144,11 +145,7 @@ class Manifest(Sequence[Record]):
                 raise InputError(_missing(where, self.root))
             return None
         with _open_image(path, where, self.root) as image:
-            try:
-                turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
-            # Pillow also looks for EXIF data behind a PNG's pixels, which may be truncated.
-            except (OSError, SyntaxError, ValueError) as error:
-                raise InputError(_unreadable(where, error)) from error
+            turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
             return (image.width, image.height) if turned else (image.height, image.width)
 
     def mask(self, record: Record, target: Target) -> NDArray[np.bool_]:
@@ -245,10 +242,7 @@ def read_mask(path: Path, where: str, root: Path, size: tuple[int, int] | None) 
     """
     with _open_image(path, where, root) as image:
         _check_size((image.height, image.width), size, where)
-        try:
-            pixels = np.asarray(image)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(_unreadable(where, error)) from error
+        pixels = np.asarray(image)
         # An opaque alpha channel is 255 everywhere: it says nothing about the foreground.
         if image.mode in ("LA", "PA", "RGBA"):
             pixels = pixels[..., :-1]
@@ -256,13 +250,15 @@ def read_mask(path: Path, where: str, root: Path, size: tuple[int, int] | None) 
     return np.logical_or.reduce(foreground, axis=-1) if foreground.ndim == 3 else foreground
 
 
-def _open_image(path: Path, where: str, root: Path) -> Image.Image:
+@contextmanager
+def _open_image(path: Path, where: str, root: Path) -> Iterator[Image.Image]:
     try:
-        return Image.open(path)
+        with Image.open(path) as image:
+            yield image
     except FileNotFoundError as error:
         raise InputError(_missing(where, root)) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(_unreadable(where, error)) from error
+        raise InputError(f"{where} cannot be read ({error}); expected an image file; make it again.") from error
 
 
 def _check_size(found: tuple[int, int], expected: tuple[int, int] | None, where: str) -> None:
@@ -278,7 +274,3 @@ def _missing(where: str, root: Path) -> str:
         f"{where} does not exist; expected it under the root {str(root)!r}; correct the path, or name the root (--root, or "
         "data.root in a configuration)."
     )
-
-
-def _unreadable(where: str, error: Exception) -> str:
-    return f"{where} cannot be read ({error}); expected an image file; make it again."

@@ -95,8 +95,8 @@ def check_rle(rle: Rle) -> NDArray[np.int64]:
 def _runs(counts: str) -> NDArray[np.int64] | None:
     """Returns the lengths of the runs, background first, column by column; None when the string is malformed.
 
-    A number is written five bits a character, lowest first; bit 5 says that more follow, bit 4 of the last is the
-    sign. From the fourth number on it is the difference to the run two before.
+    A number has five bits per character, lowest first; bit 5 says that more follow, bit 4 of the last is the sign. From
+    the fourth number on it is the difference to the run two before.
     """
     codes = np.frombuffer(counts.encode("utf-8", "replace"), np.uint8).astype(np.int64) - 48
     if not codes.size or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
@@ -123,6 +123,6 @@ def mask_box(mask: NDArray[np.bool_]) -> Box | None:
 
 
 def bounded_size(height: int, width: int, longest: int) -> tuple[int, int]:
-    """Returns (height, width) of an image scaled down so that its longer side has `longest` pixels; never up."""
+    """Returns (height, width) of an image scaled down, never up, so that its longer side has `longest` pixels."""
     scale = min(1.0, longest / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))

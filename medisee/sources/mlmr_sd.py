@@ -1,8 +1,8 @@
 """MLMR-SD as Records: from the JSON formats of the authors' release, or from the Parquet files of a dataset hub.
 
-The release's form is `<split>.json`, {image: {mask: class}}, and `<split>.jsonl`, one Question a line. The authors
-published neither data nor these files, so the keys of a line are ours, as `python -m data_gen export` writes them.
-The hub's form is `data/<split>-*.parquet`, one row for each image, pictures included.
+The release's form is `<split>.json`, {image: {mask: class}}, and `<split>.jsonl`, one Question per line. The authors
+published neither data nor files, so the keys of a line are ours; `python -m data_gen export` writes them. The hub's
+form is `data/<split>-*.parquet`, one row per image, pictures included.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 from random import Random
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import AfterValidator, ConfigDict, StrictBytes, StrictStr, with_config
+from pydantic import AfterValidator, ConfigDict, StrictBytes, StrictStr, TypeAdapter, ValidationError, with_config
 from tqdm import tqdm
 
 from medisee.foundation.errors import InputError
@@ -24,9 +24,10 @@ from medisee.foundation.files import inside
 from medisee.records.jsonl import Text, null_means, read_line, read_lines, read_object
 from medisee.records.prompts import reasoning_answer, reasoning_question
 from medisee.records.records import QA, SPLITS, Length, Perspective, Record, Target, TrueBox, Turn, write_records
-from medisee.sources.sa_med2d_index import parse_name
+from medisee.sources.sa_med2d_index import ImageName, parse_name
 
 _HUB_NAMES = {"train": "train", "val": "validation", "test": "test"}
+_CLASSES = TypeAdapter(dict[str, dict[str, Text]])
 _PICTURE = re.compile(r"[\w-][\w.-]*\.(png|jpe?g|tiff?)", re.ASCII | re.IGNORECASE)
 
 
@@ -115,9 +116,9 @@ class Release:
 
 
 def worded(question: Question, seed: int) -> QA:
-    """Returns a question as the model is asked: a request follows it, and the answer begins with the candidate tokens.
+    """Returns a question as the model is asked: with a request, and an answer that begins with the candidate tokens.
 
-    Which words are drawn depends on the seed and the question's id alone. The turns before it stay as they were said.
+    The words that are drawn depend only on the seed and the question's id. Earlier turns do not change.
     """
     rng = Random(f"{seed}/{question.id}")
     return QA(
@@ -130,37 +131,31 @@ def worded(question: Question, seed: int) -> QA:
     )
 
 
-def of_length(records: Iterable[Record], length: Length) -> Iterator[Record]:
-    """Yields the records with their questions of one length only; those without any are left out."""
-    for record in records:
-        targets = [replace(t, qa=tuple(qa for qa in t.qa if qa.length == length)) for t in record.targets]
-        if asked := tuple(target for target in targets if target.qa):
-            yield replace(record, targets=asked)
-
-
 def write_splits(out: Path, splits: Mapping[str, list[Record]]) -> dict[str, int]:
     """Writes a manifest for each split that has records, and test_short and test_long, the paper's two test sets.
 
     Returns:
         The number of records in each file, by its name without suffix.
     """
-    files: dict[str, list[Record]] = {
-        **splits,
-        "test_short": list(of_length(splits.get("test", []), "short")),
-        "test_long": list(of_length(splits.get("test", []), "long")),
-    }
+    files = dict(splits)
+    for length in ("short", "long"):
+        files[f"test_{length}"] = []
+        for record in splits.get("test", []):
+            targets = [replace(t, qa=tuple(qa for qa in t.qa if qa.length == length)) for t in record.targets]
+            if left := tuple(target for target in targets if target.qa):
+                files[f"test_{length}"].append(replace(record, targets=left))
+    files = {name: records for name, records in files.items() if records}
     for name, records in files.items():
-        if records:
-            write_records(out / f"{name}.jsonl", records)
-    return {name: len(records) for name, records in files.items() if records}
+        write_records(out / f"{name}.jsonl", records)
+    return {name: len(records) for name, records in files.items()}
 
 
 def prepare(root: Path | str, out: Path | str, *, seed: int = 0) -> dict[str, int]:
     """Writes manifests of a data set in either form into `out`.
 
-    Of the release's form nothing is copied: open the manifests with `root`. From the hub's form the pictures are
-    unpacked into `out`, which is then the manifests' root. A folder may hold both, as an export does: then the
-    release's form is taken.
+    From the release's form nothing is copied: open the manifests with `root`. From the hub's form the pictures are
+    unpacked into `out`, which is then the manifests' root. Of a folder with both, such as an export, the release's form
+    is read.
 
     Returns:
         The number of records in each manifest, by its name without suffix.
@@ -202,13 +197,13 @@ def read_release(path: Path, root: Path) -> Release:
             or class that the JSON does not have; all problems are named.
     """
     try:
-        images = json.loads(path.read_text(encoding="utf-8"))
+        images = _CLASSES.validate_python(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise InputError(f"{path}: expected {{image: {{mask: class}}}} with texts only; correct it.") from error
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path}: not readable JSON ({error}); expected {{image: {{mask: class}}}}; fix it."
+            f"{path}: not readable JSON ({error}); expected {{image: {{mask: class}}}}; correct it."
         ) from error
-    if not isinstance(images, dict) or not all(_is_class_map(masks) for masks in images.values()):
-        raise InputError(f"{path}: expected {{image: {{mask: class}}}} with texts only; fix it.")
     problems: list[str] = []
     questions: list[Question] = []
     lines = path.with_suffix(".jsonl")
@@ -236,29 +231,25 @@ def _release_records(release: Release, seed: int) -> list[Record]:
     asked: dict[tuple[str, str], list[QA]] = {}
     for question in release.questions:
         asked.setdefault((question.image, question.mask), []).append(worded(question, seed))
-    return [_record(image, masks, asked) for image, masks in release.classes.items() if masks]
-
-
-def _is_class_map(masks: Any) -> bool:
-    return isinstance(masks, dict) and all(isinstance(name, str) and name.strip() for name in masks.values())
-
-
-def _record(image: str, masks: dict[str, str], asked: dict[tuple[str, str], list[QA]]) -> Record:
-    stem = PurePosixPath(image).stem
-    name = parse_name(image)
-    return Record(
-        id=image,
-        image=image,
-        modality=name.modality if name else "unknown",
-        source=name.dataset if name else "mlmr-sd",
-        # A name that says nothing about the patient: each image is a case of its own.
-        case=name.case if name else stem,
-        plane=name.plane if name else None,
-        targets=tuple(
+    records: list[Record] = []
+    for image, masks in release.classes.items():
+        # Where the name does not tell the patient, each image is a case.
+        name = parse_name(image) or ImageName("unknown", "mlmr-sd", PurePosixPath(image).stem, None)
+        targets = tuple(
             Target(id=mask, category=category, mask=mask, qa=tuple(asked.get((image, mask), ())))
             for mask, category in masks.items()
-        ),
-    )
+        )
+        about = Record(
+            id=image,
+            image=image,
+            modality=name.modality,
+            source=name.dataset,
+            case=name.case,
+            plane=name.plane,
+            targets=targets,
+        )
+        records += [about] if targets else []
+    return records
 
 
 def _unpack(path: Path, out: Path, seed: int, saved: dict[str, str]) -> Iterator[Record]:
@@ -288,17 +279,17 @@ def _unpack(path: Path, out: Path, seed: int, saved: dict[str, str]) -> Iterator
                 if row is None:
                     continue
                 image, mask = f"images/{row.image.path}", f"masks/{row.mask.path}"
-                wrong = [
-                    name
-                    for name, picture in ((image, row.image), (mask, row.mask))
-                    if not _save(picture.bytes, name, out, saved)
-                ]
-                problems += [
-                    f"{where}: {name} has the name of another picture; expected unique names; rename one of them."
-                    for name in wrong
-                ]
-                if not wrong:
-                    yield _hub_record(row, image, mask, seed)
+                for name, picture in ((image, row.image), (mask, row.mask)):
+                    digest = hashlib.sha256(picture.bytes).hexdigest()
+                    # In lower case, since some file systems do not tell "A.png" from "a.png".
+                    if saved.setdefault(name.lower(), digest) != digest:
+                        problems.append(
+                            f"{where}: {name} has the name of another picture; expected unique names; rename one of them."
+                        )
+                        continue
+                    (out / name).parent.mkdir(parents=True, exist_ok=True)
+                    (out / name).write_bytes(picture.bytes)
+                yield _hub_record(row, image, mask, seed)
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{path}: cannot be read ({error}); expected a Parquet file; download it again.") from error
     if problems:
@@ -327,15 +318,3 @@ def _hub_record(row: _Row, image: str, mask: str, seed: int) -> Record:
     qa = tuple(worded(question, seed) for question in questions)
     target = Target(id=row.target, category=row.category, mask=mask, box=row.box, qa=qa)
     return Record(id=row.id, image=image, modality=row.modality, source=row.source, case=row.case, targets=(target,))
-
-
-def _save(content: bytes, name: str, out: Path, saved: dict[str, str]) -> bool:
-    """Writes a picture; returns False when another one has its name."""
-    digest = hashlib.sha256(content).hexdigest()
-    # In lower case, since some file systems do not tell "A.png" from "a.png".
-    if saved.setdefault(name.lower(), digest) != digest:
-        return False
-    path = out / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return True

@@ -245,11 +245,11 @@ def test_datasets_can_be_chosen(tree: Tree) -> None:
         (CLASSES_FILE, None, "No such file"),
         (INDEX_FILE, "{", "found no valid JSON"),
         (INDEX_FILE, "[]", r"found '\['"),
-        (CLASSES_FILE, "[]", "found a list"),
+        (CLASSES_FILE, "[]", r"found the file: \[\]"),
         (INDEX_FILE, '{"images/a.png": "masks/a.png"}', r"expected .*images/<stem>.png.* found 'images/a.png'"),
         (INDEX_FILE, '{"images/../../a.png": []}', r"images/\.\./\.\./a.png"),
         (INDEX_FILE, '{"images/a.png": ["masks/b/../a.png"]}', "found 'images/a.png'"),
-        (CLASSES_FILE, '{"d": {"a": "0"}}', r"expected .*<class id>.* found 'd': .*'a': '0'"),
+        (CLASSES_FILE, '{"d": {"a": "0"}}', r"expected .*<class id>.* found 'd' > 'a': '0'"),
         (CLASSES_FILE, '{"d": ["a"]}', "found 'd'"),
     ],
 )
