@@ -1,11 +1,11 @@
-"""Turns data sets into manifests, one record a line. Run it as
+"""Turns data sets into manifests, one record per line. Run it as
 
   python scripts/prepare_data.py demo --out data/demo
   python scripts/prepare_data.py sa-med2d --root SAMed2Dv1 --out data/sa_med2d --workers 8
   python scripts/prepare_data.py mlmr-sd --root MLMR-SD --out data/mlmr_sd
   python scripts/prepare_data.py ask --records data/sa_med2d --root SAMed2Dv1 --bank abdomen --out data/abdomen
 
-Each command has its own --help, which says what is written; run.json in the folder says how it was made.
+Each command has its own --help, which lists what is written; run.json in the folder records how it was made.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from medisee.foundation.errors import InputError, exit_code, nearest
 from medisee.foundation.files import write_json
-from medisee.records.jsonl import read_lines
 
 DEMO = """Makes the demo data set, offline and in about a minute: MRI slices of an averaged brain with the outlines of
 its structures, and questions that describe a structure without naming it.
@@ -48,17 +46,17 @@ ROOT holds SAMed2D_v1.json, SAMed2D_v1_class_mapping_id.json, images/ and masks/
   train.jsonl, val.jsonl, test.jsonl   the images of each split; no case (patient or volume) is in two
   rejects.jsonl                        each file that was left out, and why
   run.json                             how this was made
-  *.offsets.safetensors                where the lines of manifests above 64 MiB begin: they open at once
+  *.offsets.safetensors                line offsets of manifests above 64 MiB, which then open at once
 Paths in the manifests are relative to ROOT, so name it as their root when you train or evaluate.
 
-Every mask is read, to join instances, to leave out what is empty or of a wrong size, and to measure boxes: with all
-15.8 million masks this takes a core half a day, which --workers shares out. --index-only takes minutes: it goes by the
-names in the index and opens no image. Masks are then joined and measured whenever they are used. A wrong one ends a
-training then, or is counted and its record replaced with data.skip_corrupt. Brain_PTM is left out, as only pixels tell
-its images from masks. It goes with neither --min-area nor --workers.
+Every mask is read, to join instances, to leave out masks that are empty or of a wrong size, and to measure boxes. All
+15.8 million masks take one core half a day; --workers uses more. --index-only takes minutes: it reads only the names in
+the index and opens no image. Masks are then joined and measured whenever they are used: a wrong one ends a training, or
+with data.skip_corrupt is counted and its record replaced. Brain_PTM is left out, as only pixels tell its images from
+masks. --index-only cannot be combined with --min-area or --workers.
 
---subset takes at most 500 targets of each category, and 2000 of liver, over all splits together. Which ones depends on
---seed alone, not on the order of the index. Only masks that may be chosen are read.
+The --subset above takes at most 500 targets of each category, but 2000 of liver, over all splits together. Which ones
+depends only on --seed, not on the order of the index. Only masks that may be chosen are read.
 """
 MLMR_SD = """Makes manifests of MLMR-SD, in the JSON formats of the authors' release or in Parquet files of a dataset hub.
 What `python -m data_gen export` writes holds manifests already and needs no preparing.
@@ -66,10 +64,11 @@ What `python -m data_gen export` writes holds manifests already and needs no pre
   python scripts/prepare_data.py mlmr-sd --root MLMR-SD --out data/mlmr_sd
   python scripts/prepare_data.py mlmr-sd --root downloaded/hub --out data/mlmr_sd
 
-ROOT holds train.json, val.json, test.json, {image: {mask: class}}, with the questions beside them as .jsonl (keys: id,
-image, mask, category, question, answer, perspective, length, and history in a conversation), or data/*.parquet.
+ROOT holds either train.json, val.json and test.json, {image: {mask: class}}, with the questions beside them as .jsonl
+(keys: id, image, mask, category, question, answer, perspective, length, and history in a conversation), or
+data/*.parquet.
 Writes into OUT:
-  train.jsonl, val.jsonl, test.jsonl     the images of each split; without questions the class names are asked for
+  train.jsonl, val.jsonl, test.jsonl     the images of each split; targets without questions get class-name questions
   test_short.jsonl, test_long.jsonl      the paper's two test sets
   images/, masks/                        the pictures, from Parquet files only
   run.json                               how this was made
@@ -80,9 +79,9 @@ ASK = """Adds questions that describe a target without naming it to manifests th
   python scripts/prepare_data.py sa-med2d --root SAMed2Dv1 --out data/btcv --datasets BTCV --val 0.15 --test 0.2
   python scripts/prepare_data.py ask --records data/btcv --root SAMed2Dv1 --bank abdomen --out data/abdomen
 
-BANK is `abdomen` (13 organs of the belly, CT), `brain` (the demo's structures) or a YAML file of the same form; targets
-of which it knows nothing are left out. For sets of thousands of images: pictures are copied. Writes into OUT (which
-must be new, empty or an earlier result of this command), split as RECORDS is:
+BANK is `abdomen` (13 abdominal organs, CT), `brain` (the demo's structures) or a YAML file of the same form; targets
+that it does not know are left out. Pictures are copied, so this is for thousands of images, not millions. Writes into
+OUT (which must be new, empty or an earlier result of this command), with the splits of RECORDS:
   images/*.png            the pictures, and augmented copies of training's
   train_class.jsonl       training images; questions come from class-name templates
   train_reasoning.jsonl   the same images with questions that reason
@@ -97,10 +96,23 @@ must be new, empty or an earlier result of this command), split as RECORDS is:
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepares a data set from the command line."""
     arguments = _parser().parse_args(argv)
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("command", "run")}
+    # Reading the index of a whole data set takes minutes, so what can be checked before is checked before.
+    problems = _problems(arguments)
+    if problems:
+        raise InputError(problems)
     started = time.perf_counter()
     arguments.run(arguments)
-    _write_run(arguments.out, {"data": arguments.command, **settings}, time.perf_counter() - started)
+    seconds = round(time.perf_counter() - started, 3)
+    # Late: the processes that read masks import this module and do not need torch.
+    from medisee.foundation.provenance import run_facts
+
+    settings = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(arguments).items()
+        if name not in ("command", "run")
+    }
+    facts = run_facts({"data": arguments.command, **settings}, arguments.seed, "cpu")
+    write_json(arguments.out / "run.json", {**facts, "seconds": seconds})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,8 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder to write")
     add("--copies", type=int, default=3, metavar="N", help="augmented copies of a training slice (default: 3)")
     add("--seed", type=int, default=0, help="of augmentation and wordings (default: 0)")
-    add("--limit", type=int, metavar="N", help="most slices for each plane and split (default: all)")
-    add("--train-questions", type=int, default=8, metavar="N", help="for each training target (default: 8)")
+    add("--limit", type=int, metavar="N", help="maximum slices per plane and split (default: all)")
+    add("--train-questions", type=int, default=8, metavar="N", help="questions per training target (default: 8)")
     med2d = commands.add_parser("sa-med2d", help="SA-Med2D-20M", description=SA_MED2D, formatter_class=raw)
     med2d.set_defaults(run=_sa_med2d)
     add = med2d.add_argument
@@ -125,8 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the split and the subset (default: 0)")
     add("--min-area", type=int, default=0, metavar="PIXELS", help="leave out smaller targets (default: 0)")
     add("--datasets", nargs="+", metavar="NAME", help="take only these (default: all)")
-    add("--subset", nargs="+", metavar="CAP", help="most targets of each category; CATEGORY=CAP for one (default: all)")
-    add("--index-only", action="store_true", help="go by the names in the index, open no image")
+    add("--subset", nargs="+", metavar="CAP", help="maximum targets per category; CATEGORY=CAP for one (default: all)")
+    add("--index-only", action="store_true", help="use only the names in the index, open no image")
     add("--workers", type=int, default=1, metavar="N", help="processes that read masks (default: 1)")
     mlmr_sd = commands.add_parser("mlmr-sd", help="MLMR-SD", description=MLMR_SD, formatter_class=raw)
     mlmr_sd.set_defaults(run=_mlmr_sd)
@@ -143,33 +155,27 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder to write")
     add("--copies", type=int, default=3, metavar="N", help="augmented copies of a training image (default: 3)")
     add("--seed", type=int, default=0, help="of wordings and augmentation (default: 0)")
-    add("--train-questions", type=int, default=8, metavar="N", help="for each training target (default: 8)")
+    add("--train-questions", type=int, default=8, metavar="N", help="questions per training target (default: 8)")
     return parser
 
 
 def _demo(arguments: argparse.Namespace) -> None:
     from medisee.sources.demo import prepare_demo
 
-    _check_out(arguments.out)
-    prepare_demo(
+    counts = prepare_demo(
         arguments.out,
         copies=arguments.copies,
         seed=arguments.seed,
         limit=arguments.limit,
         train_questions=arguments.train_questions,
     )
-    names = ("train_class", "train_reasoning", "val", "test")
-    counts = {name: sum(1 for _ in read_lines(arguments.out / f"{name}.jsonl")) for name in names}
-    print(
-        f"done: {arguments.out} holds " + ", ".join(f"{name}.jsonl ({count} images)" for name, count in counts.items())
-    )
+    _print_counts(arguments.out, counts)
 
 
 def _sa_med2d(arguments: argparse.Namespace) -> None:
     from medisee.sources.sa_med2d import prepare
     from medisee.sources.subset import parse_subset
 
-    _check_sa_med2d(arguments)
     done = prepare(
         arguments.root,
         arguments.out,
@@ -193,23 +199,18 @@ def _sa_med2d(arguments: argparse.Namespace) -> None:
 def _mlmr_sd(arguments: argparse.Namespace) -> None:
     from medisee.sources.mlmr_sd import prepare
 
-    _check_out(arguments.out)
-    counts = prepare(arguments.root, arguments.out, seed=arguments.seed)
-    print(
-        f"done: {arguments.out} holds " + ", ".join(f"{name}.jsonl ({count} images)" for name, count in counts.items())
-    )
+    _print_counts(arguments.out, prepare(arguments.root, arguments.out, seed=arguments.seed))
 
 
 def _ask(arguments: argparse.Namespace) -> None:
     from medisee.sources.ask import prepare
     from medisee.sources.query_bank import BANKS
 
-    _check_out(arguments.out)
     bank = BANKS.get(arguments.bank, Path(arguments.bank))
     if not bank.is_file():
         raise InputError(
-            f"--bank {arguments.bank}: expected {' or '.join(sorted(BANKS))} or a YAML file, found none of these; correct "
-            f"it.{nearest(arguments.bank, BANKS)}"
+            f"--bank {arguments.bank}: is neither {' nor '.join(sorted(BANKS))} nor a YAML file; correct it."
+            f"{nearest(arguments.bank, BANKS)}"
         )
     done = prepare(
         arguments.records,
@@ -222,51 +223,34 @@ def _ask(arguments: argparse.Namespace) -> None:
     )
     for category, targets in sorted(done.unknown.items()):
         print(f"left out: {targets:,} target(s) of {category!r}, which the bank does not know")
-    print(
-        f"done: {arguments.out} holds "
-        + ", ".join(f"{name}.jsonl ({count} images)" for name, count in done.images.items())
-    )
+    _print_counts(arguments.out, done.images)
 
 
-def _check_sa_med2d(arguments: argparse.Namespace) -> None:
-    """Reading the index of the whole data set takes minutes, so what can be told before is told before."""
+def _print_counts(out: Path, counts: Mapping[str, int]) -> None:
+    print(f"done: {out} holds " + ", ".join(f"{name}.jsonl ({count} images)" for name, count in counts.items()))
+
+
+def _problems(arguments: argparse.Namespace) -> list[str]:
+    out = arguments.out
+    existing = next((path for path in (out, *out.parents) if path.exists()), out)
+    problems = [] if existing.is_dir() else [f"--out {out}: {existing} is a file; expected a folder; choose another."]
+    if arguments.command != "sa-med2d":
+        return problems
     from medisee.sources.subset import parse_subset
 
-    problems: list[str] = []
-    try:
-        _check_out(arguments.out)
-    except InputError as error:
-        problems += error.problems
     try:
         parse_subset(arguments.subset or [], arguments.seed)
     except InputError as error:
         problems += error.problems
-    for name, none in (("min_area", 0), ("workers", 1)):
-        if arguments.index_only and getattr(arguments, name) > none:
-            option = f"--{name.replace('_', '-')}"
+    for option, value, least in (("--min-area", arguments.min_area, 0), ("--workers", arguments.workers, 1)):
+        if arguments.index_only and value > least:
             problems.append(f"{option}: is about masks, which --index-only does not read; leave one of them out.")
-    for name, least in (("min_area", 0), ("workers", 1)):
-        if (value := getattr(arguments, name)) < least:
-            problems.append(f"--{name.replace('_', '-')} is {value}; expected {least} or more; raise it.")
+        if value < least:
+            problems.append(f"{option} is {value}; expected {least} or more; raise it.")
     shares = arguments.val, arguments.test
     if not all(math.isfinite(share) and share >= 0 for share in shares) or sum(shares) >= 1:
         problems.append(f"--val {shares[0]} --test {shares[1]}: expected shares >= 0 with a sum below 1; correct them.")
-    if problems:
-        raise InputError(problems)
-
-
-def _check_out(out: Path) -> None:
-    standing = next((path for path in (out, *out.parents) if path.exists()), out)
-    if not standing.is_dir():
-        raise InputError(f"--out {out}: {standing} is a file; expected a folder; name another.")
-
-
-def _write_run(out: Path, settings: dict[str, Any], seconds: float) -> None:
-    # Late: the processes that read masks import this module, and have no use for torch.
-    from medisee.foundation.provenance import run_facts
-
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    write_json(out / "run.json", {**run_facts(plain, settings["seed"], "cpu"), "seconds": round(seconds, 3)})
+    return problems
 
 
 if __name__ == "__main__":

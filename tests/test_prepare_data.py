@@ -130,7 +130,7 @@ def test_demo_refuses_wrong_numbers_and_foreign_folders(tmp_path: Path, capsys: 
     said = refused(capsys, "demo", "--out", tmp_path, "--copies", "-1", "--train-questions", "0")
     assert "copies is -1; expected 0 or more" in said
     assert "train_questions is 0; expected 1 or more" in said
-    assert "exists and is no demo data set" in said
+    assert "exists and is not a demo data set" in said
     assert "is a file" in refused(capsys, "demo", "--out", tmp_path / "thesis.txt" / "demo")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -164,7 +164,7 @@ def test_ask_adds_questions_to_what_sa_med2d_wrote(med2d: Path, tmp_path: Path, 
 
 def test_ask_refuses_a_bank_that_is_none(med2d: Path, tmp_path: Path, capsys: Capture) -> None:
     said = refused(capsys, "ask", "--records", med2d, "--bank", "abdomem", "--out", tmp_path / "out")
-    assert "--bank abdomem: expected abdomen or brain or a YAML file" in said and "Did you mean 'abdomen'?" in said
+    assert "--bank abdomem: is neither abdomen nor brain nor a YAML file" in said and "Did you mean 'abdomen'?" in said
     assert not (tmp_path / "out").exists()
 
 

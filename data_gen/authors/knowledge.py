@@ -22,9 +22,9 @@ from typing import Any
 
 import yaml
 
-from data_gen.core.items import Perspective
 from data_gen.core.names import SIDES
 from medisee.foundation.errors import InputError
+from medisee.records.records import Perspective
 from medisee.sources.query_bank import Pool, load_bank
 
 ATLAS = Path(__file__).with_name("atlas")

@@ -26,8 +26,6 @@ from data_gen.core.items import (
     TEMPLATES,
     Entity,
     Item,
-    Length,
-    Perspective,
     Template,
     length_of,
     perspective_of,
@@ -35,6 +33,7 @@ from data_gen.core.items import (
 from data_gen.core.names import Names, load_names
 from data_gen.rules.checks import check_description, check_pair, check_turn
 from data_gen.rules.positions import Landmark, statements
+from medisee.records.records import Length, Perspective
 
 _ORDER = ("attributes", "functions", "effects", "diseases", "location", "position", "extent")
 """Of two clauses the one whose kind comes first is told first."""

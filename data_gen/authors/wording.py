@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from data_gen.core.items import Length, Template
+from data_gen.core.items import Template
 from data_gen.core.names import words
 from data_gen.rules.checks import ANSWER_WORDS, TEXT_WORDS, count_words
+from medisee.records.records import Length
 
 _DESCRIPTIONS: dict[Template, tuple[str, ...]] = {
     "first": ("The {head} that {phrase}",),

@@ -1,20 +1,23 @@
-"""Captions that somebody has already written: a JSON Lines file with the keys "record" and "caption"."""
+"""Captions that exist already: a JSON Lines file with the keys "record" and "caption"."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ConfigDict, with_config
+
 from medisee.foundation.errors import InputError
-from medisee.records.jsonl import Fields, parse, read_lines
+from medisee.records.jsonl import Text, read_line, read_lines
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True, slots=True)
 class CaptionLine:
     """The caption of one record's image."""
 
-    record: str
-    caption: str
+    record: Text
+    caption: Text
 
 
 def read_captions(path: Path) -> dict[str, str]:
@@ -26,16 +29,14 @@ def read_captions(path: Path) -> dict[str, str]:
     problems: list[str] = []
     captions: dict[str, str] = {}
     for line in read_lines(path):
-        try:
-            value = parse(line.content)
-        except ValueError as error:
-            problems.append(f"{line.where}: not JSON ({error}); expected one object a line; correct the line.")
+        read = read_line(CaptionLine, line, problems)
+        if read is None:
             continue
-        fields = Fields(value, CaptionLine, line.where, "", problems)
-        record, caption = fields.text("record"), fields.text("caption")
-        if record in captions:
-            problems.append(f"{line.where}: record {record!r} has a caption already; expected one each; remove one.")
-        captions[record] = caption
+        if read.record in captions:
+            problems.append(
+                f"{line.where}: record {read.record!r} has a caption already; expected one per record; remove one."
+            )
+        captions[read.record] = read.caption
     if problems:
         raise InputError(problems)
     return captions

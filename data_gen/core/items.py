@@ -15,10 +15,8 @@ from medisee.foundation.errors import InputError
 from medisee.foundation.files import sha256
 from medisee.records.manifest import Manifest
 from medisee.records.masks import Box, MaskFiles, Rle, encode_mask, mask_box
-from medisee.records.records import Record, Target
+from medisee.records.records import Length, Perspective, Record, Target
 
-Perspective = Literal["attribute", "location"]
-Length = Literal["short", "long"]
 Template = Literal["first", "second"]
 Verdict = Literal["accept", "reject", "edit"]
 

@@ -11,13 +11,14 @@ from typing import Any, cast
 from pydantic import BaseModel
 
 from data_gen.core.calls import Fault
-from data_gen.core.items import LENGTHS, PERSPECTIVES, Drop, Item, Length, Pair
+from data_gen.core.items import LENGTHS, PERSPECTIVES, Drop, Item, Pair
 from data_gen.core.names import Names
 from data_gen.core.recipe import Recipe, fields_of, pair_id, request_of
 from data_gen.core.schemas import Conversation, Turn
 from data_gen.pipeline.asking import Ask
 from data_gen.pipeline.retry import fill
 from data_gen.rules import checks as rules
+from medisee.records.records import Length
 
 
 async def converse(item: Item, recipe: Recipe, ask: Ask, *, caption: str, drops: list[Drop]) -> list[Pair]:

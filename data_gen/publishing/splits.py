@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from data_gen.core.items import Item
-from medisee.sources.mlmr_sd import SPLITS, Split
+from medisee.records.records import SPLITS, Split
 
 PAPER_COUNTS: dict[Split, int] = {"train": 10_129, "val": 1_257, "test": 1_266}
 """Image-mask pairs of MLMR-SD (section 3 of the paper)."""

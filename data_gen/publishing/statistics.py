@@ -15,7 +15,8 @@ from data_gen.ledger.ledger import Ledger
 from data_gen.ledger.screening import screen
 from data_gen.publishing.summary import authorship, dropped
 from medisee.foundation.errors import InputError
-from medisee.sources.mlmr_sd import SPLITS, read_release
+from medisee.records.records import SPLITS
+from medisee.sources.mlmr_sd import read_release
 
 
 @dataclass(frozen=True, slots=True)

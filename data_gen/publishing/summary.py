@@ -17,7 +17,7 @@ from data_gen.ledger.screening import Screening
 from data_gen.publishing.entries import Entry, questions
 from data_gen.publishing.splits import SPLITS
 from medisee.foundation.errors import InputError, first_line
-from medisee.sources.image_name import parse_name
+from medisee.sources.sa_med2d_index import parse_name
 
 OFFLINE = "offline"
 """The author of pairs that no model wrote."""

@@ -25,9 +25,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal, TypeAlias
 
-from data_gen.core.items import Item, Length
+from data_gen.core.items import Item
 from data_gen.core.names import Mention, Names, Word, words
 from data_gen.rules.positions import claims, contradiction
+from medisee.records.records import Length
 
 RuleName: TypeAlias = Literal[
     "words",

@@ -121,12 +121,12 @@ def training_workload(config: Config) -> Workload:
 
 def _sample(path: Path) -> list[Record]:
     problems: list[str] = []
-    records = [read_record(line, problems) for line in islice(read_lines(path), SAMPLE)]
-    if not records:
+    read = [read_record(line, problems) for line in islice(read_lines(path), SAMPLE)]
+    if not read:
         problems.append(f"{path}: no record; expected one JSON object a line; check how it was made.")
     if problems:
         raise InputError(problems)
-    return records
+    return [record for record in read if record is not None]
 
 
 def _asked(record: Record, most: int) -> tuple[Lengths, ...]:

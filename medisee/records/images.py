@@ -1,4 +1,4 @@
-"""Reads a PNG, JPEG or TIFF of any depth as 8-bit RGB, the one form the rest of the package knows."""
+"""Reads a PNG, JPEG or TIFF of any depth as 8-bit RGB, the only form that the rest of the package knows."""
 
 from __future__ import annotations
 
@@ -14,34 +14,26 @@ from medisee.foundation.errors import InputError
 
 FORMATS = ("PNG", "JPEG", "TIFF")
 MAX_PIXELS = 1 << 26
-"""Largest picture that is decoded: 64 Mi pixels, 8192 x 8192. Below Pillow's own limit, so that ours speaks."""
+"""Largest picture that is decoded: 64 Mi pixels, 8192 x 8192. Below Pillow's own limit, so that our message is shown."""
 PERCENTILES = (0.5, 99.5)
-"""Values of a deep (16 or 32-bit) image that become 0 and 255: a few hot pixels must not darken all others."""
+"""Percentiles of a 16 or 32-bit image that become 0 and 255: a few hot pixels must not darken all others."""
 
 _OTHER_READERS = {".dcm": "DICOM", ".dicom": "DICOM", ".ima": "DICOM", ".nii": "NIfTI", ".nii.gz": "NIfTI"}
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _WHITE_IS_ZERO = 0
 # What Pillow's decoders raise on broken files; found by flipping bytes in good ones.
 _DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    EOFError,
-    OverflowError,
-    struct.error,
-    zlib.error,
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
+    *(struct.error, zlib.error),
 )
-_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError)
 
 
 def read_image(path: Path | str, page: int = 0) -> NDArray[np.uint8]:
-    """Reads one picture as the viewer would see it.
+    """Reads one picture as an image viewer shows it.
 
     8-bit values are kept as they are. Grey values of 16 or 32 bits (integer or float) are scaled so that their
-    `PERCENTILES` become 0 and 255. 16-bit colour keeps its high byte. The EXIF orientation is applied; transparent
-    pixels are laid on black.
+    `PERCENTILES` become 0 and 255. 16-bit colour keeps its high byte. The EXIF orientation is applied; transparency is
+    blended with black.
 
     Args:
         path: a PNG, JPEG or TIFF file: 1-bit, grey, palette, RGB, CMYK, with alpha or without.
@@ -57,22 +49,27 @@ def read_image(path: Path | str, page: int = 0) -> NDArray[np.uint8]:
     _check_file(path)
     try:
         with Image.open(path, formats=FORMATS) as image:
-            _check_header(image, path, page)
+            pages = getattr(image, "n_frames", 1)
+            if not 0 <= page < pages:
+                raise InputError(
+                    f"{path}: expected page {page}, found {pages} page(s); choose a page from 0 to {pages - 1}."
+                )
             image.seek(page)
-            _check_size(image, path)
+            if image.width * image.height > MAX_PIXELS:
+                raise InputError(_too_large(path, f"{image.width} x {image.height}"))
             return _to_rgb(image, path)
     except UnidentifiedImageError as error:
         with path.open("rb") as handle:
             start = handle.read(8)
         raise InputError(
-            f"{path}: expected a PNG, JPEG or TIFF, found a file which starts with {start!r}; convert it to PNG."
+            f"{path}: expected a PNG, JPEG or TIFF, found a file that starts with {start!r}; convert it to PNG."
         ) from error
-    except _TOO_LARGE as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
         raise InputError(_too_large(path, "more")) from error
     except _DECODE_ERRORS as error:
         raise InputError(
-            f"{path}: expected a whole PNG, JPEG or TIFF, found one which cannot be decoded ({error}); "
-            "it is truncated or damaged: copy or export it again."
+            f"{path}: cannot be decoded ({error}); expected a whole PNG, JPEG or TIFF, found a truncated or damaged one; "
+            "copy or export it again."
         ) from error
 
 
@@ -88,18 +85,6 @@ def _check_file(path: Path) -> None:
         raise InputError(f"{path}: expected an image file, found a folder; name one file in it.")
     if size == 0:
         raise InputError(f"{path}: expected a PNG, JPEG or TIFF, found an empty file (0 bytes); copy it again.")
-
-
-def _check_header(image: Image.Image, path: Path, page: int) -> None:
-    pages = getattr(image, "n_frames", 1)
-    if not 0 <= page < pages:
-        raise InputError(f"{path}: expected page {page}, found {pages} page(s); choose a page from 0 to {pages - 1}.")
-
-
-def _check_size(image: Image.Image, path: Path) -> None:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise InputError(_too_large(path, f"{width} x {height}"))
 
 
 def _too_large(path: Path, found: str) -> str:

@@ -1,4 +1,4 @@
-"""Strict JSON Lines: one object a line, written atomically; on reading every problem of a file is told at once."""
+"""Strict JSON Lines: one object per line, written atomically; reading reports every problem of a file at once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,43 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, TypeVar, get_args, get_type_hints
 
 import numpy as np
+from pydantic import AfterValidator, Strict, TypeAdapter, ValidationError, ValidationInfo, WrapValidator
+from pydantic_core import ErrorDetails
 
 from medisee.foundation.errors import InputError, nearest
-from medisee.foundation.files import atomic_path
+from medisee.foundation.files import atomic_path, inside
+
+T = TypeVar("T")
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("expected a text that is not empty; fill it in")
+    return text
+
+
+def _inside_root(path: str, info: ValidationInfo) -> str:
+    # Only the path itself is checked: to resolve millions takes an hour, and each is resolved when it is used.
+    if info.context is not None and (path[0] in "/\\" or ".." in path or "\0" in path or ":" in path):
+        try:
+            inside(info.context, path, "")
+        except (InputError, ValueError) as error:
+            raise ValueError(f"expected a path inside the root {str(info.context)!r}; correct it") from error
+    return path
+
+
+Text = Annotated[str, Strict(), AfterValidator(_not_blank)]
+"""A string that holds more than white space."""
+FilePath = Annotated[Text, AfterValidator(_inside_root)]
+"""A path relative to the manifest's root."""
+
+
+def null_means(default: Any) -> WrapValidator:
+    """Reads null as a default."""
+    return WrapValidator(lambda value, validate: default if value is None else validate(value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +76,102 @@ def read_lines(path: Path) -> Iterator[Line]:
         raise InputError(f"{path}: cannot be read ({reason}); expected a JSON Lines file; check the path.") from error
 
 
-def parse(content: bytes) -> Any:
-    """Returns the JSON value of a line.
-
-    Raises:
-        ValueError: the line is not UTF-8 JSON, or holds NaN or Infinity, which JSON does not have.
-    """
+def read_line(noun: type[T], line: Line, problems: list[str], root: Path | None = None) -> T | None:
+    """Reads a line as a dataclass; see `read_object`."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
     try:
-        return json.loads(content.decode("utf-8-sig"), parse_constant=refuse)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+        value = json.loads(line.content.decode("utf-8-sig"), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        problems.append(f"{line.where}: not JSON ({error}); expected one object per line; correct or remove it.")
+        return None
+    return read_object(noun, value, line.where, problems, root)
+
+
+def read_object(noun: type[T], value: Any, where: str, problems: list[str], root: Path | None = None) -> T | None:
+    """Reads a JSON object as a dataclass.
+
+    Args:
+        noun: the dataclass, with pydantic's constraints in its annotations.
+        value: the object.
+        where: "file:line", for messages.
+        problems: the list to which everything that is wrong with the object is added.
+        root: the folder that no `FilePath` may leave; None does not check.
+
+    Returns:
+        The dataclass, or None when something is wrong.
+    """
+    try:
+        return _adapter(noun).validate_python(value, context=root)
+    except ValidationError as error:
+        problems += [f"{where}: {_problem(noun, one)}" for one in error.errors(include_url=False)]
+        return None
+
+
+@cache
+def _adapter(noun: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(noun)
+
+
+_EXPECTED = {
+    "string_unicode": "expected valid Unicode; correct it",
+    "string_type": "expected a string; write it in double quotes",
+    "bool_type": "expected true or false; write it without quotes",
+    "bytes_type": "expected the bytes of a file; add them",
+    "int_type": "expected a whole number; correct it",
+    "tuple_type": "expected a list; write it in square brackets",
+    "too_long": "expected a list of at most {max_length}; shorten it",
+    "literal_error": "expected {expected}; use one of these",
+    "value_error": "{error}",
+}
+
+
+def _problem(noun: type, error: ErrorDetails) -> str:
+    kind, place = error["type"], error["loc"]
+    steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in place if not _is_tag(step)]
+    spot = "".join(steps).removeprefix(".")
+    if kind == "missing":
+        return f"key {spot!r} is missing; add it."
+    if kind == "unexpected_keyword_argument":
+        known = _keys(noun, place[:-1])
+        return (
+            f"unknown key {spot!r}; expected one of {_listed(known)}.{nearest(str(place[-1]), known) or ' Remove it.'}"
+        )
+    if kind == "dataclass_type":
+        reason = f"expected an object; write it with the keys {_listed(_keys(noun, place))}"
+    else:
+        reason = _EXPECTED[kind].format(**error.get("ctx", {})) if kind in _EXPECTED else error["msg"]
+    shown = json.dumps(error["input"], ensure_ascii=False, default=str)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return f"{spot or 'the line'} is {shown}; {reason}."
+
+
+def _is_tag(step: int | str) -> bool:
+    """Returns whether a step of a location is the tag of a union's member, "(Rle)", and not a key."""
+    return isinstance(step, str) and step.startswith("(")
+
+
+def _keys(noun: type, place: tuple[int | str, ...]) -> list[str]:
+    """Returns the keys of the object at a place within a dataclass."""
+    nouns = [noun]
+    for step in place:
+        if _is_tag(step):
+            nouns = [one for one in nouns if f"({one.__name__})" == step]
+        elif isinstance(step, str):
+            nouns = _dataclasses(get_type_hints(nouns[0])[step])
+    return [field.name for field in dataclasses.fields(nouns[0])]
+
+
+def _dataclasses(hint: Any) -> list[type]:
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return [hint]
+    return [one for part in get_args(hint) for one in _dataclasses(part)]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 class LineWriter:
@@ -77,7 +190,7 @@ class LineWriter:
         """Adds a line.
 
         Raises:
-            TypeError: the value, or a part of it, is neither a dataclass nor of JSON's kinds.
+            TypeError: the value, or a part of it, is neither a dataclass nor a JSON type.
             ValueError: a number is NaN or infinite.
         """
         # A lone surrogate has no UTF-8 form; backslashreplace writes it as \udXXX, which is its JSON escape.
@@ -114,12 +227,7 @@ def line_writer(path: Path | str, *, omit_empty: Collection[str] = ()) -> Iterat
 
 
 def write_lines(path: Path | str, values: Iterable[Any], *, omit_empty: Collection[str] = ()) -> None:
-    """Writes dataclasses as JSON Lines, atomically and one at a time, so that `values` may be a generator.
-
-    Args:
-        path: the file.
-        values: the dataclasses, one for each line.
-        omit_empty: names of fields that are left out where they are empty, at any depth.
+    """Writes dataclasses as JSON Lines, one at a time, so that `values` may be a generator; see `line_writer`.
 
     Raises:
         ValueError: a number is NaN or infinite.
@@ -127,112 +235,3 @@ def write_lines(path: Path | str, values: Iterable[Any], *, omit_empty: Collecti
     with line_writer(path, omit_empty=omit_empty) as writer:
         for value in values:
             writer.write(value)
-
-
-class Fields:
-    """A JSON object that is read as a dataclass: getters return checked values.
-
-    A getter that finds a wrong value notes the problem and returns a stand-in, so that one pass finds all problems.
-    Whoever reads throws the result away when `problems` is not empty.
-    """
-
-    def __init__(self, value: Any, noun: type, where: str, spot: str, problems: list[str]) -> None:
-        """Checks the keys against the fields of `noun`; those without a default are required.
-
-        Args:
-            value: the JSON value.
-            noun: the dataclass it should become.
-            where: "file:line".
-            spot: the way from the line to this object, as "targets[0]."; empty for the line itself.
-            problems: the list that problems are added to.
-        """
-        self.where, self.spot, self.problems = where, spot, problems
-        self._values: dict[str, Any] = value if isinstance(value, dict) else {}
-        known = {field.name: field for field in dataclasses.fields(noun)}
-        if not isinstance(value, dict):
-            named = f"{spot.rstrip('.') or 'the line'} is {_shown(value)}"
-            problems.append(f"{where}: {named}; expected an object; write it with the keys {_listed(known)}.")
-            return
-        for key in value.keys() - known.keys():
-            hint = nearest(key, known) or " Remove it."
-            problems.append(f"{where}: unknown key {spot + key!r}; expected one of {_listed(known)}.{hint}")
-        for key, field in known.items():
-            has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-            if key not in value and not has_default:
-                problems.append(f"{where}: key {spot + key!r} is missing; expected {_listed(known)}; add it.")
-
-    def has(self, key: str) -> bool:
-        """Returns whether the key is there and is not null."""
-        return self._values.get(key) is not None
-
-    def refuse(self, key: str, expected: str, fix: str) -> None:
-        """Notes that a key's value is not what was expected."""
-        self.problems.append(
-            f"{self.where}: {self.spot}{key} is {_shown(self._values.get(key))}; expected {expected}; {fix}."
-        )
-
-    def get(self, key: str, kind: type, expected: str, fix: str) -> Any:
-        """Returns the value of a key if it is of a kind, else None."""
-        value = self._values.get(key)
-        if isinstance(value, kind) or key not in self._values:
-            return value
-        self.refuse(key, expected, fix)
-        return None
-
-    def text(self, key: str, may_be_empty: bool = False) -> str:
-        """Returns a string, by default one with more than white space in it."""
-        value = self.get(key, str, "a string", "write it in double quotes")
-        if value is not None and not may_be_empty and not value.strip():
-            self.refuse(key, "a text that is not empty", "fill it in")
-        return value or ""
-
-    def choice(self, key: str, choices: Iterable[str]) -> Any:
-        """Returns a string out of a few."""
-        value = self.text(key)
-        if value and value not in choices:
-            self.refuse(key, f"one of {_listed(choices)}", "use one of these")
-        return value
-
-    def flag(self, key: str) -> bool:
-        """Returns true or false."""
-        return bool(self.get(key, bool, "true or false", "write it without quotes"))
-
-    def numbers(self, key: str, count: int, expected: str, fix: str) -> tuple[float, ...] | None:
-        """Returns a list of `count` finite numbers, else None."""
-        value = self.get(key, list, expected, fix)
-        if value is None:
-            return None
-        if len(value) != count or not all(is_number(number) for number in value):
-            self.refuse(key, expected, fix)
-            return None
-        return tuple(value)
-
-    def objects(self, key: str, noun: type) -> list[Fields]:
-        """Returns the objects of a list; a missing key is an empty list."""
-        values = self.get(key, list, "a list", "write it in square brackets")
-        return [
-            Fields(value, noun, self.where, f"{self.spot}{key}[{index}].", self.problems)
-            for index, value in enumerate(values or [])
-        ]
-
-    def object(self, key: str, noun: type) -> Fields:
-        """Returns the object under a key."""
-        return Fields(self._values.get(key), noun, self.where, f"{self.spot}{key}.", self.problems)
-
-    def raw(self, key: str) -> Any:
-        """Returns a value as it is."""
-        return self._values.get(key)
-
-
-def is_number(value: Any) -> bool:
-    """Returns whether a JSON value is a finite number of a size that pixels and scores can have."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in names)

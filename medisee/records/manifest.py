@@ -6,7 +6,9 @@ import mmap
 import operator
 from array import array
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,15 +26,15 @@ from medisee.records.records import Record, Target, read_record
 _NOT_PILLOWS = (".dcm", ".dicom", ".ima", ".nii", ".nii.gz")
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _HELD = 256
-"""Records that are read before their pages are given back: each may have brought 64 KiB into this process."""
+"""Number of records read before their pages are released: each may have brought 64 KiB into this process."""
 
 
 class Manifest(Sequence[Record]):
     """The records of a file, read on demand from a memory map.
 
-    Opening checks every line and keeps only where each begins: eight bytes a record, however long the file. For a
-    large file this is kept beside it (`medisee.records.offsets`), and as long as the file stays as it is, opening reads no
-    line again. A copy sent to another process opens the file again when it is first read.
+    Opening checks every line and keeps only the offset of each, eight bytes per record. The offsets of a large file are
+    also written beside it (`medisee.records.offsets`): as long as the file does not change, it opens without being read.
+    A copy sent to another process opens the file again when it is first read.
 
     Attributes:
         path: the JSON Lines file.
@@ -61,48 +63,29 @@ class Manifest(Sequence[Record]):
         for line in read_lines(self.path):
             offsets.append(line.offset)
             found: list[str] = []
-            record = read_record(line, found)
-            found.extend(self._path_problems(record, line.where))
-            if found:
-                problems[line.offset] += found
-            if record.id:
+            record = read_record(line, found, self.root)
+            if record is None:
+                problems[line.offset] = found
+            else:
                 ids.add(record.id)
-        for offset, problem in self._repeated_ids(ids.repeated()).items():
-            problems[offset].append(problem)
+        if repeated := ids.repeated():
+            first_seen: dict[str, str] = {}
+            for line in read_lines(self.path):
+                record = read_record(line, [])
+                if record is None or fingerprint(record.id) not in repeated:
+                    continue
+                if (first := first_seen.setdefault(record.id, line.where)) != line.where:
+                    problems[line.offset].append(
+                        f"{line.where}: id {record.id!r} is also that of {first}; "
+                        "expected ids that are unique within the file; rename one."
+                    )
         if not offsets:
-            raise InputError(f"{self.path}: no record; expected one JSON object a line; check how it was made.")
+            raise InputError(f"{self.path}: no record; expected one JSON object per line; check how it was made.")
         if problems:
             raise InputError(problem for offset in sorted(problems) for problem in problems[offset])
         checked = np.array(offsets, dtype=np.int64)
         keep_offsets(self.path, checked, stamp)
         return checked
-
-    def _repeated_ids(self, repeated: frozenset[int]) -> dict[int, str]:
-        """Returns what is wrong with the ids of some fingerprints, by the offset of the line."""
-        problems: dict[int, str] = {}
-        first_seen: dict[str, str] = {}
-        for line in read_lines(self.path) if repeated else ():
-            name = read_record(line, []).id
-            if fingerprint(name) in repeated and first_seen.setdefault(name, line.where) != line.where:
-                problems[line.offset] = (
-                    f"{line.where}: id {name!r} is also that of {first_seen[name]}; "
-                    "expected ids that are unique within the file; rename one."
-                )
-        return problems
-
-    def _path_problems(self, record: Record, where: str) -> list[str]:
-        problems: list[str] = []
-        masks = [target.mask for target in record.targets]
-        for path in [record.image, *(file for mask in masks for file in _mask_files(mask))]:
-            # Only the path itself is looked at: to resolve millions takes an hour, and each is resolved when it is used.
-            if path and (path[0] in "/\\" or ".." in path or "\0" in path or ":" in path):
-                try:
-                    inside(self.root, path, where)
-                except InputError as error:
-                    problems.extend(error.problems)
-                except ValueError as error:
-                    problems.append(f"{where}: path {path!r} is not a path ({error}); expected a file; correct it.")
-        return problems
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -122,7 +105,7 @@ class Manifest(Sequence[Record]):
         self._reads += 1
         if self._reads % _HELD == 0 and hasattr(mmap, "MADV_DONTNEED"):
             data.madvise(mmap.MADV_DONTNEED)
-        if problems:
+        if record is None:
             raise InputError([f"{self.path}: changed after it was opened; start again.", *problems])
         return record
 
@@ -148,9 +131,9 @@ class Manifest(Sequence[Record]):
         return inside(self.root, record.image, self._where(record))
 
     def image_size(self, record: Record) -> tuple[int, int] | None:
-        """Returns an image's (height, width) from its header, as it is shown (EXIF orientation applied).
+        """Returns an image's (height, width) from its header, with the EXIF orientation applied.
 
-        None for DICOM and NIfTI, which pillow does not read.
+        None for DICOM and NIfTI, which Pillow does not read.
 
         Raises:
             InputError: the image is missing or cannot be read.
@@ -162,21 +145,33 @@ class Manifest(Sequence[Record]):
                 raise InputError(_missing(where, self.root))
             return None
         with _open_image(path, where, self.root) as image:
-            try:
-                turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
-            # Pillow looks behind a PNG's pixels too, which may be cut off.
-            except (OSError, SyntaxError, ValueError) as error:
-                raise InputError(_unreadable(where, error)) from error
+            turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
             return (image.width, image.height) if turned else (image.height, image.width)
 
     def mask(self, record: Record, target: Target) -> NDArray[np.bool_]:
-        """Returns a target's mask (height, width) in the pixels of the original image.
+        """Returns the mask of one target; see `masks`."""
+        return self.masks(replace(record, targets=(target,)))[0]
+
+    def masks(self, record: Record) -> list[NDArray[np.bool_]]:
+        """Returns the mask of each target, boolean (height, width) in the pixels of the original image.
 
         Raises:
-            InputError: the image or the mask is missing or cannot be read, the mask is empty or not of the image's
-                size, or the target's box leaves the image.
+            InputError: the image or a mask is missing or cannot be read, a mask is empty or not of the image's size, or
+                a target's box leaves the image; all problems are named.
         """
-        return self._mask(record, target, self.image_size(record))
+        size, masks, problems = None, [], []
+        try:
+            size = self.image_size(record)
+        except InputError as error:
+            problems += error.problems
+        for target in record.targets:
+            try:
+                masks.append(self._mask(record, target, size))
+            except InputError as error:
+                problems += error.problems
+        if problems:
+            raise InputError(problems)
+        return masks
 
     def check_files(self) -> None:
         """Reads every image's header and every mask.
@@ -186,16 +181,10 @@ class Manifest(Sequence[Record]):
         """
         problems: list[str] = []
         for record in self:
-            size = None
             try:
-                size = self.image_size(record)
+                self.masks(record)
             except InputError as error:
-                problems.extend(error.problems)
-            for target in record.targets:
-                try:
-                    self._mask(record, target, size)
-                except InputError as error:
-                    problems.extend(error.problems)
+                problems += error.problems
         if problems:
             raise InputError(problems)
 
@@ -222,32 +211,25 @@ class Manifest(Sequence[Record]):
             _check_size(target.mask.size, size, where)
             mask = decode_mask(target.mask)
         else:
-            inverted = isinstance(target.mask, MaskFiles) and target.mask.inverted
-            files = _mask_files(target.mask)
-            masks = [self._read_file(file, where, size) ^ inverted for file in files]
-            where = f"{where}: mask {', '.join(map(repr, files))}"
+            named = target.mask if isinstance(target.mask, MaskFiles) else MaskFiles((target.mask,))
+            masks = [
+                read_mask(inside(self.root, file, where), f"{where}: mask {file!r}", self.root, size) ^ named.inverted
+                for file in named.files
+            ]
+            where = f"{where}: mask {', '.join(map(repr, named.files))}"
             if any(mask.shape != masks[0].shape for mask in masks):
-                raise InputError(f"{where} is in files of several sizes; expected one size; make them anew.")
+                raise InputError(f"{where} is in files of several sizes; expected one size; make them again.")
             mask = np.logical_or.reduce(masks)
         if not mask.any():
             raise InputError(f"{where} is empty; expected a pixel > 0; correct it or remove the target.")
         return mask
 
-    def _read_file(self, file: str, where: str, size: tuple[int, int] | None) -> NDArray[np.bool_]:
-        return read_mask(inside(self.root, file, where), f"{where}: mask {file!r}", self.root, size)
-
     def _where(self, record: Record) -> str:
         return f"{self.path}: record {record.id!r}"
 
 
-def _mask_files(mask: str | MaskFiles | Rle) -> tuple[str, ...]:
-    if isinstance(mask, Rle):
-        return ()
-    return mask.files if isinstance(mask, MaskFiles) else (mask,)
-
-
 def read_mask(path: Path, where: str, root: Path, size: tuple[int, int] | None) -> NDArray[np.bool_]:
-    """Reads a mask image (height, width): foreground is any value > 0, an alpha channel aside.
+    """Reads a mask image (height, width): foreground is any value > 0, an alpha channel is ignored.
 
     Args:
         path: the file.
@@ -260,10 +242,7 @@ def read_mask(path: Path, where: str, root: Path, size: tuple[int, int] | None) 
     """
     with _open_image(path, where, root) as image:
         _check_size((image.height, image.width), size, where)
-        try:
-            pixels = np.asarray(image)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(_unreadable(where, error)) from error
+        pixels = np.asarray(image)
         # An opaque alpha channel is 255 everywhere: it says nothing about the foreground.
         if image.mode in ("LA", "PA", "RGBA"):
             pixels = pixels[..., :-1]
@@ -271,20 +250,22 @@ def read_mask(path: Path, where: str, root: Path, size: tuple[int, int] | None) 
     return np.logical_or.reduce(foreground, axis=-1) if foreground.ndim == 3 else foreground
 
 
-def _open_image(path: Path, where: str, root: Path) -> Image.Image:
+@contextmanager
+def _open_image(path: Path, where: str, root: Path) -> Iterator[Image.Image]:
     try:
-        return Image.open(path)
+        with Image.open(path) as image:
+            yield image
     except FileNotFoundError as error:
         raise InputError(_missing(where, root)) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(_unreadable(where, error)) from error
+        raise InputError(f"{where} cannot be read ({error}); expected an image file; make it again.") from error
 
 
 def _check_size(found: tuple[int, int], expected: tuple[int, int] | None, where: str) -> None:
     if expected and found != expected:
         raise InputError(
             f"{where} is {found[1]} x {found[0]} (width x height); expected the image's {expected[1]} x {expected[0]}; "
-            "make it anew from this image."
+            "make it again from this image."
         )
 
 
@@ -293,7 +274,3 @@ def _missing(where: str, root: Path) -> str:
         f"{where} does not exist; expected it under the root {str(root)!r}; correct the path, or name the root (--root, or "
         "data.root in a configuration)."
     )
-
-
-def _unreadable(where: str, error: Exception) -> str:
-    return f"{where} cannot be read ({error}); expected an image file; make it anew."

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco
+from pydantic import AfterValidator, StrictBool, StrictInt
 
 from medisee.foundation.errors import InputError
+from medisee.records.jsonl import FilePath, Text, null_means
 
 Box: TypeAlias = tuple[float, float, float, float]
 """(x0, y0, x1, y1) in pixels of the original image; half-open: the pixel at x=3, y=4 is (3, 4, 4, 5)."""
@@ -21,16 +23,22 @@ _MOST_PIXELS = 2**31  # pycocotools counts in 32 bits
 class Rle:
     """A mask as COCO's compressed run-length encoding: `size` is (height, width), `counts` its ASCII string."""
 
-    size: tuple[int, int]
-    counts: str
+    size: tuple[StrictInt, StrictInt]
+    counts: Text
+
+
+def _not_empty(files: tuple[str, ...]) -> tuple[str, ...]:
+    if not files:
+        raise ValueError("expected a list of one path or more; name the mask's files")
+    return files
 
 
 @dataclass(frozen=True, slots=True)
 class MaskFiles:
-    """A mask in several image files: what is foreground in any of `files`; where `inverted`, what is background."""
+    """A mask in several image files: the foreground of any of `files`; their background where `inverted`."""
 
-    files: tuple[str, ...]
-    inverted: bool = False
+    files: Annotated[tuple[FilePath, ...], AfterValidator(_not_empty)]
+    inverted: Annotated[StrictBool, null_means(False)] = False
 
 
 def encode_mask(mask: NDArray[np.bool_]) -> Rle:
@@ -58,17 +66,19 @@ def decode_mask(rle: Rle) -> NDArray[np.bool_]:
 
 
 def check_rle(rle: Rle) -> NDArray[np.int64]:
-    """Returns the lengths of an encoding's runs, without making its pixels: a small string may ask for a huge array.
+    """Returns the lengths of an encoding's runs, without making its pixels, since a small string may describe a huge array.
 
-    pycocotools checks nothing: it reads past the end of a string that is cut off and returns uninitialised pixels
-    where the runs are too few. So what users bring is decoded here.
+    pycocotools checks nothing: it reads past the end of a truncated string and returns uninitialised pixels where the
+    runs are too few. So an encoding that may come from a user is decoded here.
 
     Raises:
         InputError: the encoding does not describe a mask of its size.
     """
     height, width = rle.size
     if height < 1 or width < 1 or height * width >= _MOST_PIXELS:
-        raise InputError(f"RLE size {list(rle.size)} is wrong; expected [height, width] from 1 pixel to 2^31; fix it.")
+        raise InputError(
+            f"RLE size {list(rle.size)} is wrong; expected [height, width] with 1 to 2^31 pixels; correct it."
+        )
     runs = _runs(rle.counts)
     if runs is None:
         raise InputError(
@@ -85,8 +95,8 @@ def check_rle(rle: Rle) -> NDArray[np.int64]:
 def _runs(counts: str) -> NDArray[np.int64] | None:
     """Returns the lengths of the runs, background first, column by column; None when the string is malformed.
 
-    A number is written five bits a character, lowest first; bit 5 says that more follow, bit 4 of the last is the
-    sign. From the fourth number on it is the difference to the run two before.
+    A number has five bits per character, lowest first; bit 5 says that more follow, bit 4 of the last is the sign. From
+    the fourth number on it is the difference to the run two before.
     """
     codes = np.frombuffer(counts.encode("utf-8", "replace"), np.uint8).astype(np.int64) - 48
     if not codes.size or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
@@ -113,6 +123,6 @@ def mask_box(mask: NDArray[np.bool_]) -> Box | None:
 
 
 def bounded_size(height: int, width: int, longest: int) -> tuple[int, int]:
-    """Returns (height, width) of an image scaled down so that its longer side has `longest` pixels; never up."""
+    """Returns (height, width) of an image scaled down, never up, so that its longer side has `longest` pixels."""
     scale = min(1.0, longest / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))

@@ -1,7 +1,7 @@
-"""Where the lines of a long manifest begin, kept beside it, so that it opens without being read.
+"""The line offsets of a large manifest, kept beside it, so that it opens without being read.
 
-`<name>.offsets.safetensors` holds an int64 for each line of `<name>.jsonl` that is not blank. It stands for lines that
-were checked, and only for the file of the size and time of change that it names.
+`<name>.offsets.safetensors` holds an int64 for each line of `<name>.jsonl` that is not blank. The lines were checked
+then, and it is valid only for a file of the size and modification time that it names.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from safetensors.numpy import save_file
 from medisee.foundation.files import atomic_path
 
 LARGE = 1 << 26
-"""Bytes from which a file's offsets are kept, 64 MiB; a smaller file is checked within seconds."""
+"""Size in bytes from which a file's offsets are kept, 64 MiB; a smaller file is checked within seconds."""
 
 
 def file_stamp(path: Path) -> str:
-    """Returns a file's size and time of change, which tell one state of it from another; "" for none."""
+    """Returns a file's size and modification time, which identify a state of it; "" if there is no file."""
     try:
         found = path.stat()
     except OSError:
@@ -30,14 +30,14 @@ def file_stamp(path: Path) -> str:
 
 
 def keep_offsets(path: Path, offsets: NDArray[np.int64], stamp: str) -> None:
-    """Keeps where the lines of a large file begin; of a small one nothing is kept.
+    """Keeps the line offsets of a large file; those of a small one are not kept.
 
-    A folder that cannot be written to is no error: the file is then checked again next time.
+    A folder that cannot be written to is not an error: the file is then checked again next time.
 
     Args:
         path: the file, whose lines were checked.
         offsets: the first byte of each line that is not blank.
-        stamp: what `file_stamp` said before the lines were read, or after they were written.
+        stamp: the `file_stamp` from before the lines were read, or after they were written.
     """
     if path.stat().st_size < LARGE:
         return
@@ -47,7 +47,7 @@ def keep_offsets(path: Path, offsets: NDArray[np.int64], stamp: str) -> None:
 
 
 def kept_offsets(path: Path) -> NDArray[np.int64] | None:
-    """Returns where the lines of a file begin; None where that is not known of the file as it is now."""
+    """Returns the line offsets of a file; None where they are not known for its present state."""
     try:
         with safe_open(_beside(path), framework="numpy") as handle:
             if (handle.metadata() or {}).get("stamp") != file_stamp(path):
@@ -55,13 +55,10 @@ def kept_offsets(path: Path) -> NDArray[np.int64] | None:
             offsets = handle.get_tensor("offsets")
     except (OSError, SafetensorError):
         return None
-    return offsets if _is_sound(offsets, path.stat().st_size) else None
-
-
-def _is_sound(offsets: NDArray[np.int64], size: int) -> bool:
     if offsets.dtype != np.int64 or offsets.ndim != 1 or not offsets.size:
-        return False
-    return bool(offsets[0] >= 0 and offsets[-1] < size and (offsets[1:] > offsets[:-1]).all())
+        return None
+    is_sound = offsets[0] >= 0 and offsets[-1] < path.stat().st_size and (offsets[1:] > offsets[:-1]).all()
+    return offsets if is_sound else None
 
 
 def _beside(path: Path) -> Path:

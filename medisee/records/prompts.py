@@ -1,7 +1,6 @@
 """The words around a query: questions that name a class, requests after an implicit query, and answers.
 
-Every answer gives the candidate tokens first and the explanation after them. So the tokens are read off at a place
-which does not depend on what the explanation says.
+Every answer begins with the candidate tokens; the explanation follows, so it does not change where they are read.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ CLASS_QUESTIONS = (
     "What is the region of the {name}? Answer with a mask and a box.",
     "Detect the {name} here and give its precise shape.",
 )
-"""Questions of targets without questions of their own; `{name}` is the class in plain words."""
+"""Questions for targets that have none; `{name}` is the class in plain words."""
 
 ANSWERS = (
     "It is {candidates}.",
@@ -35,7 +34,7 @@ ANSWERS = (
     "Sure, {candidates}.",
     "I have marked it as {candidates}.",
 )
-"""Answers; the first is the one that teacher-forced scoring gives."""
+"""Answers; teacher-forced scoring gives the first one."""
 
 REQUESTS = (
     "Please output the segmentation mask and the bounding box, and explain why.",
@@ -47,7 +46,7 @@ REQUESTS = (
     "Outline it, put a box around it and add a short explanation.",
     "Please provide mask, box and the reasoning behind them.",
 )
-"""What an implicit query is followed by: it asks for mask, box and explanation."""
+"""What follows an implicit query: a request for mask, box and explanation."""
 
 
 def candidate_text(tokens: Sequence[str]) -> str:
@@ -76,7 +75,7 @@ def class_question(name: str, rng: random.Random) -> str:
 
 
 def class_answer(rng: random.Random, tokens: Sequence[str] = CANDIDATE_TOKENS) -> str:
-    """Draws an answer that holds the candidate tokens and nothing else to learn."""
+    """Draws an answer that holds only the candidate tokens."""
     return rng.choice(ANSWERS).format(candidates=candidate_text(tokens))
 
 

@@ -1,6 +1,6 @@
-"""The plain-file nouns: a Record (image, targets, queries, truth) goes in, a Prediction (mask, box, text) comes out.
+"""The objects of plain files: a Record (image, targets, queries, truth) goes in, a Prediction (mask, box, text) comes out.
 
-Both are JSON Lines, one object a line, with the field names below as keys. `medisee.records.manifest` reads records.
+Both are JSON Lines, one object per line, with the field names below as keys. `medisee.records.manifest` reads records.
 """
 
 from __future__ import annotations
@@ -9,38 +9,116 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal, TypeAlias, get_args
+
+from pydantic import AfterValidator, ConfigDict, Discriminator, PlainValidator, StrictBool, StrictStr, Tag, with_config
 
 from medisee.foundation.errors import InputError
-from medisee.records.jsonl import Fields, Line, LineWriter, is_number, line_writer, parse, read_lines, write_lines
+from medisee.records.jsonl import (
+    FilePath,
+    Line,
+    LineWriter,
+    Text,
+    line_writer,
+    null_means,
+    read_line,
+    read_lines,
+    write_lines,
+)
 from medisee.records.masks import Box, MaskFiles, Rle, check_rle
 
 Perspective = Literal["attribute", "location", "class"]
 Length = Literal["short", "long"]
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+def _is_number(value: Any) -> bool:
+    """Returns whether a JSON value is a finite number of a size that pixels and scores can have."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
+
+
+def _is_box(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+
+
+def _true_box(value: Any) -> Box:
+    if not (_is_box(value) and 0 <= value[0] < value[2] and 0 <= value[1] < value[3]):
+        raise ValueError(
+            "expected [x0, y0, x1, y1] in pixels of the original image with 0 <= x0 < x1 and 0 <= y0 < y1; write it "
+            "half-open (x1 = last column + 1); a manifest may leave it out"
+        )
+    x0, y0, x1, y1 = value
+    return x0, y0, x1, y1
+
+
+def _predicted_box(value: Any) -> Box:
+    # A box of no area is a poor prediction, which scores 0; one with swapped corners is a mistake in the file.
+    if not (_is_box(value) and value[0] <= value[2] and value[1] <= value[3]):
+        raise ValueError(
+            "expected [x0, y0, x1, y1] in pixels of the original image with x0 <= x1 and y0 <= y1; order the corners or "
+            "write null"
+        )
+    x0, y0, x1, y1 = value
+    return x0, y0, x1, y1
+
+
+def _sound_rle(rle: Rle) -> Rle:
+    try:
+        check_rle(rle)
+    except InputError as error:
+        raise ValueError(str(error).removesuffix(".")) from error
+    return rle
+
+
+def _scores(value: Any) -> dict[str, float]:
+    if value is not None and not (isinstance(value, dict) and all(map(_is_number, value.values()))):
+        raise ValueError("expected an object of finite numbers; remove the others, or write {} for none")
+    return value or {}
+
+
+def _unique_ids(targets: tuple[Target, ...]) -> tuple[Target, ...]:
+    places: dict[str, int] = {}
+    for place, target in enumerate(targets):
+        if places.setdefault(target.id, place) != place:
+            raise ValueError(
+                f"targets[{place}].id {target.id!r} is also that of targets[{places[target.id]}]; rename one"
+            )
+    return targets
+
+
+TrueBox = Annotated[Box, PlainValidator(_true_box)]
+SoundRle = Annotated[Rle, AfterValidator(_sound_rle)]
+TargetMask: TypeAlias = Annotated[
+    Annotated[FilePath, Tag("(path)")] | Annotated[MaskFiles, Tag("(MaskFiles)")] | Annotated[SoundRle, Tag("(Rle)")],
+    Discriminator(
+        lambda value: "(path)" if not isinstance(value, dict) else "(MaskFiles)" if "files" in value else "(Rle)"
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
     """An earlier question of a conversation and its answer."""
 
-    question: str
-    answer: str
+    question: Text
+    answer: StrictStr
 
 
 @dataclass(frozen=True, slots=True)
 class QA:
     """A query about a target and its answer; `perspective` is what it reasons from, `length` how long it is.
 
-    `history` holds the turns of a conversation before the question, oldest first; `author` says who made the data
-    engine's pairs: "offline" or a model's name. No line names them where they are empty.
+    `history` holds the earlier turns of a conversation, oldest first. `author` says who wrote a pair of the data
+    engine: "offline" or the name of a model. Empty, both are left out of files.
     """
 
-    question: str
-    answer: str
+    question: Text
+    answer: StrictStr
     perspective: Perspective
     length: Length
     history: tuple[Turn, ...] = ()
-    author: str = ""
+    author: Annotated[Text, null_means("")] = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,19 +127,20 @@ class Target:
 
     Attributes:
         id: unique within its record.
-        category: the class name, as "left kidney".
+        category: the class name, such as "left kidney".
         mask: path of a mask image relative to the manifest's root (foreground > 0), several of them, or an RLE.
-        box: pixels of the original image; None stands for the smallest box around the mask.
-        qa: the queries; none stands for the class-name templates.
+        box: pixels of the original image; None means the smallest box around the mask.
+        qa: the queries; without any, the class-name templates are used.
     """
 
-    id: str
-    category: str
-    mask: str | MaskFiles | Rle
-    box: Box | None = None
+    id: Text
+    category: Text
+    mask: TargetMask
+    box: TrueBox | None = None
     qa: tuple[QA, ...] = ()
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """One image and its targets.
@@ -69,47 +148,48 @@ class Record:
     Attributes:
         id: unique within the manifest.
         image: path relative to the manifest's root.
-        modality: as "ct" or "mr".
+        modality: such as "ct" or "mr".
         source: the data set that it comes from.
         case: the patient or volume; a split never cuts one.
         targets: the objects, in any number.
         plane: the direction of the slice, when it is known.
     """
 
-    id: str
-    image: str
-    modality: str
-    source: str
-    case: str
-    targets: tuple[Target, ...]
-    plane: str | None = None
+    id: Text
+    image: FilePath
+    modality: Text
+    source: Text
+    case: Text
+    targets: Annotated[tuple[Target, ...], AfterValidator(_unique_ids)]
+    plane: Text | None = None
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What a system answered to one query.
+    """A system's answer to one query.
 
     Attributes:
         record: the record's id.
         target: the target's id.
         question: the query as it was asked.
-        mode: how the answer came to be: "generated", "forced" (the answer was given), "shuffled" or any label.
+        mode: how the answer was made: "generated", "forced" (the answer was given), "shuffled" or any label.
         text: the answer.
         emitted: whether the answer asked for a mask (ours: it holds the [SEG] and [BBOX] tokens).
         mask: of the original image's size; None counts as empty.
-        box: pixels of the original image, may reach out of it; None stands for the smallest box around the mask.
-        scores: named numbers, as a confidence.
+        box: pixels of the original image, may reach outside it; None means the smallest box around the mask.
+        scores: named numbers, such as a confidence.
     """
 
-    record: str
-    target: str
-    question: str
-    mode: str = "generated"
-    text: str
-    emitted: bool
-    mask: Rle | None = None
-    box: Box | None = None
-    scores: dict[str, float] = field(default_factory=dict)
+    record: Text
+    target: Text
+    question: Text
+    mode: Annotated[Text, null_means("generated")] = "generated"
+    text: StrictStr
+    emitted: StrictBool
+    mask: SoundRle | None = None
+    box: Annotated[Box, PlainValidator(_predicted_box)] | None = None
+    scores: Annotated[dict[str, float], PlainValidator(_scores)] = field(default_factory=dict)
 
 
 def record_writer(path: Path | str) -> AbstractContextManager[LineWriter]:
@@ -140,142 +220,18 @@ def read_predictions(path: Path | str) -> list[Prediction]:
         InputError: the file cannot be read or lines are wrong; all of them are named.
     """
     problems: list[str] = []
-    predictions = [_prediction(line, problems) for line in read_lines(Path(path))]
+    predictions = [read_line(Prediction, line, problems) for line in read_lines(Path(path))]
     if problems:
         raise InputError(problems)
-    return predictions
+    return [prediction for prediction in predictions if prediction is not None]
 
 
-def read_record(line: Line, problems: list[str]) -> Record:
-    """Reads one line of a manifest; what is wrong with it is added to `problems` (then the result is of no use)."""
-    fields = _line_fields(line, Record, problems)
-    targets = tuple(_target(target) for target in fields.objects("targets", Target))
-    seen: set[str] = set()
-    for index, target in enumerate(targets):
-        if target.id in seen:
-            problems.append(
-                f"{line.where}: targets[{index}].id {target.id!r} is there twice; "
-                "expected ids that are unique within the record; rename one."
-            )
-        seen.update([target.id] if target.id else [])
-    return Record(
-        id=fields.text("id"),
-        image=fields.text("image"),
-        modality=fields.text("modality"),
-        source=fields.text("source"),
-        case=fields.text("case"),
-        targets=targets,
-        plane=fields.text("plane") if fields.has("plane") else None,
-    )
+def read_record(line: Line, problems: list[str], root: Path | None = None) -> Record | None:
+    """Reads one line of a manifest; None when something is wrong with it, which is added to `problems`.
 
-
-def _target(fields: Fields) -> Target:
-    return Target(
-        id=fields.text("id"),
-        category=fields.text("category"),
-        mask=_mask(fields),
-        box=_true_box(fields),
-        qa=tuple(_qa(qa) for qa in fields.objects("qa", QA)),
-    )
-
-
-def _mask(fields: Fields) -> str | MaskFiles | Rle:
-    value = fields.raw("mask")
-    if not isinstance(value, dict):
-        return fields.text("mask")
-    if "files" not in value:
-        return _rle(fields)
-    inner = fields.object("mask", MaskFiles)
-    expected, fix = "a list of one path or more", "name the mask's files"
-    files = inner.get("files", list, expected, fix)
-    if files is not None and not (files and all(isinstance(file, str) and file.strip() for file in files)):
-        inner.refuse("files", expected, fix)
-        files = None
-    return MaskFiles(tuple(files or ()), inner.has("inverted") and inner.flag("inverted"))
-
-
-def _qa(fields: Fields) -> QA:
-    return QA(
-        question=fields.text("question"),
-        answer=fields.text("answer", may_be_empty=True),
-        perspective=fields.choice("perspective", get_args(Perspective)),
-        length=fields.choice("length", get_args(Length)),
-        history=tuple(
-            Turn(turn.text("question"), turn.text("answer", may_be_empty=True))
-            for turn in fields.objects("history", Turn)
-        ),
-        author=fields.text("author") if fields.has("author") else "",
-    )
-
-
-def _prediction(line: Line, problems: list[str]) -> Prediction:
-    fields = _line_fields(line, Prediction, problems)
-    return Prediction(
-        record=fields.text("record"),
-        target=fields.text("target"),
-        question=fields.text("question"),
-        mode=fields.text("mode") if fields.has("mode") else "generated",
-        text=fields.text("text", may_be_empty=True),
-        emitted=fields.flag("emitted"),
-        mask=_rle(fields) if fields.has("mask") else None,
-        box=_predicted_box(fields),
-        scores=_scores(fields),
-    )
-
-
-def _line_fields(line: Line, noun: type, problems: list[str]) -> Fields:
-    try:
-        value = parse(line.content)
-    except ValueError as error:
-        problems.append(f"{line.where}: not JSON ({error}); expected one object a line; correct or remove the line.")
-        return Fields({}, noun, line.where, "", [])
-    return Fields(value, noun, line.where, "", problems)
-
-
-_BOX = "[x0, y0, x1, y1] in pixels of the original image"
-
-
-def _true_box(fields: Fields) -> Box | None:
-    if not fields.has("box"):
-        return None
-    expected = f"{_BOX} with 0 <= x0 < x1 and 0 <= y0 < y1"
-    fix = "write it half-open (x1 = last column + 1) or leave it out to use the box around the mask"
-    box = fields.numbers("box", 4, expected, fix)
-    if box and not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
-        fields.refuse("box", expected, fix)
-    return (box[0], box[1], box[2], box[3]) if box else None
-
-
-def _predicted_box(fields: Fields) -> Box | None:
-    """A box of no area is a poor prediction, which scores 0; one turned round is a mistake in the file."""
-    if not fields.has("box"):
-        return None
-    expected, fix = f"{_BOX} with x0 <= x1 and y0 <= y1", "order the corners or write null"
-    box = fields.numbers("box", 4, expected, fix)
-    if box and not (box[0] <= box[2] and box[1] <= box[3]):
-        fields.refuse("box", expected, fix)
-    return (box[0], box[1], box[2], box[3]) if box else None
-
-
-def _rle(fields: Fields) -> Rle:
-    inner = fields.object("mask", Rle)
-    expected, fix = "[height, width] in whole pixels", "write the size of the image"
-    size = inner.numbers("size", 2, expected, fix)
-    counts = inner.text("counts")
-    if not size or not counts:
-        return Rle((1, 1), counts)
-    if not all(isinstance(side, int) for side in size):
-        inner.refuse("size", expected, fix)
-    rle = Rle((int(size[0]), int(size[1])), counts)
-    try:
-        check_rle(rle)
-    except InputError as error:
-        fields.problems.extend(f"{fields.where}: {fields.spot}mask: {problem}" for problem in error.problems)
-    return rle
-
-
-def _scores(fields: Fields) -> dict[str, float]:
-    scores = fields.get("scores", dict, "an object of numbers", "write {} for none") if fields.has("scores") else {}
-    if not all(is_number(score) for score in (scores or {}).values()):
-        fields.refuse("scores", "an object of finite numbers", "remove the others")
-    return scores or {}
+    Args:
+        line: the line.
+        problems: the list to add to.
+        root: the folder that no path may leave; None does not check.
+    """
+    return read_line(Record, line, problems, root)

@@ -1,4 +1,4 @@
-"""The averaged brain behind the demo data: one MRI volume and its atlas on one grid, cut into slices."""
+"""The averaged brain of the demo data: one MRI volume and its atlas on one grid, cut into slices."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from nibabel.filebasedimages import ImageFileError
 from numpy.typing import NDArray
 
 from medisee.foundation.errors import InputError
+from medisee.records.records import Split
 
 Plane = Literal["axial", "coronal", "sagittal"]
-Split = Literal["train", "val", "test"]
 
 # The array axis each plane is cut along, in a right-anterior-superior (RAS+) volume.
 PLANES: dict[Plane, int] = {"sagittal": 0, "coronal": 1, "axial": 2}
@@ -108,9 +108,14 @@ def load_brain(template: Path, atlas: Path) -> Brain:
     image, image_affine = _canonical(template)
     labels, labels_affine = _canonical(atlas)
     labels = _on_grid(labels, labels_affine - image_affine, image.shape, atlas)
-    low, high = _bounding_box(image > 0, MARGIN)
-    crop = tuple(slice(start, stop) for start, stop in zip(low, high, strict=True))
-    return Brain(_grey_levels(image[crop]), labels[crop].astype(np.uint16), low)
+    voxels = np.argwhere(image > 0)
+    x, y, z = np.maximum(voxels.min(axis=0) - MARGIN, 0).tolist()
+    high = np.minimum(voxels.max(axis=0) + 1 + MARGIN, image.shape).tolist()
+    crop = tuple(slice(start, stop) for start, stop in zip((x, y, z), high, strict=True))
+    cropped = image[crop]
+    black, white = np.percentile(cropped[cropped > 0], [0.1, 99.8])
+    grey = np.rint(np.clip((cropped - black) / (white - black), 0, 1) * 255).astype(np.uint8)
+    return Brain(grey, labels[crop].astype(np.uint16), (x, y, z))
 
 
 def _canonical(path: Path) -> tuple[NDArray, NDArray]:
@@ -127,7 +132,7 @@ def _canonical(path: Path) -> tuple[NDArray, NDArray]:
 
 
 def _on_grid(labels: NDArray, difference: NDArray, shape: tuple[int, ...], path: Path) -> NDArray:
-    """Shifts labels by whole voxels into an array of `shape`; what falls outside is cut, what is missing is 0."""
+    """Shifts labels by whole voxels into an array of `shape`; what is missing is 0, labels outside are an error."""
     exact = difference[:3, 3]
     shift = np.rint(exact).astype(int)
     if not np.allclose(exact, shift, atol=1e-3):
@@ -140,22 +145,8 @@ def _on_grid(labels: NDArray, difference: NDArray, shape: tuple[int, ...], path:
         source.append(slice(start - offset, stop - offset))
     placed[tuple(target)] = labels[tuple(source)]
     if np.count_nonzero(placed) != np.count_nonzero(labels):
-        raise InputError(f"{path}: some labels lie outside the template's grid; the two files do not belong together.")
+        raise InputError(f"{path}: some labels are outside the template's grid; the two files do not belong together.")
     return placed
-
-
-def _bounding_box(inside: NDArray[np.bool_], margin: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Returns the half-open corners of what is inside, widened by a margin as far as the volume goes."""
-    voxels = np.argwhere(inside)
-    low = np.maximum(voxels.min(axis=0) - margin, 0)
-    high = np.minimum(voxels.max(axis=0) + 1 + margin, inside.shape)
-    return (int(low[0]), int(low[1]), int(low[2])), (int(high[0]), int(high[1]), int(high[2]))
-
-
-def _grey_levels(image: NDArray) -> NDArray[np.uint8]:
-    """Maps the 0.1 to 99.8 percentile of the brain's voxels to 0..255."""
-    low, high = np.percentile(image[image > 0], [0.1, 99.8])
-    return np.rint(np.clip((image - low) / (high - low), 0, 1) * 255).astype(np.uint8)
 
 
 def block_of(index: int, plane: Plane) -> Split | None:

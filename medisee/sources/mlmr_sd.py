@@ -1,8 +1,8 @@
 """MLMR-SD as Records: from the JSON formats of the authors' release, or from the Parquet files of a dataset hub.
 
-The release's form is `<split>.json`, {image: {mask: class}}, and `<split>.jsonl`, one Question a line. The authors
-published neither data nor these files, so the keys of a line are ours, as `python -m data_gen export` writes them.
-The hub's form is `data/<split>-*.parquet`, one row for each image, pictures included.
+The release's form is `<split>.json`, {image: {mask: class}}, and `<split>.jsonl`, one Question per line. The authors
+published neither data nor files, so the keys of a line are ours; `python -m data_gen export` writes them. The hub's
+form is `data/<split>-*.parquet`, one row per image, pictures included.
 """
 
 from __future__ import annotations
@@ -11,29 +11,39 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 from random import Random
-from typing import Any, get_args
+from typing import Annotated
 
+from pydantic import AfterValidator, ConfigDict, StrictBytes, StrictStr, TypeAdapter, ValidationError, with_config
 from tqdm import tqdm
 
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import inside
-from medisee.records.jsonl import Fields, parse, read_lines
+from medisee.records.jsonl import Text, null_means, read_line, read_lines, read_object
 from medisee.records.prompts import reasoning_answer, reasoning_question
-from medisee.records.records import QA, Length, Perspective, Record, Target, Turn, write_records
-from medisee.sources.image_name import parse_name
-from medisee.sources.sa_med2d import Split
+from medisee.records.records import QA, SPLITS, Length, Perspective, Record, Target, TrueBox, Turn, write_records
+from medisee.sources.sa_med2d_index import ImageName, parse_name
 
-SPLITS: tuple[Split, ...] = get_args(Split)
 _HUB_NAMES = {"train": "train", "val": "validation", "test": "test"}
+_CLASSES = TypeAdapter(dict[str, dict[str, Text]])
 _PICTURE = re.compile(r"[\w-][\w.-]*\.(png|jpe?g|tiff?)", re.ASCII | re.IGNORECASE)
-_KINDS = ("image", "mask")
-_PAIR_KEYS = ("id", "question", "answer", "perspective", "length", "conversation")
-_COLUMNS = ("id", "target", "image", "mask", "category", "box", "modality", "source", "case", "qa")
 
 
+def _answered(turn: Turn) -> Turn:
+    if not turn.answer.strip():
+        raise ValueError("expected an answer that is not empty; fill it in")
+    return turn
+
+
+def _plain_name(name: str) -> str:
+    if not _PICTURE.fullmatch(name):  # the file may come from anybody
+        raise ValueError("expected a plain file name such as 'slice.png'; rename the picture")
+    return name
+
+
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """One line of the release's form.
@@ -51,59 +61,50 @@ class Question:
         author: "offline" or the name of the model that wrote it; empty when it is not known.
     """
 
-    id: str
-    image: str
-    mask: str
-    category: str
-    question: str
-    answer: str
+    id: Text
+    image: Text
+    mask: Text
+    category: Text
+    question: Text
+    answer: Text
     perspective: Perspective
     length: Length
-    history: tuple[Turn, ...] = ()
-    author: str = ""
+    history: tuple[Annotated[Turn, AfterValidator(_answered)], ...] = ()
+    author: Annotated[Text, null_means("")] = ""
 
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """What is read of one question of a hub's row."""
+    """One question of a hub's row; more keys, such as "screening", are ignored."""
 
-    id: str
-    question: str
-    answer: str
-    perspective: str
-    length: str
-    conversation: str | None = None
+    id: Text
+    question: Text
+    answer: Text
+    perspective: Perspective
+    length: Length
+    conversation: Text | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    path: Annotated[StrictStr, AfterValidator(_plain_name)]
+    bytes: StrictBytes
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One row of a hub's file, but for its two pictures."""
+    """One row of a hub's file; its fields are the columns that are read."""
 
-    id: str
-    target: str
-    category: str
-    box: list[float]
-    modality: str
-    source: str
-    case: str
-    qa: list[_Pair]
-
-
-@dataclass(frozen=True, slots=True)
-class _Unpacking:
-    """What the rows of all files share.
-
-    Attributes:
-        out: the folder that pictures go to.
-        seed: draws the words around questions and answers.
-        saved: the SHA-256 of each picture that has been written, by its path in small letters.
-        problems: what is wrong with the rows.
-    """
-
-    out: Path
-    seed: int
-    saved: dict[str, str]
-    problems: list[str]
+    id: Text
+    target: Text
+    image: _Picture
+    mask: _Picture
+    category: Text
+    box: TrueBox
+    modality: Text
+    source: Text
+    case: Text
+    qa: tuple[_Pair, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +116,9 @@ class Release:
 
 
 def worded(question: Question, seed: int) -> QA:
-    """Returns a question as the model is asked: a request follows it, and the answer begins with the candidate tokens.
+    """Returns a question as the model is asked: with a request, and an answer that begins with the candidate tokens.
 
-    Which words are drawn depends on the seed and the question's id alone. The turns before it stay as they were said.
+    The words that are drawn depend only on the seed and the question's id. Earlier turns do not change.
     """
     rng = Random(f"{seed}/{question.id}")
     return QA(
@@ -130,37 +131,31 @@ def worded(question: Question, seed: int) -> QA:
     )
 
 
-def of_length(records: Iterable[Record], length: Length) -> Iterator[Record]:
-    """Yields the records with their questions of one length only; those without any are left out."""
-    for record in records:
-        targets = [replace(t, qa=tuple(qa for qa in t.qa if qa.length == length)) for t in record.targets]
-        if asked := tuple(target for target in targets if target.qa):
-            yield replace(record, targets=asked)
-
-
 def write_splits(out: Path, splits: Mapping[str, list[Record]]) -> dict[str, int]:
     """Writes a manifest for each split that has records, and test_short and test_long, the paper's two test sets.
 
     Returns:
         The number of records in each file, by its name without suffix.
     """
-    files: dict[str, list[Record]] = {
-        **splits,
-        "test_short": list(of_length(splits.get("test", []), "short")),
-        "test_long": list(of_length(splits.get("test", []), "long")),
-    }
+    files = dict(splits)
+    for length in ("short", "long"):
+        files[f"test_{length}"] = []
+        for record in splits.get("test", []):
+            targets = [replace(t, qa=tuple(qa for qa in t.qa if qa.length == length)) for t in record.targets]
+            if left := tuple(target for target in targets if target.qa):
+                files[f"test_{length}"].append(replace(record, targets=left))
+    files = {name: records for name, records in files.items() if records}
     for name, records in files.items():
-        if records:
-            write_records(out / f"{name}.jsonl", records)
-    return {name: len(records) for name, records in files.items() if records}
+        write_records(out / f"{name}.jsonl", records)
+    return {name: len(records) for name, records in files.items()}
 
 
 def prepare(root: Path | str, out: Path | str, *, seed: int = 0) -> dict[str, int]:
     """Writes manifests of a data set in either form into `out`.
 
-    Of the release's form nothing is copied: open the manifests with `root`. From the hub's form the pictures are
-    unpacked into `out`, which is then the manifests' root. A folder may hold both, as an export does: then the
-    release's form is taken.
+    From the release's form nothing is copied: open the manifests with `root`. From the hub's form the pictures are
+    unpacked into `out`, which is then the manifests' root. Of a folder with both, such as an export, the release's form
+    is read.
 
     Returns:
         The number of records in each manifest, by its name without suffix.
@@ -179,8 +174,10 @@ def prepare(root: Path | str, out: Path | str, *, seed: int = 0) -> dict[str, in
             f"{root}: expected train.json, val.json or test.json ({{image: {{mask: class}}}}), there or in release/, or "
             "data/train-*.parquet; found none; name the data set's folder."
         )
-    unpacking = _Unpacking(out, seed, {}, [])
-    unpacked = {split: [r for file in files for r in _unpack(file, unpacking)] for split, files in packed.items()}
+    saved: dict[str, str] = {}
+    unpacked = {
+        split: [r for file in files for r in _unpack(file, out, seed, saved)] for split, files in packed.items()
+    }
     return write_splits(out, unpacked)
 
 
@@ -200,21 +197,24 @@ def read_release(path: Path, root: Path) -> Release:
             or class that the JSON does not have; all problems are named.
     """
     try:
-        images = json.loads(path.read_text(encoding="utf-8"))
+        images = _CLASSES.validate_python(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise InputError(f"{path}: expected {{image: {{mask: class}}}} with texts only; correct it.") from error
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path}: not readable JSON ({error}); expected {{image: {{mask: class}}}}; fix it."
+            f"{path}: not readable JSON ({error}); expected {{image: {{mask: class}}}}; correct it."
         ) from error
-    if not isinstance(images, dict) or not all(_is_class_map(masks) for masks in images.values()):
-        raise InputError(f"{path}: expected {{image: {{mask: class}}}} with texts only; fix it.")
     problems: list[str] = []
     questions: list[Question] = []
     lines = path.with_suffix(".jsonl")
-    for where, question in _questions(lines, problems) if lines.is_file() else ():
+    for line in read_lines(lines) if lines.is_file() else ():
+        question = read_line(Question, line, problems)
+        if question is None:
+            continue
         questions.append(question)
         if images.get(question.image, {}).get(question.mask) != question.category:
             problems.append(
-                f"{where}: image {question.image!r} with mask {question.mask!r} and class {question.category!r}; "
+                f"{line.where}: image {question.image!r} with mask {question.mask!r} and class {question.category!r}; "
                 f"expected what {path.name} holds; correct one of them."
             )
     for name in [*images, *(mask for masks in images.values() for mask in masks)]:
@@ -231,170 +231,90 @@ def _release_records(release: Release, seed: int) -> list[Record]:
     asked: dict[tuple[str, str], list[QA]] = {}
     for question in release.questions:
         asked.setdefault((question.image, question.mask), []).append(worded(question, seed))
-    return [_record(image, masks, asked) for image, masks in release.classes.items() if masks]
-
-
-def _is_class_map(masks: Any) -> bool:
-    return isinstance(masks, dict) and all(isinstance(name, str) and name.strip() for name in masks.values())
-
-
-def _questions(path: Path, problems: list[str]) -> Iterator[tuple[str, Question]]:
-    for line in read_lines(path):
-        try:
-            value = parse(line.content)
-        except ValueError as error:
-            problems.append(f"{line.where}: not JSON ({error}); expected one object a line; correct or remove it.")
-            continue
-        wrong = len(problems)
-        fields = Fields(value, Question, line.where, "", problems)
-        question = Question(
-            **{key: fields.text(key) for key in ("id", "image", "mask", "category", "question", "answer")},
-            perspective=fields.choice("perspective", get_args(Perspective)),
-            length=fields.choice("length", get_args(Length)),
-            history=tuple(Turn(each.text("question"), each.text("answer")) for each in fields.objects("history", Turn)),
-            author=fields.text("author") if fields.has("author") else "",
-        )
-        if len(problems) == wrong:
-            yield line.where, question
-
-
-def _record(image: str, masks: dict[str, str], asked: dict[tuple[str, str], list[QA]]) -> Record:
-    stem = PurePosixPath(image).stem
-    name = parse_name(image)
-    return Record(
-        id=image,
-        image=image,
-        modality=name.modality if name else "unknown",
-        source=name.dataset if name else "mlmr-sd",
-        # A name that says nothing about the patient: each image is a case of its own.
-        case=name.case if name else stem,
-        plane=name.plane if name else None,
-        targets=tuple(
+    records: list[Record] = []
+    for image, masks in release.classes.items():
+        # Where the name does not tell the patient, each image is a case.
+        name = parse_name(image) or ImageName("unknown", "mlmr-sd", PurePosixPath(image).stem, None)
+        targets = tuple(
             Target(id=mask, category=category, mask=mask, qa=tuple(asked.get((image, mask), ())))
             for mask, category in masks.items()
-        ),
-    )
+        )
+        about = Record(
+            id=image,
+            image=image,
+            modality=name.modality,
+            source=name.dataset,
+            case=name.case,
+            plane=name.plane,
+            targets=targets,
+        )
+        records += [about] if targets else []
+    return records
 
 
-def _unpack(path: Path, unpacking: _Unpacking) -> Iterator[Record]:
-    """Yields the rows of a file as records; at its end all that is wrong with its rows is told."""
+def _unpack(path: Path, out: Path, seed: int, saved: dict[str, str]) -> Iterator[Record]:
+    """Yields the rows of a file as records, their pictures written; reports all problems of the rows at its end.
+
+    `saved` has the SHA-256 of each picture that has been written, by its path in lower case.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise InputError(f"{path}: needs pyarrow; install it with `pip install -e '.[engine]'`.") from error
+    columns = [field.name for field in fields(_Row)]
+    problems: list[str] = []
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            missing = [name for name in _COLUMNS if name not in file.schema_arrow.names]
-            if missing:
+            if missing := [name for name in columns if name not in file.schema_arrow.names]:
                 raise InputError(
-                    f"{path}: lacks the columns {', '.join(missing)}; expected {', '.join(_COLUMNS)}, as "
-                    "`python -m data_gen export` writes them; take its hub/ folder."
+                    f"{path}: lacks the columns {', '.join(missing)}; take the hub/ folder of an export by "
+                    "`python -m data_gen export`."
                 )
-            number = 0
-            with tqdm(total=file.metadata.num_rows, desc=path.name, unit=" images", disable=None) as bar:
-                for batch in file.iter_batches(batch_size=64, columns=list(_COLUMNS)):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield from _unpacked(row, f"{path}: row {number}", unpacking)
-                    bar.update(batch.num_rows)
+            rows = (row for batch in file.iter_batches(batch_size=64, columns=columns) for row in batch.to_pylist())
+            bar = tqdm(rows, total=file.metadata.num_rows, desc=path.name, unit=" images", disable=None)
+            for number, content in enumerate(bar, start=1):
+                where = f"{path}: row {number}"
+                row = read_object(_Row, content, where, problems)
+                if row is None:
+                    continue
+                image, mask = f"images/{row.image.path}", f"masks/{row.mask.path}"
+                for name, picture in ((image, row.image), (mask, row.mask)):
+                    digest = hashlib.sha256(picture.bytes).hexdigest()
+                    # In lower case, since some file systems do not tell "A.png" from "a.png".
+                    if saved.setdefault(name.lower(), digest) != digest:
+                        problems.append(
+                            f"{where}: {name} has the name of another picture; expected unique names; rename one of them."
+                        )
+                        continue
+                    (out / name).parent.mkdir(parents=True, exist_ok=True)
+                    (out / name).write_bytes(picture.bytes)
+                yield _hub_record(row, image, mask, seed)
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{path}: cannot be read ({error}); expected a Parquet file; download it again.") from error
-    if unpacking.problems:
-        raise InputError(unpacking.problems)
+    if problems:
+        raise InputError(problems)
 
 
-def _unpacked(row: dict[str, Any], where: str, unpacking: _Unpacking) -> Iterator[Record]:
-    """Yields the record of a row, or none when something is wrong with it."""
-    problems, wrong = unpacking.problems, len(unpacking.problems)
-    record = _hub_record(Fields(_known(row), _Row, where, "", problems), unpacking.seed)
-    pictures = {kind: _picture(row[kind], kind, where, problems) for kind in _KINDS}
-    if len(problems) > wrong:
-        return
-    for kind, (name, content) in pictures.items():
-        _save(content, f"{kind}s/{name}", where, unpacking)
-    if len(problems) == wrong:
-        image, mask = (f"{kind}s/{pictures[kind][0]}" for kind in _KINDS)
-        (target,) = record.targets
-        yield replace(record, image=image, targets=(replace(target, mask=mask),))
-
-
-def _known(row: dict[str, Any]) -> dict[str, Any]:
-    """Returns what is read of a row besides its pictures; a pair may have more keys, as "screening"."""
-    pairs = row["qa"]
-    if isinstance(pairs, list):
-        pairs = [{k: pair[k] for k in _PAIR_KEYS if k in pair} if isinstance(pair, dict) else pair for pair in pairs]
-    return {name: row[name] for name in _COLUMNS if name not in _KINDS} | {"qa": pairs}
-
-
-def _hub_record(fields: Fields, seed: int) -> Record:
-    """Reads what a row says besides its pictures, whose paths are left empty."""
-    expected = "four pixels x0, y0, x1, y1 with 0 <= x0 < x1 and 0 <= y0 < y1"
-    fix = "take a file that `python -m data_gen export` wrote"
-    x0, y0, x1, y1 = fields.numbers("box", 4, expected, fix) or (0, 0, 1, 1)
-    if not (0 <= x0 < x1 and 0 <= y0 < y1):
-        fields.refuse("box", expected, fix)
-    category = fields.text("category")
-    target = Target(
-        id=fields.text("target"),
-        category=category,
-        mask="",
-        box=(x0, y0, x1, y1),
-        qa=tuple(worded(question, seed) for question in _hub_questions(fields, category)),
-    )
-    return Record(
-        id=fields.text("id"),
-        image="",
-        modality=fields.text("modality"),
-        source=fields.text("source"),
-        case=fields.text("case"),
-        targets=(target,),
-    )
-
-
-def _hub_questions(fields: Fields, category: str) -> list[Question]:
-    """The pairs come in the order of conversations and turns; a turn is history for those that follow it."""
-    talks: dict[str, list[Question]] = {}
-    for pair in fields.objects("qa", _Pair):
-        question = Question(
-            id=pair.text("id"),
-            question=pair.text("question"),
-            answer=pair.text("answer"),
-            image="",
-            mask="",
-            category=category,
-            perspective=pair.choice("perspective", get_args(Perspective)),
-            length=pair.choice("length", get_args(Length)),
+def _hub_record(row: _Row, image: str, mask: str, seed: int) -> Record:
+    # Pairs are in the order of conversations and turns; a turn is history for those that follow it.
+    talks: dict[str, list[_Pair]] = {}
+    for pair in row.qa:
+        talks.setdefault(pair.conversation or pair.id, []).append(pair)
+    questions = [
+        Question(
+            id=last.id,
+            image=image,
+            mask=mask,
+            category=row.category,
+            question=last.question,
+            answer=last.answer,
+            perspective=last.perspective,
+            length=last.length,
+            history=tuple(Turn(turn.question, turn.answer) for turn in earlier),
         )
-        talk = pair.text("conversation") if pair.has("conversation") else question.id
-        talks.setdefault(talk, []).append(question)
-    return [
-        replace(last, history=tuple(Turn(turn.question, turn.answer) for turn in earlier))
         for *earlier, last in talks.values()
     ]
-
-
-def _picture(cell: Any, kind: str, where: str, problems: list[str]) -> tuple[str, bytes]:
-    """Returns the name of a picture, which must be a plain one (the file may be anybody's), and its bytes."""
-    name, content = (cell.get("path"), cell.get("bytes")) if isinstance(cell, dict) else (None, None)
-    if isinstance(name, str) and _PICTURE.fullmatch(name) and isinstance(content, bytes):
-        return name, content
-    problems.append(
-        f"{where}: the {kind} holds a picture named {name!r}; expected a plain file name as 'slice.png' and its bytes; "
-        "take a file that `python -m data_gen export` wrote."
-    )
-    return "", b""
-
-
-def _save(content: bytes, name: str, where: str, unpacking: _Unpacking) -> None:
-    """Writes a picture; another one of the same name is a problem."""
-    digest = hashlib.sha256(content).hexdigest()
-    # In small letters, since some file systems hold "A.png" and "a.png" for the same.
-    if unpacking.saved.setdefault(name.lower(), digest) != digest:
-        unpacking.problems.append(
-            f"{where}: {name} has the name of another picture; expected a name of its own for each; rename one of them."
-        )
-        return
-    path = unpacking.out / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    qa = tuple(worded(question, seed) for question in questions)
+    target = Target(id=row.target, category=row.category, mask=mask, box=row.box, qa=qa)
+    return Record(id=row.id, image=image, modality=row.modality, source=row.source, case=row.case, targets=(target,))

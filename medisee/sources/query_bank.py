@@ -1,6 +1,6 @@
 """Banks of implicit queries about structures: read one, split it without overlap, draw questions for records.
 
-What is drawn depends on the seed and on what is asked about alone.
+What is drawn depends only on the seed and on the record and target.
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from random import Random
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import yaml
 
 from medisee.foundation.errors import InputError
+from medisee.foundation.files import is_new_or_earlier, write_json
 from medisee.records.prompts import reasoning_answer, reasoning_question
-from medisee.records.records import QA, Record, Target
-from medisee.sources.brain import STRUCTURES, Split
+from medisee.records.records import QA, SPLITS, Length, Perspective, Record, Split, Target, write_records
+from medisee.sources.brain import STRUCTURES
 
-Perspective = Literal["attribute", "location"]
-Length = Literal["short", "long"]
 Cell: TypeAlias = tuple[Perspective, Length]
 
 PERSPECTIVES: tuple[Perspective, ...] = ("attribute", "location")
@@ -33,10 +32,10 @@ HELD_OUT_SHARE = 0.11  # of each pool, for val and again for test
 
 @dataclass(frozen=True)
 class Pool:
-    """What can be asked and told about one structure.
+    """The questions and explanations of one structure.
 
     Attributes:
-        names: what counts as naming it; the first is the category.
+        names: words that count as naming it; the first is the category.
         queries: wordings that describe it without naming it, by (perspective, length).
         explanations: sentences that name and explain it, by perspective.
     """
@@ -51,10 +50,10 @@ def load_bank(path: Path = BANK_FILE, structures: Iterable[str] | None = tuple(S
 
     Args:
         path: YAML, in the form of the banks that come with medisee.
-        structures: those wanted, in order; by default the demo brain's. None takes what the file has.
+        structures: their names, in order; by default the demo brain's. None takes all of the file.
 
     Raises:
-        InputError: the file is unreadable, a structure or a part of it is missing, or too few wordings to split.
+        InputError: the file is unreadable, a structure or a part of it is missing, or has too few wordings to split.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -67,11 +66,18 @@ def load_bank(path: Path = BANK_FILE, structures: Iterable[str] | None = tuple(S
     problems = [f"{path}: {problem}" for name in wanted for problem in _problems(name, entries.get(name))]
     if problems:
         raise InputError(problems)
-    return {name: _pool(entries[name]) for name in wanted}
+    return {
+        name: Pool(
+            names=tuple(entry["names"]),
+            queries={(p, length): tuple(entry["queries"][p][length]) for p in PERSPECTIVES for length in LENGTHS},
+            explanations={p: tuple(entry["explanations"][p]) for p in PERSPECTIVES},
+        )
+        for name in wanted
+        for entry in [entries[name]]
+    }
 
 
 def _problems(name: str, entry: Any) -> Iterable[str]:
-    """Says what one structure's entry lacks."""
     if not isinstance(entry, dict):
         yield f"structures > {name}: expected names, queries and explanations; add them."
         return
@@ -86,29 +92,20 @@ def _problems(name: str, entry: Any) -> Iterable[str]:
             yield f"structures > {name} > {' > '.join(keys)}: expected a list of at least {least} texts; add them."
 
 
-def _pool(entry: dict[str, Any]) -> Pool:
-    return Pool(
-        names=tuple(entry["names"]),
-        queries={(p, length): tuple(entry["queries"][p][length]) for p in PERSPECTIVES for length in LENGTHS},
-        explanations={p: tuple(entry["explanations"][p]) for p in PERSPECTIVES},
-    )
-
-
 def split_bank(bank: Mapping[str, Pool], seed: int) -> dict[Split, dict[str, Pool]]:
     """Gives each split its own wordings: about 78 % train, 11 % val, 11 % test of every list, at least one each.
 
-    A wording's place depends on the seed and its text alone, so adding others moves few.
+    The order depends only on the seed and each wording's text, so adding wordings moves few others.
     """
-    parts: dict[Split, dict[str, Pool]] = {"train": {}, "val": {}, "test": {}}
+    parts: dict[Split, dict[str, Pool]] = {split: {} for split in SPLITS}
     for name, pool in bank.items():
-        ranked = {cell: sorted(queries, key=lambda query: _rank(seed, query)) for cell, queries in pool.queries.items()}
+        ranked = {
+            cell: sorted(queries, key=lambda query: hashlib.sha256(f"{seed} {query}".encode()).hexdigest())
+            for cell, queries in pool.queries.items()
+        }
         for split, part in parts.items():
             part[name] = replace(pool, queries={cell: _share(ranked[cell], split) for cell in ranked})
     return parts
-
-
-def _rank(seed: int, query: str) -> str:
-    return hashlib.sha256(f"{seed} {query}".encode()).hexdigest()
 
 
 def _share(ranked: list[str], split: Split) -> tuple[str, ...]:
@@ -134,44 +131,71 @@ def held_out_questions(pool: Pool, turn: int, rng: Random) -> tuple[QA, ...]:
 
 
 def _ask(pool: Pool, cell: Cell, query: str, rng: Random) -> QA:
-    """Words one question and an answer of the same perspective."""
     perspective, length = cell
     answer = reasoning_answer(rng.choice(pool.explanations[perspective]), rng)
     return QA(reasoning_question(query, rng), answer, perspective, length)
 
 
-def ask_training(record: Record, pools: Mapping[str, Pool], seed: int, count: int) -> Record:
-    """Gives each target `count` questions, other ones on every record."""
-    return _with_questions(
-        record, {t.id: training_questions(pools[t.category], count, _rng(seed, record, t)) for t in record.targets}
-    )
+def _with_questions(
+    records: Iterable[Record], pools: Mapping[str, Pool], seed: int, count: int | None = None
+) -> list[Record]:
+    """Gives each target `count` training questions or, without a count, the two held-out ones."""
+    made: list[Record] = []
+    for turn, record in enumerate(records):
+        targets: list[Target] = []
+        for place, target in enumerate(record.targets):
+            pool, rng = pools[target.category], Random(f"{seed}/{record.id}/{target.id}")
+            qa = held_out_questions(pool, turn + place, rng) if count is None else training_questions(pool, count, rng)
+            targets.append(replace(target, qa=qa))
+        made.append(replace(record, targets=tuple(targets)))
+    return made
 
 
-def ask_held_out(records: Iterable[Record], pools: Mapping[str, Pool], seed: int) -> list[Record]:
-    """Gives each target a short and a long question whose perspectives change from record to record and target."""
-    return [
-        _with_questions(
-            record,
-            {
-                target.id: held_out_questions(pools[target.category], turn + place, _rng(seed, record, target))
-                for place, target in enumerate(record.targets)
-            },
-        )
-        for turn, record in enumerate(records)
-    ]
+def check_settings(numbers: Mapping[str, tuple[int | None, int]], out: Path, file: str, key: str, kind: str) -> None:
+    """Checks what a data set with questions is made of, and that its folder holds nothing else.
 
+    Args:
+        numbers: the value and the least allowed value of each setting; None is not checked.
+        out: the folder.
+        file: a JSON file of earlier results.
+        key: a key of this file that no other data set has.
+        kind: what the folder may hold, for the message.
 
-def ask_seen(records: Iterable[Record], training: Mapping[str, Pool], seed: int) -> list[Record]:
-    """Asks held-out records in the wordings of training: what a model loses there, it does not lose by the words.
-
-    The records get ids of their own, so that one evaluation can take both.
+    Raises:
+        InputError: a number is too small, or the folder holds something else; all problems are named.
     """
-    return ask_held_out((replace(record, id=f"{record.id}_seen") for record in records), training, seed)
+    problems = [
+        f"{name} is {value}; expected {least} or more; raise it."
+        for name, (value, least) in numbers.items()
+        if value is not None and value < least
+    ]
+    if not is_new_or_earlier(out, file, key):
+        problems.append(f"{out}: exists and is not {kind}; expected a new or empty folder; choose another.")
+    if problems:
+        raise InputError(problems)
 
 
-def _with_questions(record: Record, qa: Mapping[str, tuple[QA, ...]]) -> Record:
-    return replace(record, targets=tuple(replace(target, qa=qa[target.id]) for target in record.targets))
+def write_questions(
+    folder: Path, plain: Mapping[Split, list[Record]], bank: Mapping[str, Pool], seed: int, count: int
+) -> dict[str, list[Record]]:
+    """Writes the manifests of a data set with questions, and categories.json, the names of each category.
 
-
-def _rng(seed: int, record: Record, target: Target) -> Random:
-    return Random(f"{seed}/{record.id}/{target.id}")
+    Returns:
+        The records of each manifest, by its name: train_class (without questions), train_reasoning (`count` questions
+        for each target), val, test, and test_seen, which repeats test with wordings of training.
+    """
+    wordings = split_bank(bank, seed)
+    manifests = {
+        "train_class": plain["train"],
+        "train_reasoning": _with_questions(plain["train"], wordings["train"], seed, count),
+        "val": _with_questions(plain["val"], wordings["val"], seed),
+        "test": _with_questions(plain["test"], wordings["test"], seed),
+        # What a model loses on test but not here, it loses by the wording. Its ids differ, so one evaluation takes both.
+        "test_seen": _with_questions(
+            (replace(record, id=f"{record.id}_seen") for record in plain["test"]), wordings["train"], seed
+        ),
+    }
+    for name, records in manifests.items():
+        write_records(folder / f"{name}.jsonl", records)
+    write_json(folder / "categories.json", {name: pool.names for name, pool in bank.items()})
+    return manifests

@@ -13,9 +13,9 @@ from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 from tqdm import tqdm
@@ -23,12 +23,10 @@ from tqdm import tqdm
 from medisee.foundation.errors import InputError
 from medisee.records.jsonl import line_writer
 from medisee.records.offsets import file_stamp, keep_offsets
-from medisee.records.records import Record, record_writer
+from medisee.records.records import SPLITS, Split, record_writer
 from medisee.sources.sa_med2d_index import Entry, Index, Reject
 from medisee.sources.sa_med2d_record import Found, by_names, by_pixels
 from medisee.sources.subset import Chosen, Subset, check_categories
-
-Split = Literal["train", "val", "test"]
 
 _CHUNK = 32  # images that a process reads at a time
 _AHEAD = 4  # chunks for each process, so that none waits and none piles up
@@ -44,112 +42,48 @@ class Prepared:
     rejects: dict[str, int]
 
 
-class SaMed2D:
-    """An SA-Med2D-20M folder as a source of Records, whose index is streamed: memory does not grow with its images.
+def read_images(
+    root: Path, entries: Iterator[Entry | Reject], *, min_area: int = 0, workers: int = 1, index_only: bool = False
+) -> Iterator[Found]:
+    """Yields the Record of each image and the files that are left out, in the order of the index.
 
-    `union_*` classes (merged regions) are dropped. The instances of a class are joined to one target. Left out and
-    told: masks of another shape than their image, empty ones, unknown classes, missing files, and two groups of
-    images known to be unusable.
+    Memory does not grow with the images. The instances of a class are joined to one target.
+
+    Args:
+        root: the folder of images and masks.
+        entries: the images, from `Index.entries`.
+        min_area: targets with fewer pixels are left out.
+        workers: processes that read masks.
+        index_only: open no image and no mask; what only pixels tell is then found when a mask is used.
     """
-
-    def __init__(
-        self,
-        root: Path | str,
-        *,
-        min_area: int = 0,
-        datasets: Collection[str] | None = None,
-        workers: int = 1,
-        index_only: bool = False,
-    ) -> None:
-        """Reads the names of the classes, and sees that the index is there.
-
-        Args:
-            root: the folder with the two JSON files.
-            min_area: targets with fewer pixels are left out.
-            datasets: take only these; None takes all.
-            workers: processes that read masks.
-            index_only: open no image and no mask; what only pixels tell is then found out when a mask is used.
-
-        Raises:
-            InputError: a file is missing, that of the classes is not of the expected layout, a data set is unknown, or
-                an area is asked for without pixels.
-        """
-        if index_only and min_area:
-            raise InputError(
-                f"min_area={min_area}: is counted in pixels, which index_only does not read; leave one out."
-            )
-        self._root = Path(root)
-        self._min_area, self._workers, self._index_only = min_area, workers, index_only
-        self._index = Index(self._root, datasets)
-
-    def cases(self) -> set[str]:
-        """Returns all cases, each "<dataset>/<case>", from the index alone.
-
-        Raises:
-            InputError: the index is missing or is not of the expected layout; the first problems are named.
-        """
-        return self._index.cases()
-
-    def choose(self, subset: Subset) -> Chosen:
-        """Returns which targets a subset holds.
-
-        Of a category that has more than enough, few masks are read: those whose rank is so low that they would be
-        chosen, were they usable.
-
-        Raises:
-            InputError: the index is not of the expected layout, or a category of the subset is unknown.
-        """
-        check_categories(subset, self._index.categories())
-        chosen = Chosen(subset)
-        for found in tqdm(
-            self._read(_wanted(self._index.entries(), chosen)), desc="choose", unit=" images", disable=None
-        ):
-            if found.record is None:
-                continue
-            for target in found.record.targets:
-                chosen.add(target.category, _name(found.record.id, target.id))
-        return chosen
-
-    def read(self, chosen: Chosen | None = None) -> Iterator[Found]:
-        """Yields what each image gives, in the order of the index.
-
-        Boxes are half-open xyxy pixels of the image.
-
-        Args:
-            chosen: take only these targets; None takes all.
-        """
-        entries = self._index.entries()
-        return self._read(entries if chosen is None else _wanted(entries, chosen))
-
-    def records(self) -> Iterator[Record]:
-        """Yields the Record of each image with at least one target."""
-        return (found.record for found in self.read() if found.record)
-
-    def _read(self, entries: Iterator[Entry | Reject]) -> Iterator[Found]:
-        if self._index_only:
-            yield from map(by_names, entries)
-            return
-        if self._workers <= 1:
-            yield from (by_pixels(self._root, self._min_area, entry) for entry in entries)
-            return
-        # Not forked: a parent that has run torch holds threads and locks that a fork would copy.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self._workers, mp_context=context) as pool:
-            waiting: deque[Future[list[Found]]] = deque()
-            while chunk := list(islice(entries, _CHUNK)):
-                waiting.append(pool.submit(_read_chunk, self._root, self._min_area, chunk))
-                if len(waiting) >= _AHEAD * self._workers:
-                    yield from waiting.popleft().result()
-            while waiting:
+    if index_only:
+        yield from map(by_names, entries)
+        return
+    if workers <= 1:
+        yield from (by_pixels(root, min_area, entry) for entry in entries)
+        return
+    # Not forked: a parent that has run torch holds threads and locks that a fork would copy.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        waiting: deque[Future[list[Found]]] = deque()
+        while chunk := list(islice(entries, _CHUNK)):
+            waiting.append(pool.submit(_read_chunk, root, min_area, chunk))
+            if len(waiting) >= _AHEAD * workers:
                 yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+
+
+def _read_chunk(root: Path, min_area: int, entries: list[Entry | Reject]) -> list[Found]:
+    return [by_pixels(root, min_area, entry) for entry in entries]
 
 
 def split_cases(cases: Iterable[str], *, seed: int = 0, val: float = 0.1, test: float = 0.1) -> dict[str, Split]:
     """Puts each case in train, val or test, always the same for a seed.
 
-    Within each data set (what is before the "/") the cases are ranked by a hash of seed and case, and the ranked list
-    is cut. So the shares are exact, every data set of three cases or more is in all three splits (unless its share
-    is 0), one of fewer is for training only, and adding a data set moves no case of another.
+    Within each data set (the part before the "/") the cases are ranked by a hash of seed and case, and the ranked list
+    is cut. So the shares are exact, a data set of three or more cases is in all three splits (unless a share is 0), a
+    smaller one is in train only, and adding a data set moves no case of another.
 
     Raises:
         InputError: a share is negative, or train would get nothing.
@@ -185,12 +119,12 @@ def prepare(
     """Writes train.jsonl, val.jsonl, test.jsonl and rejects.jsonl into `out`.
 
     Nothing is copied: the paths in the manifests are relative to `root`, so open them as `Manifest(path, root=root)`.
-    Training and evaluation take this `root` too. Where the lines of a large manifest begin is kept beside it, so that
-    it opens at once.
+    `union_*` classes (merged regions) are dropped. Left out and reported are masks of another shape than their image,
+    empty ones, unknown classes, missing files, and two groups of images known to be unusable.
 
     Args:
         root: the SA-Med2D-20M folder.
-        out: a folder, made if need be; the four files in it are replaced.
+        out: a folder, which may not exist yet; the four files in it are replaced.
         seed: of the split, see `split_cases`.
         val: share of the cases of each data set for validation.
         test: share of the cases of each data set for testing.
@@ -198,15 +132,28 @@ def prepare(
         datasets: take only these; None takes all.
         workers: processes that read masks.
         subset: take only the targets that it chooses, over all splits together; None takes all.
-        index_only: open no image and no mask.
+        index_only: open no image and no mask; what only pixels tell is then found when a mask is used.
 
     Raises:
         InputError: the folder is not SA-Med2D-20M, the shares or the subset are wrong, or no image could be used.
     """
-    out = Path(out)
-    source = SaMed2D(root, min_area=min_area, datasets=datasets, workers=workers, index_only=index_only)
-    splits = split_cases(source.cases(), seed=seed, val=val, test=test)
-    prepared = _write(source.read(source.choose(subset) if subset else None), splits, out)
+    root, out = Path(root), Path(out)
+    if index_only and min_area:
+        raise InputError(f"min_area={min_area}: is counted in pixels, which index_only does not read; leave one out.")
+    index = Index(root, datasets)
+    splits = split_cases(index.cases(), seed=seed, val=val, test=test)
+    read = partial(read_images, root, min_area=min_area, workers=workers, index_only=index_only)
+    entries = index.entries()
+    if subset is not None:
+        check_categories(subset, index.categories())
+        # Of a category with more than enough targets few masks are read: those that would be chosen if they are usable.
+        chosen = Chosen(subset)
+        for found in tqdm(read(_wanted(entries, chosen)), desc="choose", unit=" images", disable=None):
+            if found.record is not None:
+                for target in found.record.targets:
+                    chosen.add(target.category, f"{found.record.id}/{target.id}")
+        entries = _wanted(index.entries(), chosen)
+    prepared = _write(read(entries), splits, out)
     if not any(prepared.images.values()):
         raise InputError(
             f"{root}: expected images with targets, found none that can be used; "
@@ -217,7 +164,7 @@ def prepare(
 
 def _write(found: Iterable[Found], splits: dict[str, Split], out: Path) -> Prepared:
     images, targets, rejects = Counter[str](), Counter[str](), Counter[str]()
-    cases: dict[Split, set[str]] = {split: set() for split in get_args(Split)}
+    cases: dict[Split, set[str]] = {split: set() for split in SPLITS}
     with ExitStack() as files:
         writers = {split: files.enter_context(record_writer(out / f"{split}.jsonl")) for split in cases}
         left_out = files.enter_context(line_writer(out / "rejects.jsonl"))
@@ -244,27 +191,19 @@ def _write(found: Iterable[Found], splits: dict[str, Split], out: Path) -> Prepa
 
 
 def _wanted(entries: Iterable[Entry | Reject], chosen: Chosen) -> Iterator[Entry | Reject]:
-    """Yields what may be chosen of each image; one of which nothing may be is not read."""
+    """Yields the classes of each image that may be chosen, and no image without any."""
     for entry in entries:
         if isinstance(entry, Reject) or not entry.classes:
             yield entry
             continue
-        classes = [one for one in entry.classes if chosen.wants(one.category, _name(entry.stem, one.target))]
+        classes = [one for one in entry.classes if chosen.wants(one.category, f"{entry.stem}/{one.target}")]
         if classes:
             yield replace(entry, classes=tuple(classes), masks=sum(len(one.files) for one in classes))
         else:
             yield from entry.rejects
 
 
-def _name(record: str, target: str) -> str:
-    return f"{record}/{target}"
-
-
-def _read_chunk(root: Path, min_area: int, entries: list[Entry | Reject]) -> list[Found]:
-    return [by_pixels(root, min_area, entry) for entry in entries]
-
-
 def _share(count: int, share: float, taken: int) -> int:
-    """At least one when anything is asked for, but so few that no other split goes empty."""
+    """Returns at least one if the share is not 0, but never so many that another split is empty."""
     most = count - max(taken, 1) - 1
     return min(max(1, round(count * share)), most) if share and count >= 3 else 0

@@ -1,8 +1,7 @@
-"""The index of SA-Med2D-20M: what the file names say, one image after another, however many there are.
+"""The index of SA-Med2D-20M, read as a stream: modality, data set, case, plane and classes of each image by file names.
 
-`SAMed2D_v1.json` is one JSON object, {image: [masks]}, of millions of entries. It is read as a stream, and no folder is
-ever listed. What a file shows is in its name: `<modality>_<submodality>--<dataset>--<case>--<axis>_<slice>`, and a mask
-adds `--<class>_<instance>`.
+`SAMed2D_v1.json` is one JSON object, {image: [masks]}, with millions of entries; no folder is ever listed. An image is
+named `<modality>_<submodality>--<dataset>--<case>--<axis>_<slice>`, and a mask adds `--<class>_<instance>`.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import ijson
+from pydantic import StrictInt, TypeAdapter, ValidationError
 
 from medisee.foundation.errors import InputError, nearest
 from medisee.foundation.files import Fingerprints, fingerprint
-from medisee.sources.image_name import ImageName, parse_name
 
 INDEX_FILE = "SAMed2D_v1.json"
 CLASSES_FILE = "SAMed2D_v1_class_mapping_id.json"
@@ -30,14 +29,41 @@ _CLASSES_FORM = '{"<dataset>": {"<class name>": <class id>}}'
 _IMAGE = re.compile(r"images/[^/\\\0]+\.png")
 _MASK = re.compile(r"masks/[^/\\\0]+\.png")
 _CODE = re.compile(r"([0-9]{1,9})_[0-9]+\.png")
-_UNION = -1  # stands for the class id of all merged regions
+_UNION = -1  # the class id of all merged regions
 _PIECE = 1 << 16  # bytes that are parsed at a time
 _SHOWN = 5  # of millions of equal problems
+_PLANES = {"x": "sagittal", "y": "coronal", "z": "axial", "2d": None}
+_WITHOUT_SUBMODALITY = {"x_ray": "x-ray", "fundus_photography": "fundus photography"}
+_VIEW = re.compile(r"([xyz])_\d+|(2d)_none")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageName:
+    """What the name of an image says; `case` is "<dataset>/<case>", `plane` is None for native 2-D images."""
+
+    modality: str
+    dataset: str
+    case: str
+    plane: str | None
+
+
+def parse_name(image: str) -> ImageName | None:
+    """Reads `images/<modality>_<submodality>--<dataset>--<case>--<axis>_<slice>.png`; None for any other name."""
+    # From the right first: a case may end in "-" and contain anything but "--".
+    file = image.rpartition("/")[2]
+    head, _, view = (file.rpartition(".")[0] or file).rpartition("--")
+    parts = head.split("--", 2)
+    match = _VIEW.fullmatch(view)
+    if len(parts) != 3 or not all(parts) or match is None:
+        return None
+    name, dataset, case = parts
+    modality = _WITHOUT_SUBMODALITY.get(name) or name.partition("_")[0]
+    return ImageName(modality, dataset, f"{dataset}/{case}", _PLANES[match[1] or match[2]])
 
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A file that was left out: `reason` is one of a few, for counting; `detail` says what was found."""
+    """A file that was left out: `reason` is one of a few, for counting; `detail` is what was found."""
 
     file: str
     reason: str
@@ -86,14 +112,14 @@ class Index:
     """The two JSON files of an SA-Med2D-20M folder; each method that returns images reads all of the index."""
 
     def __init__(self, root: Path, datasets: Collection[str] | None = None) -> None:
-        """Reads the names of the classes, and sees that the index is there.
+        """Reads the names of the classes and checks that the index exists.
 
         Args:
             root: the folder with the two JSON files.
             datasets: take only these; None takes all.
 
         Raises:
-            InputError: a file is missing, that of the classes is not of the expected layout, or a data set is unknown.
+            InputError: a file is missing, the classes have another layout, or a data set is unknown.
         """
         self._path = root / INDEX_FILE
         _opened(self._path).close()
@@ -115,7 +141,7 @@ class Index:
         return {_category(name) for dataset in chosen for names in self._classes[dataset].values() for name in names}
 
     def cases(self) -> set[str]:
-        """Returns all cases, each "<dataset>/<case>"; raises as `entries`."""
+        """Returns all cases, each "<dataset>/<case>"; raises what `entries` raises."""
         found = (parse_name(image) for image, _ in _pairs(self._path))
         return {name.case for name in found if name is not None and self._takes(name)}
 
@@ -123,8 +149,8 @@ class Index:
         """Yields each image, or why it is left out, in the order of the index.
 
         Raises:
-            InputError: the index is missing, is no JSON, has entries of another layout, or has an image twice. What
-                can be read is yielded before.
+            InputError: the index is missing, is not JSON, has entries of another layout, or has an image twice. What
+                can be read is yielded first.
         """
         for image, masks in _pairs(self._path):
             name = parse_name(image)
@@ -157,7 +183,7 @@ class Index:
         return Entry(image, name, tuple(classes), tuple(rejects), len(masks))
 
     def _look_up(self, dataset: str, mask: str, code: str) -> int | Reject:
-        """Returns the class id of a mask, whose `code` is what its name adds to the image's. Good codes are kept."""
+        """Returns the class id of a mask, whose `code` is what its name adds to the image's; caches good codes."""
         match = _CODE.fullmatch(code)
         if match is None:
             return Reject(mask, "unreadable name", "expected its image's name and --<class>_<instance>.png")
@@ -174,7 +200,7 @@ def _category(name: str) -> str:
 
 
 def _pairs(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yields the entries of the index that are of its form, and raises at the end if others were met."""
+    """Yields the well-formed entries of the index, and raises at the end if there were others."""
     problems: list[str] = []
     number, wrong, image = 0, 0, ""
     images = Fingerprints()
@@ -192,7 +218,7 @@ def _pairs(path: Path) -> Iterator[tuple[str, list[str]]]:
                     problems.append(f"{path}: entry {number:,}: expected {_INDEX_FORM}, {shown}")
         except (ijson.JSONError, UnicodeError) as error:
             after = f"after entry {number:,}, {image!r}" if number else "in the first entry"
-            # The parser's own picture of the place is left out; of bytes that are not UTF-8 it shows a bytes literal.
+            # Only the first line, without the parser's excerpt; for bytes that are not UTF-8 it is a bytes literal.
             reason = str(error).removeprefix("b'").replace("\\n", "\n").splitlines()[0]
             problems.append(
                 f"{path}: {after}, and before byte {handle.tell():,}: expected {_INDEX_FORM}, found no valid JSON "
@@ -209,12 +235,12 @@ def _pairs(path: Path) -> Iterator[tuple[str, list[str]]]:
 def _is_of_form(image: str, masks: Any) -> bool:
     try:
         return bool(_IMAGE.fullmatch(image)) and type(masks) is list and all(map(_MASK.fullmatch, masks))
-    except TypeError:  # a mask is no text
+    except TypeError:  # a mask is not a string
         return False
 
 
 def _repeats(path: Path, repeated: frozenset[int], last: int) -> list[str]:
-    """Names the images of some fingerprints that are there twice."""
+    """Returns which of the images with these fingerprints are listed twice."""
     problems: list[str] = []
     first_seen: dict[str, int] = {}
     with _opened(path) as handle:
@@ -224,14 +250,13 @@ def _repeats(path: Path, repeated: frozenset[int], last: int) -> list[str]:
                     f"{path}: entry {number:,}: {image!r} is also entry {first_seen[image]:,}; "
                     "expected each image once; join their masks in one entry."
                 )
-            if number == last:  # what follows may be no JSON, which is told already
+            if number == last:  # what follows may not be JSON, which is reported already
                 break
-    more = [f"{path}: and {len(problems) - _SHOWN:,} more images that are there twice."]
+    more = [f"{path}: and {len(problems) - _SHOWN:,} more images that are listed twice."]
     return problems if len(problems) <= _SHOWN else problems[:_SHOWN] + more
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Opens the index at the brace that it begins with."""
     try:
         handle = path.open("rb")
     except OSError as error:
@@ -255,23 +280,19 @@ def _missing(path: Path, expected: str, error: OSError) -> str:
 
 
 def _read_classes(path: Path) -> dict[str, dict[int, list[str]]]:
-    """Turns {dataset: {name: id}} into {dataset: {id: names}}; an id with two names is told where it is met."""
+    """Turns {dataset: {name: id}} into {dataset: {id: names}}; an id with two names is reported where it is used."""
     try:
-        mapping: Any = json.loads(path.read_bytes())
+        mapping = TypeAdapter(dict[str, dict[str, StrictInt]]).validate_python(json.loads(path.read_bytes()))
     except OSError as error:
         raise InputError(_missing(path, _CLASSES_FORM, error)) from error
+    except ValidationError as error:
+        raise InputError(
+            f"{path}: expected {_CLASSES_FORM}, found {' > '.join(map(repr, one['loc'])) or 'the file'}: "
+            f"{one['input']!r:.100}; use the data set's own file."
+            for one in error.errors()
+        ) from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected {_CLASSES_FORM}, found no valid JSON ({error}); unzip it again.") from error
-    if not isinstance(mapping, dict):
-        found = type(mapping).__name__
-        raise InputError(f"{path}: expected {_CLASSES_FORM}, found a {found}; use the data set's own file.")
-    wrong = [
-        f"{path}: expected {_CLASSES_FORM}, found {dataset!r}: {names!r:.100}; correct it."
-        for dataset, names in mapping.items()
-        if not isinstance(names, dict) or not all(type(number) is int for number in names.values())
-    ]
-    if wrong:
-        raise InputError(wrong)
     classes: dict[str, dict[int, list[str]]] = {dataset: {} for dataset in mapping}
     for dataset, names in mapping.items():
         for name, number in names.items():

@@ -11,9 +11,10 @@ from PIL import Image
 
 from medisee.foundation.errors import InputError
 from medisee.records.images import read_image
+from medisee.records.manifest import read_mask
 from medisee.records.masks import MaskFiles, encode_mask, mask_box
 from medisee.records.records import Record, Target
-from medisee.sources.sa_med2d_index import ClassMasks, Entry, Reject
+from medisee.sources.sa_med2d_index import Entry, Reject
 
 _INVERTED = "ichallenge_adam_task2"
 _WITH_MASKS_AS_IMAGES = "Brain_PTM"
@@ -31,14 +32,14 @@ class Found:
 def by_names(entry: Entry | Reject) -> Found:
     """Makes a Record of an image without opening a file.
 
-    A class of several instances, or of inverted masks, becomes a mask of several files. Boxes are left to the masks.
-    Images that only their pixels could tell from masks are left out.
+    A class with several instances, or with inverted masks, becomes a mask of several files. Boxes are left out, and so
+    are images that only their pixels could tell from masks.
     """
     if isinstance(entry, Reject):
         return Found(None, (entry,))
     if entry.name.dataset == _WITH_MASKS_AS_IMAGES:
-        return Found(None, (Reject(entry.image, "unchecked image", "only its pixels say whether it is a mask"),))
-    inverted = _is_inverted(entry)
+        return Found(None, (Reject(entry.image, "unchecked image", "only its pixels show whether it is a mask"),))
+    inverted = entry.name.dataset == _INVERTED
     targets = [
         Target(id=found.target, category=found.category, mask=_mask(found.files, inverted)) for found in entry.classes
     ]
@@ -48,8 +49,8 @@ def by_names(entry: Entry | Reject) -> Found:
 def by_pixels(root: Path, min_area: int, entry: Entry | Reject) -> Found:
     """Makes a Record of an image from its masks; their instances are joined.
 
-    Left out are masks of another shape than the image, empty ones, ones that cannot be read, and classes of less than
-    `min_area` pixels. A target of one file names that file as its mask; one that was joined or inverted holds an RLE.
+    Left out are masks of another shape than the image, empty ones, unreadable ones, and classes of less than `min_area`
+    pixels. A target of one file names that file as its mask; one that was joined or inverted holds an RLE.
     """
     if isinstance(entry, Reject):
         return Found(None, (entry,))
@@ -62,16 +63,22 @@ def by_pixels(root: Path, min_area: int, entry: Entry | Reject) -> Found:
     if is_mask:
         detail = "the image has at most two grey values: it is a mask"
         return Found(None, (Reject(entry.image, "unusable image", detail),))
+    inverted = entry.name.dataset == _INVERTED
     rejects = list(entry.rejects)
     targets: list[Target] = []
     for found in entry.classes:
-        read = {file: _read_mask(root, file, shape, inverted=_is_inverted(entry)) for file in found.files}
+        read = {file: _read_mask(root, file, shape, inverted=inverted) for file in found.files}
         rejects += [mask for mask in read.values() if isinstance(mask, Reject)]
         masks = {file: mask for file, mask in read.items() if not isinstance(mask, Reject)}
-        joined = np.logical_or.reduce([np.zeros(shape, np.bool_), *masks.values()])
-        if masks and joined.sum() >= min_area:
-            targets.append(_target(entry, found, tuple(masks), joined))
-        rejects += [Reject(file, "small target", f"{joined.sum()} pixels") for file in masks if joined.sum() < min_area]
+        if not masks:
+            continue
+        joined = np.logical_or.reduce(list(masks.values()))
+        if (area := joined.sum()) < min_area:
+            rejects += [Reject(file, "small target", f"{area} pixels") for file in masks]
+            continue
+        named = _mask(tuple(masks), inverted)
+        mask = encode_mask(joined) if isinstance(named, MaskFiles) else named
+        targets.append(Target(id=found.target, category=found.category, mask=mask, box=mask_box(joined)))
     return _found(entry, targets, rejects)
 
 
@@ -91,33 +98,15 @@ def _found(entry: Entry, targets: list[Target], rejects: list[Reject]) -> Found:
     return Found(record, tuple(rejects))
 
 
-def _is_inverted(entry: Entry) -> bool:
-    return entry.name.dataset == _INVERTED
-
-
 def _mask(files: tuple[str, ...], inverted: bool) -> str | MaskFiles:
     return files[0] if len(files) == 1 and not inverted else MaskFiles(files, inverted)
 
 
-def _target(entry: Entry, found: ClassMasks, files: tuple[str, ...], mask: NDArray[np.bool_]) -> Target:
-    named = _mask(files, _is_inverted(entry))
-    return Target(
-        id=found.target,
-        category=found.category,
-        mask=encode_mask(mask) if isinstance(named, MaskFiles) else named,
-        box=mask_box(mask),
-    )
-
-
 def _read_mask(root: Path, file: str, shape: tuple[int, int], *, inverted: bool) -> NDArray[np.bool_] | Reject:
     try:
-        with Image.open(root / file) as image:
-            pixels = np.asarray(image)
-            if image.mode in ("LA", "PA", "RGBA"):  # opaque alpha says nothing about the foreground
-                pixels = pixels[..., :-1]
-    except _UNREADABLE as error:
+        mask = read_mask(root / file, file, root, None) ^ inverted
+    except InputError as error:
         return Reject(file, "unreadable mask", str(error))
-    mask: NDArray[np.bool_] = np.logical_or.reduce(np.atleast_3d(pixels) != 0, axis=-1) ^ inverted
     if mask.shape != shape:
         return Reject(file, "other shape", f"(height, width) is {mask.shape}, its image has {shape}")
     return mask if mask.any() else Reject(file, "empty mask", "no pixel of the foreground")

@@ -1,4 +1,4 @@
-"""A subset by caps: at most so many targets of each category, the same ones for a seed in whatever order they come."""
+"""A subset by caps: a maximum number of targets per category, the same ones for a seed whatever their order."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Subset:
     """How many targets to take.
 
     Attributes:
-        cap: most targets of each category; None takes all.
-        caps: categories that have a cap of their own; 0 leaves one out.
+        cap: maximum number of targets per category; None takes all.
+        caps: categories with another maximum; 0 leaves a category out.
         seed: of the choice.
     """
 
@@ -25,7 +25,7 @@ class Subset:
     seed: int = 0
 
     def cap_of(self, category: str) -> int | None:
-        """Returns the most targets of a category, None for no cap."""
+        """Returns the maximum of a category, None for no maximum."""
         return self.caps.get(category, self.cap)
 
 
@@ -44,8 +44,9 @@ def parse_subset(words: Sequence[str], seed: int) -> Subset:
                 f"--subset {word!r}: expected a number such as 500, or CATEGORY=NUMBER such as liver=2000; correct it."
             )
         elif category in caps:
-            named = f"a cap of {category!r}" if category else "a cap of all categories"
-            problems.append(f"--subset {word!r}: is a second {named.removeprefix('a ')}; expected one; remove one.")
+            problems.append(
+                f"--subset {word!r}: is a second cap of {repr(category) if category else 'all categories'}; remove one."
+            )
         else:
             caps[category] = int(number)
     if problems:
@@ -54,7 +55,7 @@ def parse_subset(words: Sequence[str], seed: int) -> Subset:
 
 
 def check_categories(subset: Subset, known: Collection[str]) -> None:
-    """Checks that categories with a cap of their own exist.
+    """Checks that the categories in `caps` exist.
 
     Raises:
         InputError: some do not.
@@ -69,33 +70,32 @@ def check_categories(subset: Subset, known: Collection[str]) -> None:
 
 
 class Chosen:
-    """The targets of a subset, chosen while they pass by.
+    """The targets of a subset, chosen in one pass.
 
-    Each target has a rank, a hash of the seed and its name. Of each category the targets of the lowest ranks are
-    chosen, so the order in which they come does not matter, and only the ranks of the chosen ones are held.
+    A target's rank is a hash of the seed and its name. Of each category the targets of the lowest ranks are chosen, so
+    their order does not matter, and only the ranks of the chosen ones are kept.
     """
 
     def __init__(self, subset: Subset) -> None:
         self._subset = subset
-        # Negative ranks: a heap has its smallest number in front, and the highest rank is the one to give up.
+        # Negative ranks: the first of a heap is its smallest, and the highest rank is the one to drop.
         self._ranks: dict[str, list[int]] = {}
 
     def wants(self, category: str, name: str) -> bool:
-        """Returns whether a target is chosen, as far as is known: of those added so far, and if it can be used."""
+        """Returns whether a target would be chosen among those added so far, if it is usable."""
         cap = self._subset.cap_of(category)
         ranks = self._ranks.get(category, [])
         return cap is None or len(ranks) < cap or (cap > 0 and self._rank(name) <= -ranks[0])
 
     def add(self, category: str, name: str) -> None:
-        """Adds a target that can be used; each may be added once."""
+        """Adds a usable target, at most once."""
         cap = self._subset.cap_of(category)
         if not cap:
             return
         ranks = self._ranks.setdefault(category, [])
-        if len(ranks) < cap:
-            heapq.heappush(ranks, -self._rank(name))
-        else:
-            heapq.heappushpop(ranks, -self._rank(name))
+        heapq.heappush(ranks, -self._rank(name))
+        if len(ranks) > cap:
+            heapq.heappop(ranks)
 
     def _rank(self, name: str) -> int:
         return fingerprint(f"{self._subset.seed}:{name}")

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_gen.core.items import Entity, Item, Pair, Perspective
+from data_gen.core.items import Entity, Item, Pair
 from medisee.records.masks import encode_mask
-from medisee.records.records import Record, write_records
+from medisee.records.records import Perspective, Record, write_records
 from medisee.records.records import Target as RecordTarget
 
 TEXTS: dict[str, dict[Perspective, tuple[str, str, str]]] = {

@@ -87,9 +87,9 @@ def test_every_bad_line_is_told_at_once(make: Callable[..., Manifest], tmp_path:
     problems = problems_of(lambda: make(*lines))
     expected = [
         (2, f"id 'r0' is also that of {tmp_path / 'r.jsonl'}:1"),
-        (3, "path '../m.png' leaves the root"),
-        (4, "path '/m.png' leaves the root"),
-        (5, "is not a path"),
+        (3, 'targets[0].mask is "../m.png"; expected a path inside the root'),
+        (4, 'targets[0].mask is "/m.png"; expected a path inside the root'),
+        (5, r'targets[0].mask is "m\u0000.png"; expected a path inside the root'),
         (6, "targets[0].box is [3, 4, 3, 5]"),
     ]
     assert len(problems) == len(expected)
@@ -98,7 +98,7 @@ def test_every_bad_line_is_told_at_once(make: Callable[..., Manifest], tmp_path:
 
 
 def test_an_empty_or_missing_file_is_refused(make: Callable[..., Manifest], tmp_path: Path) -> None:
-    assert "no record; expected one JSON object a line" in problems_of(make)[0]
+    assert "no record; expected one JSON object per line" in problems_of(make)[0]
     assert "cannot be read" in problems_of(lambda: Manifest(tmp_path / "none.jsonl"))[0]
     assert "cannot be read" in problems_of(lambda: Manifest(tmp_path))[0]
 
@@ -157,7 +157,8 @@ def test_masks_in_several_files(make: Callable[..., Manifest], tmp_path: Path) -
     assert "record 'sizes', target 't': mask 'turned.png' is 6 x 8" in sizes
     assert "record 'missing', target 't': mask 'none.png' does not exist" in missing
     assert "record 'nothing', target 't': mask 'turned_over.png' is empty" in nothing
-    assert "path '../m.png' leaves the root" in problems_of(lambda: make(record("out", MaskFiles(("../m.png",)))))[0]
+    (problem,) = problems_of(lambda: make(record("out", MaskFiles(("../m.png",)))))
+    assert 'targets[0].mask.files[0] is "../m.png"; expected a path inside the root' in problem
 
 
 def test_pages_that_were_read_are_given_back(make: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,3 +238,14 @@ def test_an_image_that_is_cut_off_is_named(make: Callable[..., Manifest]) -> Non
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(InputError, match=f"image '{path.name}' cannot be read"):
         manifest.mask(manifest[0], manifest[0].targets[0])
+
+
+def test_an_image_is_opened_once_for_all_masks(make: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
+    one = record("r0")
+    manifest = make(replace(one, targets=(*one.targets, replace(one.targets[0], id="u", mask=encode_mask(TRUTH)))))
+    opened: list[str] = []
+    image_open = Image.open
+    monkeypatch.setattr(manifests.Image, "open", lambda path: opened.append(path.name) or image_open(path))
+    masks = manifest.masks(manifest[0])
+    assert len(masks) == 2 and all(np.array_equal(mask, TRUTH) for mask in masks)
+    assert opened == ["a.png", "m.png"]

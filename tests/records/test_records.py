@@ -172,7 +172,7 @@ def test_good_record_has_no_problem() -> None:
         ({"targets": None}, "m.jsonl:7: targets is null; expected a list"),
         ({"targets": [3]}, "m.jsonl:7: targets[0] is 3; expected an object"),
         ({"plane": 1}, "m.jsonl:7: plane is 1; expected a string"),
-        ({"targets": RECORD["targets"] * 2}, "m.jsonl:7: targets[1].id 't1' is there twice"),
+        ({"targets": RECORD["targets"] * 2}, "targets[1].id 't1' is also that of targets[0]; rename one"),
     ],
 )
 def test_bad_record_is_refused(change: dict[str, Any], message: str) -> None:
@@ -190,17 +190,21 @@ def test_bad_record_is_refused(change: dict[str, Any], message: str) -> None:
         ({"box": "1 2 3 4"}, 'targets[0].box is "1 2 3 4"'),
         ({"mask": None}, "targets[0].mask is null; expected a string"),
         ({"mask": {"files": []}}, "targets[0].mask.files is []; expected a list of one path or more"),
-        ({"mask": {"files": "a.png"}}, 'targets[0].mask.files is "a.png"; expected a list of one path or more'),
-        ({"mask": {"files": ["a.png", 3]}}, 'targets[0].mask.files is ["a.png", 3]; expected a list'),
+        ({"mask": {"files": "a.png"}}, 'targets[0].mask.files is "a.png"; expected a list; write it in'),
+        ({"mask": {"files": ["a.png", 3]}}, "targets[0].mask.files[1] is 3; expected a string"),
         ({"mask": {"files": ["a.png"], "inverted": 1}}, "targets[0].mask.inverted is 1; expected true or false"),
         ({"mask": {"files": ["a.png"], "size": [4, 4]}}, "unknown key 'targets[0].mask.size'"),
         ({"mask": {"size": [4, 4]}}, "key 'targets[0].mask.counts' is missing"),
-        ({"mask": {"size": [4, 4], "counts": "0"}}, "targets[0].mask: RLE counts cover 0 pixels; expected 4 x 4 = 16"),
-        ({"mask": {"size": [4.5, 4], "counts": "0"}}, "targets[0].mask.size is [4.5, 4]; expected [height, width]"),
+        (
+            {"mask": {"size": [4, 4], "counts": "0"}},
+            'targets[0].mask is {"size": [4, 4], "counts": "0"}; RLE counts cover 0 pixels; expected 4 x 4 = 16',
+        ),
+        ({"mask": {"size": [4, 4, 4], "counts": "0"}}, "mask.size is [4, 4, 4]; expected a list of at most 2"),
+        ({"mask": {"size": [4.5, 4], "counts": "0"}}, "targets[0].mask.size[0] is 4.5; expected a whole number"),
         ({"qa": [{"question": ""}]}, 'targets[0].qa[0].question is ""; expected a text that is not empty'),
         ({"qa": [{"question": ""}]}, "key 'targets[0].qa[0].answer' is missing"),
-        ({"qa": [{"perspective": "clas"}]}, "expected one of 'attribute', 'location', 'class'"),
-        ({"qa": [{"length": "medium"}]}, "targets[0].qa[0].length is \"medium\"; expected one of 'short', 'long'"),
+        ({"qa": [{"perspective": "clas"}]}, "expected 'attribute', 'location' or 'class'"),
+        ({"qa": [{"length": "medium"}]}, "targets[0].qa[0].length is \"medium\"; expected 'short' or 'long'"),
     ],
 )
 def test_bad_target_is_refused(target: dict[str, Any], message: str) -> None:

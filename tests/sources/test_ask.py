@@ -169,7 +169,7 @@ def _colour(given: Path) -> None:
     [
         (lambda given: (given / "test.jsonl").unlink(), "test.jsonl: expected a manifest"),
         (lambda given: (given / "a.png").unlink(), "a.png: expected an image file, found none"),
-        (_colour, "a picture in colour cannot be augmented; set --copies 0"),
+        (_colour, "a colour picture cannot be augmented; set --copies 0"),
     ],
 )
 def test_bad_input_leaves_nothing_behind(

@@ -14,8 +14,8 @@ from medisee.foundation.errors import InputError
 from medisee.records.manifest import Manifest
 from medisee.records.masks import MaskFiles, Rle, decode_mask
 from medisee.records.records import Record
-from medisee.sources.sa_med2d import SaMed2D, prepare, split_cases
-from medisee.sources.sa_med2d_index import CLASSES_FILE, INDEX_FILE
+from medisee.sources.sa_med2d import prepare, read_images, split_cases
+from medisee.sources.sa_med2d_index import CLASSES_FILE, INDEX_FILE, Entry, Index
 from medisee.sources.subset import Subset
 
 SHAPE = (20, 30)
@@ -28,7 +28,7 @@ def block(x0: int, y0: int, x1: int, y1: int, shape: tuple[int, int] = SHAPE) ->
 
 
 class Tree:
-    """A small SA-Med2D folder; each method writes files, `source` writes the two JSON files and opens it."""
+    """A small SA-Med2D folder; each method writes files, `write` writes the two JSON files."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -52,7 +52,8 @@ class Tree:
 
     def read(self, *, min_area: int = 0, workers: int = 1) -> tuple[list[Record], dict[str, str]]:
         """Returns the records, and the reason for each file that was left out."""
-        found = list(SaMed2D(self.write(), min_area=min_area, workers=workers).read())
+        entries = Index(self.write()).entries()
+        found = list(read_images(self.root, entries, min_area=min_area, workers=workers))
         rejects = {reject.file: reject.reason for one in found for reject in one.rejects}
         return [one.record for one in found if one.record], rejects
 
@@ -168,7 +169,7 @@ def test_bad_masks_are_told_and_the_others_stay(tree: Tree) -> None:
         f"masks/{stem}--0001.png": "unreadable name",
         "masks/ct_00--d--other--z_0--0001_000.png": "unreadable name",
     }
-    (found,) = SaMed2D(tree.root).read()
+    (found,) = read_images(tree.root, Index(tree.root).entries())
     assert len(found.rejects) == 7  # each is told once
     details = {reject.file: reject.detail for reject in found.rejects}
     assert "(30, 20), its image has (20, 30)" in details[f"masks/{stem}--0000_001.png"]
@@ -213,7 +214,8 @@ def test_folders_are_never_listed(tree: Tree, monkeypatch: pytest.MonkeyPatch) -
 
     for name in ("os.listdir", "os.scandir"):
         monkeypatch.setattr(name, refuse)
-    assert len(list(SaMed2D(tree.root).records())) == 1
+    (found,) = read_images(tree.root, Index(tree.root).entries())
+    assert found.record
 
 
 def test_workers_give_the_same_records(tree: Tree) -> None:
@@ -229,11 +231,11 @@ def test_datasets_can_be_chosen(tree: Tree) -> None:
     tree.classes = {"BTCV": {"a": 0}, "KiTS": {"a": 0}}
     for dataset in tree.classes:
         tree.add(f"ct_00--{dataset}--a--z_0", {"0000_000": block(0, 0, 5, 5)})
-    source = SaMed2D(tree.write(), datasets=["KiTS"])
-    assert source.cases() == {"KiTS/a"}
-    assert [record.source for record in source.records()] == ["KiTS"]
+    index = Index(tree.write(), datasets=["KiTS"])
+    assert index.cases() == {"KiTS/a"}
+    assert [entry.name.dataset for entry in index.entries() if isinstance(entry, Entry)] == ["KiTS"]
     with pytest.raises(InputError, match=r"expected the data set 'Kits'.*Did you mean 'KiTS'"):
-        SaMed2D(tree.root, datasets=["Kits"])
+        Index(tree.root, datasets=["Kits"])
 
 
 @pytest.mark.parametrize(
@@ -243,11 +245,11 @@ def test_datasets_can_be_chosen(tree: Tree) -> None:
         (CLASSES_FILE, None, "No such file"),
         (INDEX_FILE, "{", "found no valid JSON"),
         (INDEX_FILE, "[]", r"found '\['"),
-        (CLASSES_FILE, "[]", "found a list"),
+        (CLASSES_FILE, "[]", r"found the file: \[\]"),
         (INDEX_FILE, '{"images/a.png": "masks/a.png"}', r"expected .*images/<stem>.png.* found 'images/a.png'"),
         (INDEX_FILE, '{"images/../../a.png": []}', r"images/\.\./\.\./a.png"),
         (INDEX_FILE, '{"images/a.png": ["masks/b/../a.png"]}', "found 'images/a.png'"),
-        (CLASSES_FILE, '{"d": {"a": "0"}}', r"expected .*<class id>.* found 'd': .*'a': '0'"),
+        (CLASSES_FILE, '{"d": {"a": "0"}}', r"expected .*<class id>.* found 'd' > 'a': '0'"),
         (CLASSES_FILE, '{"d": ["a"]}', "found 'd'"),
     ],
 )
@@ -257,14 +259,14 @@ def test_json_of_another_layout_is_refused(tree: Tree, name: str, content: str |
     if content is not None:
         path.write_text(content)
     with pytest.raises(InputError, match=message) as caught:
-        SaMed2D(tree.root).cases()
+        Index(tree.root).cases()
     assert all(problem.startswith(f"{path}: ") and "expected {" in problem for problem in caught.value.problems)
 
 
 def test_of_many_equal_problems_a_few_are_shown(tree: Tree) -> None:
     tree.index = {f"images/{number}.jpg": [] for number in range(50)}
     with pytest.raises(InputError) as caught:
-        SaMed2D(tree.write()).cases()
+        Index(tree.write()).cases()
     assert len(caught.value.problems) == 6
     assert "45 more entries" in caught.value.problems[-1]
 
@@ -355,9 +357,9 @@ def test_names_alone_give_the_same_targets_and_masks(tree: Tree, tmp_path: Path)
                 assert (names.mask(quick, one) == pixels.mask(slow, other)).all()
 
 
-def test_an_area_needs_pixels(tree: Tree) -> None:
+def test_an_area_needs_pixels(tree: Tree, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"min_area=3: .* index_only"):
-        SaMed2D(tree.write(), min_area=3, index_only=True)
+        prepare(tree.write(), tmp_path / "out", min_area=3, index_only=True)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

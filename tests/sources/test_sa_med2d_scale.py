@@ -18,8 +18,7 @@ from medisee.prepare_data import main
 from medisee.records import offsets
 from medisee.records.manifest import Manifest
 from medisee.records.masks import MaskFiles
-from medisee.sources.image_name import parse_name
-from medisee.sources.sa_med2d_index import INDEX_FILE
+from medisee.sources.sa_med2d_index import INDEX_FILE, parse_name
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 LOADER = Path(__file__).with_name("loader_program.py")
