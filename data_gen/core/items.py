@@ -1,6 +1,6 @@
 """The nouns of the engine: an Item (one image with one target) goes in, Pairs (question and answer) come out.
 
-What keeps an item from becoming pairs is a Drop; what a person says about a pair is a Decision.
+What keeps an item from becoming pairs is a Drop; a reviewer's verdict on a pair is a Decision.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from medisee.foundation.errors import InputError
 from medisee.foundation.files import sha256
 from medisee.records.manifest import Manifest
 from medisee.records.masks import Box, MaskFiles, Rle, encode_mask, mask_box
-from medisee.records.records import Record, Target
+from medisee.records.records import Length, Record, Target
 
 Perspective = Literal["attribute", "location"]
-Length = Literal["short", "long"]
 Template = Literal["first", "second"]
 Verdict = Literal["accept", "reject", "edit"]
 
@@ -29,7 +28,7 @@ TEMPLATES: tuple[Template, ...] = ("first", "second")
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """A labelled object of an image; `box` is (x0, y0, x1, y1) as shares of the width and height, in [0, 1]."""
+    """A labelled object of an image; `box` is (x0, y0, x1, y1) as fractions of the width and height, in [0, 1]."""
 
     category: str
     box: Box
@@ -41,19 +40,16 @@ class Item:
 
     Attributes:
         id: "<record id>/<target id>", unique.
-        record: the record's id.
-        target: the target's id within its record.
         image: path relative to the root of the images.
-        mask: path of a mask image relative to the root, or an RLE; as in the record.
-        modality: as "ct".
+        mask: path of a mask image relative to the root, or an RLE.
+        modality: such as "ct".
         source: the data set that the image comes from.
         case: the patient or volume.
         category: the target's class name.
-        box: the target's (x0, y0, x1, y1) as shares of the width and height.
-        entities: all labelled objects of the image, the target among them.
-        width: of the image, in pixels.
-        height: of the image, in pixels.
-        image_sha256: of the image file; empty in ledgers that were begun before it was noted, and then not checked.
+        box: the target's (x0, y0, x1, y1) as fractions of the width and height.
+        entities: all labelled objects of the image, including the target.
+        width, height: of the image, in pixels.
+        image_sha256: of the image file; empty in old ledgers, which did not store it, and then not checked.
         mask_sha256: of the mask file; empty for an RLE too.
     """
 
@@ -80,13 +76,12 @@ class Pair:
 
     Attributes:
         id: "<item id>#<template>-<perspective>-<length>", then "-2" in a second variant, "-t<turn>" in a conversation.
-        item: the item's id.
-        template: the wording of the request that it comes from.
+        template: the prompt that it comes from.
         perspective: what the question reasons from.
         length: of the question's description: short is 5-15 words, long 10-20.
         question: describes the target without its name.
         answer: names the target and explains.
-        turn: its place in a conversation, from 1 on; 0 stands alone.
+        turn: position in a conversation, from 1 on; 0 for a single question.
         conversation: the id that the turns of a conversation share.
         author: the model's name, or "offline".
     """
@@ -108,7 +103,6 @@ class Drop:
     """What was left out and why.
 
     Attributes:
-        item: the item's id.
         stage: where it failed: "caption", "describe", "revise", "transform", "converse" or "duplicates".
         rule: the short name of the rule.
         reason: one sentence.
@@ -124,7 +118,7 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What a reviewer says about a pair; `question` and `answer` are the new wording when the verdict is "edit"."""
+    """A reviewer's verdict on a pair; `question` and `answer` are the new wording when the verdict is "edit"."""
 
     pair: str
     reviewer: str
@@ -135,15 +129,14 @@ class Decision:
 
 
 def items_from_manifest(manifest: Manifest, seed: int) -> Iterator[Item]:
-    """Draws one target of each image, in the manifest's order.
+    """Draws one target per image, in the manifest's order; records without targets are skipped.
 
     An object (a case's category) is not drawn again while others of the image have not been drawn. Then a category
     that the image holds once goes before one that it holds several times (a question about one of two cysts is
-    ambiguous), then the category drawn least so far; ties fall by a hash of the seed and the ids. Records without
-    targets are passed over.
+    ambiguous), then the category drawn least so far; ties are broken by a hash of the seed and the ids.
 
     Raises:
-        InputError: an image or a mask is missing or wrong; the first record in which that is so is told in full.
+        InputError: an image or a mask is missing or wrong; all problems of the first such record are listed.
     """
     drawn_objects: set[tuple[str, str, str]] = set()
     drawn: Counter[str] = Counter()
@@ -165,7 +158,7 @@ def items_from_manifest(manifest: Manifest, seed: int) -> Iterator[Item]:
 
 def _item(manifest: Manifest, record: Record, target: Target) -> Item:
     size = manifest.image_size(record)
-    entities: list[Entity] = []
+    entities: dict[str, Entity] = {}
     problems: list[str] = []
     for each in record.targets:
         try:
@@ -174,10 +167,9 @@ def _item(manifest: Manifest, record: Record, target: Target) -> Item:
             problems.extend(error.problems)
             continue
         height, width = size = size or (mask.shape[0], mask.shape[1])
-        box = each.box or mask_box(mask)
-        if box:  # always so: an empty mask has been refused
+        if box := each.box or mask_box(mask):  # always so: an empty mask has been refused
             x0, y0, x1, y1 = box
-            entities.append(Entity(each.category, (x0 / width, y0 / height, x1 / width, y1 / height)))
+            entities[each.id] = Entity(each.category, (x0 / width, y0 / height, x1 / width, y1 / height))
     if problems or size is None:
         raise InputError(problems)
     height, width = size
@@ -191,8 +183,8 @@ def _item(manifest: Manifest, record: Record, target: Target) -> Item:
         source=record.source,
         case=record.case,
         category=target.category,
-        box=entities[record.targets.index(target)].box,
-        entities=tuple(entities),
+        box=entities[target.id].box,
+        entities=tuple(entities.values()),
         width=width,
         height=height,
         image_sha256=sha256(manifest.image_path(record)),
