@@ -37,7 +37,7 @@ def item_image(item: Item, root: Path) -> NDArray[np.uint8]:
     if image.shape[:2] != (item.height, item.width):
         raise InputError(
             f"{where} is {image.shape[1]} x {image.shape[0]} (width x height); expected {item.width} x {item.height}, "
-            "as when the ledger was created; restore the old file."
+            "as when the ledger was created; put the old file back."
         )
     _check_content(path, item.image_sha256, where)
     return image
@@ -69,7 +69,7 @@ def _check_content(path: Path, expected: str, where: str) -> None:
     if expected and (found := sha256(path)) != expected:
         raise InputError(
             f"{where} has the SHA-256 {found[:12]}...; expected {expected[:12]}..., as when the ledger was created; "
-            "restore the old file or start a new ledger."
+            "put the old file back or start a new ledger."
         )
 
 
