@@ -327,5 +327,5 @@ class OfflineAuthor:
         self._seed = seed
 
     async def send(self, request: Request) -> Reply:
-        """Answers one request; it costs nothing."""
+        """Answers one request, free of charge."""
         return Reply(status="ok", text=canonical(answer(request.stage, request.fields, self._seed)))
