@@ -40,21 +40,13 @@ class NoCompletion(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """Where a model is and how to call it.
+    """Where a model is and how to call it."""
 
-    Attributes:
-        base_url: such as "http://127.0.0.1:8000/v1"; None is OpenAI.
-        key_name: the environment variable with its key.
-        concurrency: most requests under way at once.
-        timeout: seconds to wait for an answer.
-        sends: how often a request is sent when the server or the network fails.
-    """
-
-    base_url: str | None = None
-    key_name: str = KEY
-    concurrency: int = 64
-    timeout: float = 120.0
-    sends: int = 8
+    base_url: str | None = None  # such as "http://127.0.0.1:8000/v1"; None is OpenAI
+    key_name: str = KEY  # the environment variable with its key
+    concurrency: int = 64  # most requests under way at once
+    timeout: float = 120.0  # seconds to wait for an answer
+    sends: int = 8  # how often a request is sent when the server or the network fails
 
 
 def is_same(first: str | None, second: str | None) -> bool:
@@ -76,7 +68,7 @@ def api_key(server: Server) -> str:
         )
     if not all("!" <= character <= "~" for character in key):
         raise InputError(
-            f"{server.key_name}: holds characters that no key has; expected printable ASCII without spaces; set it again."
+            f"{server.key_name}: holds characters that no key has; expected printable ASCII without spaces; correct it."
         )
     return key or _NO_KEY
 

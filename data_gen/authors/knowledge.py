@@ -41,34 +41,21 @@ _FourOrMore = Annotated[list[str], Field(min_length=4)]
 
 @dataclass(frozen=True, slots=True)
 class Clause:
-    """One fact about a category.
+    """One fact about a category."""
 
-    Attributes:
-        phrases: its wordings, each of which completes "the organ that ...", such as "produces bile".
-        kind: the list of the entry that it comes from, or "position" or "extent" when it comes from the boxes.
-    """
-
-    phrases: tuple[str, ...]
-    kind: str
+    phrases: tuple[str, ...]  # its wordings, each of which completes "the organ that ...", such as "produces bile"
+    kind: str  # the list of the entry that it comes from, or "position" or "extent" when it comes from the boxes
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The facts about one category.
+    """The facts about one category."""
 
-    Attributes:
-        noun: what it is in general.
-        clauses: by perspective.
-        sides: location clauses of "left" and "right" that differ.
-        plural: its name is a plural.
-        compact: it is one piece, about where the centre of its box is.
-    """
-
-    noun: str
+    noun: str  # what it is in general
     clauses: Mapping[Perspective, tuple[Clause, ...]]
-    sides: Mapping[str, tuple[Clause, ...]]
-    plural: bool
-    compact: bool
+    sides: Mapping[str, tuple[Clause, ...]]  # location clauses of "left" and "right" that differ
+    plural: bool  # its name is a plural
+    compact: bool  # it is one piece, about where the centre of its box is
 
 
 UNKNOWN = Facts("structure", {"attribute": (), "location": ()}, {}, plural=False, compact=False)
@@ -146,7 +133,7 @@ def _facts(category: str, entry: AtlasEntry) -> Facts:
 
 
 def _of_bank(category: str, pool: Pool) -> dict[Perspective, tuple[Clause, ...]]:
-    """Returns the clauses in a pool's explanations ("The putamen forms ...") and plain questions ("Which part ...?")."""
+    """Returns the clauses in a pool's explanations ("The putamen forms ...") and questions ("Which part ...?")."""
     clauses: dict[Perspective, tuple[Clause, ...]] = {}
     for perspective, explanations in pool.explanations.items():
         kind = "location" if perspective == "location" else "attributes"

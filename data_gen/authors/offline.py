@@ -63,32 +63,19 @@ _FACT_TURNS = (
 
 @dataclass(frozen=True, slots=True)
 class _Scene:
-    """An item's target, prepared for writing.
+    """An item's target, prepared for writing."""
 
-    Attributes:
-        item: with the fields that the rules need.
-        subject: the target's name and noun.
-        clauses: its facts, by perspective, in an order that depends on the item.
-        alone: a position is enough by itself: there is no anatomy to add, or nothing else that could be meant.
-        unsided: phrases that need no side, as they are true of this one of two only.
-    """
-
-    item: Item
+    item: Item  # with the fields that the rules need
     subject: Subject
-    clauses: Mapping[Perspective, tuple[Clause, ...]]
-    alone: bool
-    unsided: frozenset[str]
+    clauses: Mapping[Perspective, tuple[Clause, ...]]  # in an order that depends on the item
+    alone: bool  # a position is enough by itself: there is no anatomy to add, or nothing else that could be meant
+    unsided: frozenset[str]  # phrases that need no side, as they are true of this one of two only
 
 
 def answer(stage: str, fields: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Returns the answer of a stage, in the form of its schema.
+    """Returns the answer of a stage, in the form of its schema; `fields` are those of `data_gen.core.recipe.fields_of`.
 
     A cell about which nothing is known has an empty text, which the rules drop.
-
-    Args:
-        stage: "caption", "describe", "revise", "transform" or "converse".
-        fields: facts about the item; see `data_gen.core.recipe.fields_of`.
-        seed: varies what is drawn.
 
     Raises:
         KeyError: there is no such stage.
@@ -228,14 +215,9 @@ def _revise(scene: _Scene, fields: Mapping[str, Any], seed: int) -> dict[str, An
     revisions: list[dict[str, Any]] = []
     for cell, text in fields["descriptions"].items():
         breaches = check_description(text, length_of(cell), scene.item, _names())
-        revisions.append(
-            {
-                "cell": cell,
-                "verdict": "remove" if breaches else "keep",
-                "text": "" if breaches else text,
-                "reason": breaches[0].reason if breaches else "it keeps the rules",
-            }
-        )
+        kept = {"verdict": "keep", "text": text, "reason": "it keeps the rules"}
+        removed = {"verdict": "remove", "text": "", "reason": breaches[0].reason} if breaches else {}
+        revisions.append({"cell": cell, **kept, **removed})
     return {"descriptions": revisions}
 
 

@@ -57,19 +57,12 @@ _USUAL_ANSWER = (11, 20)  # words: about 15; others are taken only when none fit
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What a text is about.
+    """What a text is about."""
 
-    Attributes:
-        name: the category's name, as answers use it.
-        noun: what it is in general.
-        side: "left" or "right" of the patient, for one of two.
-        plural: the name is a plural.
-    """
-
-    name: str
-    noun: str
-    side: str | None = None
-    plural: bool = False
+    name: str  # the category's name, as answers use it
+    noun: str  # what it is in general
+    side: str | None = None  # "left" or "right" of the patient, for one of two
+    plural: bool = False  # the name is a plural
 
     def head(self, sided: bool) -> str:
         """Returns the noun, with the patient's side if it is one of two and `sided`."""

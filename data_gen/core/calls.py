@@ -22,20 +22,15 @@ def canonical(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Request:
-    """One question to a model.
-
-    Attributes:
-        item: the id of the item that first sent it; two items may share a request.
-        body: of the chat completion: model, messages, response_format and parameters. An image in it is
-            "image:<sha256>:<path relative to the root>"; only the client replaces it with pixels.
-        fields: the values in the prompt, from which the offline author answers; not part of the key.
-    """
+    """One question to a model."""
 
     stage: Stage
-    item: str
+    item: str  # the id of the item that first sent it; two items may share a request
+    # Of the chat completion: model, messages, response_format and parameters. An image in it is
+    # "image:<sha256>:<path relative to the root>"; only the client replaces it with pixels.
     body: dict[str, Any]
     mode: Mode = "strict"
-    fields: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)  # the values in the prompt, for the offline author; not hashed
 
     @cached_property
     def key(self) -> str:
@@ -50,27 +45,18 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """The answer to a request.
+    """The answer to a request."""
 
-    Attributes:
-        status: "ok", or why it cannot be used: not the requested JSON, cut off, refused by the model, withheld by the
-            server's content filter, or the request was rejected and always would be.
-        text: the answer or the refusal, unchanged.
-        usage_in: tokens of the prompt, including `usage_cached`, those that the server had cached.
-        usage_out: tokens of the answer.
-        price: in US dollars.
-        sends: how often the request was sent until the server answered.
-        why: what is wrong with it, in words.
-    """
-
+    # "ok", or why it cannot be used: not the requested JSON, cut off, refused by the model, withheld by the server's
+    # content filter, or the request was rejected and always would be.
     status: Status
-    text: str
-    usage_in: int = 0
+    text: str  # the answer or the refusal, unchanged
+    usage_in: int = 0  # tokens of the prompt, including those that the server had cached
     usage_cached: int = 0
     usage_out: int = 0
-    price: float = 0.0
-    sends: int = 1
-    why: str = ""
+    price: float = 0.0  # in US dollars
+    sends: int = 1  # how often the request was sent until the server answered
+    why: str = ""  # what is wrong with it, in words
 
 
 @dataclass(frozen=True, slots=True)

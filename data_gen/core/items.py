@@ -36,84 +36,50 @@ class Entity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """One image with its one target: the unit of work.
+    """One image with its one target: the unit of work."""
 
-    Attributes:
-        id: "<record id>/<target id>", unique.
-        image: path relative to the root of the images.
-        mask: path of a mask image relative to the root, or an RLE.
-        modality: such as "ct".
-        source: the data set that the image comes from.
-        case: the patient or volume.
-        category: the target's class name.
-        box: the target's (x0, y0, x1, y1) as fractions of the width and height.
-        entities: all labelled objects of the image, including the target.
-        width, height: of the image, in pixels.
-        image_sha256: of the image file; empty in old ledgers, which did not store it, and then not checked.
-        mask_sha256: of the mask file; empty for an RLE too.
-    """
-
-    id: str
+    id: str  # "<record id>/<target id>", unique
     record: str
     target: str
-    image: str
-    mask: str | Rle
-    modality: str
-    source: str
-    case: str
-    category: str
-    box: Box
-    entities: tuple[Entity, ...]
-    width: int
+    image: str  # path relative to the root of the images
+    mask: str | Rle  # path of a mask image relative to the root, or an RLE
+    modality: str  # such as "ct"
+    source: str  # the data set that the image comes from
+    case: str  # the patient or volume
+    category: str  # the target's class name
+    box: Box  # the target's (x0, y0, x1, y1) as fractions of the width and height
+    entities: tuple[Entity, ...]  # all labelled objects of the image, including the target
+    width: int  # of the image, in pixels
     height: int
-    image_sha256: str = ""
-    mask_sha256: str = ""
+    image_sha256: str = ""  # of the image file; empty in old ledgers, which did not store it, and then not checked
+    mask_sha256: str = ""  # of the mask file; empty for an RLE too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """One question-answer pair about an item's target.
+    """One question-answer pair about an item's target."""
 
-    Attributes:
-        id: "<item id>#<template>-<perspective>-<length>", then "-2" in a second variant, "-t<turn>" in a conversation.
-        template: the prompt that it comes from.
-        perspective: what the question reasons from.
-        length: of the question's description: short is 5-15 words, long 10-20.
-        question: describes the target without its name.
-        answer: names the target and explains.
-        turn: position in a conversation, from 1 on; 0 for a single question.
-        conversation: the id that the turns of a conversation share.
-        author: the model's name, or "offline".
-    """
-
-    id: str
+    id: str  # "<item id>#<template>-<perspective>-<length>"; then "-2" in a second variant, "-t<turn>" of a conversation
     item: str
-    template: Template
-    perspective: Perspective
-    length: Length
-    question: str
-    answer: str
-    turn: int = 0
-    conversation: str | None = None
-    author: str
+    template: Template  # the prompt that it comes from
+    perspective: Perspective  # what the question reasons from
+    length: Length  # of the question's description: short is 5-15 words, long 10-20
+    question: str  # describes the target without its name
+    answer: str  # names the target and explains
+    turn: int = 0  # position in a conversation, from 1 on; 0 for a single question
+    conversation: str | None = None  # the id that the turns of a conversation share
+    author: str  # the model's name, or "offline"
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """What was left out and why.
-
-    Attributes:
-        stage: where it failed: "caption", "describe", "revise", "transform", "converse" or "duplicates".
-        rule: the short name of the rule.
-        reason: one sentence.
-        pair: the id that the pair would have had; empty when it is not about one pair.
-    """
+    """What was left out and why."""
 
     item: str
-    stage: str
-    rule: str
+    stage: str  # where it failed: "caption", "describe", "revise", "transform", "converse" or "duplicates"
+    rule: str  # its short name
     reason: str
-    pair: str = ""
+    pair: str = ""  # the id that the pair would have had; empty when it is not about one pair
 
 
 @dataclass(frozen=True, slots=True)

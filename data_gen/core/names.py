@@ -82,23 +82,15 @@ _Name = Annotated[str, AfterValidator(_with_a_word)]
 
 
 class Entry(BaseModel):
-    """A category of the table.
-
-    Attributes:
-        names: nouns that name it; the first is the one that answers use.
-        labels: other names in data sets; too general to be searched for in a text.
-        hints: words that give it away in a description, though they do not name it.
-        stems: parts of words that give it away in any word that contains them, such as "splen" in "splenectomy".
-        sided: there is a left and a right one.
-    """
+    """A category of the table."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    names: list[_Name] = []
-    labels: list[_Name] = []
-    hints: list[_Name] = []
-    stems: list[Annotated[str, AfterValidator(_one_word)]] = []
-    sided: bool = False
+    names: list[_Name] = []  # nouns that name it; the first is the one that answers use
+    labels: list[_Name] = []  # other names in data sets; too general to be searched for in a text
+    hints: list[_Name] = []  # words that give it away in a description, though they do not name it
+    stems: list[Annotated[str, AfterValidator(_one_word)]] = []  # parts that give it away: "splen" in "splenectomy"
+    sided: bool = False  # there is a left and a right one
 
 
 class Names:

@@ -1,7 +1,7 @@
 """What tokens cost, and how many tokens a request is expected to have.
 
 Models behind an API have no tokenizer here, so characters are counted. With the tokenizer of SmolLM2 (49 k entries) our
-prompts have 3.5 to 3.9 characters per token, answers 3.7 to 4.9; larger vocabularies give a little more. So `CHARACTERS`
+prompts have 3.5 to 3.9 characters per token, answers 3.7 to 4.9; larger vocabularies have a bit more. So `CHARACTERS`
 is right within a tenth or two. Limits that must not be exceeded are computed with `FEWEST_CHARACTERS`.
 """
 
@@ -97,8 +97,8 @@ def find_price(prices: dict[str, Price], model: str) -> Price:
     if price := prices.get(model) or prices.get(re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model)):
         return price
     raise InputError(
-        f"--model {model}: no price is known for it;{nearest(model, prices)} Add one with --prices FILE (in the form of "
-        "data_gen/core/prices.yaml), or pass --free when the server is your own."
+        f"--model {model}: no price is known for it;{nearest(model, prices)} Add one with --prices FILE (in the form of"
+        " data_gen/core/prices.yaml), or pass --free when the server is your own."
     )
 
 

@@ -19,37 +19,23 @@ OFFLINE = "offline"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The settings that all items of a run share.
+    """The settings that all items of a run share."""
 
-    Attributes:
-        model: its name; "offline" for the offline author.
-        names: the names of the categories.
-        root: folder of the images.
-        style: single questions or conversations.
-        mode: how the server is held to the schemas.
-        caption_mode: the same for the captioner.
-        again: how often a faulty answer is requested again, with the reasons.
-        variants: passes of each template; each asks for something else.
-        captioner: the model that captions the images; None for no captions.
-        captions: given captions by record id, which take precedence over the captioner.
-        limit_name: the server's key for the most tokens of an answer.
-        parameters: further keys of each request, such as temperature.
-        seed: of random choices: the cells of conversations, the offline author's wordings.
-    """
-
-    model: str
+    model: str  # its name; "offline" for the offline author
     names: Names
-    root: Path
+    root: Path  # folder of the images
     style: Literal["single", "multi-turn"] = "single"
-    mode: Mode = "strict"
+    mode: Mode = "strict"  # how the server is held to the schemas
     caption_mode: Mode = "strict"
-    again: int = 2
-    variants: int = 2
-    captioner: str | None = None
-    captions: Mapping[str, str] = field(default_factory=dict)
-    limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_completion_tokens"
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
+    again: int = 2  # how often a faulty answer is requested again, with the reasons
+    variants: int = 2  # passes of each template; each asks for something else
+    captioner: str | None = None  # the model that captions the images
+    captions: Mapping[str, str] = field(default_factory=dict)  # given ones by record id; they precede the captioner's
+    limit_name: Literal["max_tokens", "max_completion_tokens"] = (
+        "max_completion_tokens"  # the key that the server knows
+    )
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # further keys of each request, such as temperature
+    seed: int = 0  # of random choices: the cells of conversations, the offline author's wordings
 
 
 @dataclass(frozen=True, slots=True)

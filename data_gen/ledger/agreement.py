@@ -12,20 +12,13 @@ from data_gen.core.items import Decision
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Two reviewers, compared.
-
-    Attributes:
-        pairs: how many pairs both have judged.
-        raw: fraction of these on which their verdicts (accept, reject, edit) are the same; None when there are none.
-        kappa: Cohen's kappa, the agreement beyond chance: 1 is perfect, 0 is chance. None when it is undefined: no
-            shared pairs, or both always gave the same single verdict.
-    """
+    """Two reviewers, compared."""
 
     first: str
     second: str
-    pairs: int
-    raw: float | None
-    kappa: float | None
+    pairs: int  # how many both have judged
+    raw: float | None  # fraction of these with the same verdict (accept, reject, edit); None when there are none
+    kappa: float | None  # Cohen's: 1 is perfect, 0 is chance; None without shared pairs or with one verdict throughout
 
 
 def agreements(decisions: Sequence[Decision]) -> list[Agreement]:

@@ -14,7 +14,10 @@ from data_gen.core.schemas import Stage
 from data_gen.ledger.store import Store
 
 _REPLY = ("status", "text", "usage_in", "usage_cached", "usage_out", "price", "sends", "why")
-_STORE = f"INSERT INTO answers VALUES({', '.join('?' * 12)}) ON CONFLICT(key, attempt) DO UPDATE SET verdict=excluded.verdict"
+_STORE = (
+    f"INSERT INTO answers VALUES({', '.join('?' * 12)}) "
+    "ON CONFLICT(key, attempt) DO UPDATE SET verdict=excluded.verdict"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +132,8 @@ class Answers:
     def counts(self) -> list[Count]:
         """Returns the requests of each stage to each model, ordered by stage and model."""
         rows = self._store.read(
-            "SELECT stage, model, count(DISTINCT requests.key), count(attempt), count(CASE status WHEN 'ok' THEN 1 END), "
-            "coalesce(sum(usage_in), 0), coalesce(sum(usage_out), 0), total(price) "
+            "SELECT stage, model, count(DISTINCT requests.key), count(attempt), "
+            "count(CASE status WHEN 'ok' THEN 1 END), coalesce(sum(usage_in), 0), coalesce(sum(usage_out), 0), total(price) "
             "FROM requests LEFT JOIN answers USING(key) GROUP BY 1, 2 ORDER BY 1, 2"
         )
         return [Count(*row) for row in rows]

@@ -81,14 +81,10 @@ class ErrorBudget:
     """Ends a run in which nothing works, before it costs much.
 
     A call is bad when it brought no usable answer after all its attempts.
-
-    Attributes:
-        in_a_row: this many consecutive bad calls end the run.
-        share: so does a larger fraction of bad calls among the last `window`.
     """
 
-    in_a_row: int = 20
-    share: float = 0.5
+    in_a_row: int = 20  # this many consecutive bad calls end the run
+    share: float = 0.5  # so does a larger fraction of bad calls among the last `window`
     window: int = 200
     _last: deque[bool] = field(init=False)
     _row: int = 0
@@ -124,17 +120,11 @@ class ErrorBudget:
 
 @dataclass
 class MoneyBudget:
-    """The money of a ledger, in US dollars: what is spent, and what calls under way may cost at most.
+    """The money of a ledger, in US dollars: what is spent, and what calls under way may cost at most."""
 
-    Attributes:
-        limit: for all runs of the ledger; None is no limit.
-        spent: so far, in this run and those before.
-        answers: of the ledger, which stores the charges of `lose` for later runs.
-    """
-
-    limit: float | None = None
-    spent: float = 0.0
-    answers: Answers | None = None
+    limit: float | None = None  # for all runs of the ledger
+    spent: float = 0.0  # so far, in this run and those before
+    answers: Answers | None = None  # of the ledger, which stores the charges of `lose` for later runs
     _held: float = 0.0
 
     def hold(self, most: float) -> None:

@@ -32,17 +32,11 @@ class Screened:
 
 @dataclass(frozen=True, slots=True)
 class Screening:
-    """All pairs after screening.
+    """All pairs after screening."""
 
-    Attributes:
-        pairs: those that are kept, in the given order.
-        counts: the number of pairs of every outcome.
-        judged: how many pairs at least one person has judged.
-    """
-
-    pairs: tuple[Screened, ...]
-    counts: dict[Outcome, int]
-    judged: int
+    pairs: tuple[Screened, ...]  # those that are kept, in the given order
+    counts: dict[Outcome, int]  # of every outcome
+    judged: int  # how many pairs at least one person has judged
 
 
 def screen(pairs: Sequence[Pair], decisions: Iterable[Decision], *, screened_only: bool = False) -> Screening:

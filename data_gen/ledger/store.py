@@ -22,7 +22,7 @@ BUSY_SECONDS = 60.0  # another process, such as a review page beside a run, may 
 
 
 class Store:
-    """Reads at once; runs writing operations in order: the future of each is done when its transaction is on the disk."""
+    """Reads at once; writes in order: the future of an operation is done when its transaction is on the disk."""
 
     def __init__(self, path: Path, prepare: Operation) -> None:
         """Opens a file, which is created when missing; `prepare` makes or checks its tables.
@@ -102,8 +102,8 @@ class Store:
             problem = error
             if isinstance(error, sqlite3.Error):
                 problem = InputError(
-                    f"{self.path}: cannot be written ({error}); expected a ledger on a disk with space. Nothing that was "
-                    "stored before is lost: make room or correct the path, then run again."
+                    f"{self.path}: cannot be written ({error}); expected a ledger on a disk with space. Nothing that "
+                    "was stored before is lost: make room or correct the path, then run again."
                 )
             for _, future in group:
                 future.set_exception(problem)

@@ -28,8 +28,8 @@ ACROSS_IMAGES = 0.9
 _BUCKETS = 1 << 20
 
 _REQUESTS = (
-    "a an and are as at be but by can could do does find for from give has have here highlight i identify image in is it "
-    "its like locate look looking mark me need of on one or organ out outline picture please point scan see segment "
+    "a an and are as at be but by can could do does find for from give has have here highlight i identify image in is "
+    "it its like locate look looking mark me need of on one or organ out outline picture please point scan see segment "
     "show shown slice structure tell that the their them there these they this to want was what where which who whose "
     "with would you detect delineate trace indicate spot pick box draw"
 )

@@ -42,30 +42,19 @@ _CLAIM = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Landmark:
-    """An object that a statement may refer to.
+    """An object that a statement may refer to."""
 
-    Attributes:
-        name: such as "the liver".
-        box: (x0, y0, x1, y1) as fractions of width and height.
-        compact: it is one piece, about where its box is.
-    """
-
-    name: str
-    box: Box
-    compact: bool
+    name: str  # such as "the liver"
+    box: Box  # (x0, y0, x1, y1) as fractions of width and height
+    compact: bool  # it is one piece, about where its box is
 
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """A true statement about the target.
+    """A true statement about the target."""
 
-    Attributes:
-        phrase: completes "the organ that ...": "lies above the liver in the image".
-        kinds: of its parts: "place" (in the image), "relation" (to landmarks), "extent" (compared with all).
-    """
-
-    phrase: str
-    kinds: tuple[Kind, ...]
+    phrase: str  # completes "the organ that ...": "lies above the liver in the image"
+    kinds: tuple[Kind, ...]  # of its parts: a place in the image, a relation to landmarks, an extent compared with all
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +187,7 @@ def _is_beside(box: Box, other: Box, axis: int, before: bool, *, slack: float, a
 
 
 def _apart(box: Box, other: Box, axis: int, before: bool, slack: float) -> bool:
-    """Returns whether a box is before (or behind) another along an axis, but for a fraction of the smaller of the two."""
+    """Returns whether a box is before (or behind) another along an axis, but for a fraction of the smaller."""
     return _gap(box, other, axis, before) >= -slack * min(_length(box, axis), _length(other, axis))
 
 

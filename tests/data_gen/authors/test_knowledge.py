@@ -45,7 +45,7 @@ def test_facts_about_sides_belong_to_categories_with_sides(category: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("- liver", "holds list"),
         ("{", "cannot be read"),
@@ -56,9 +56,9 @@ def test_facts_about_sides_belong_to_categories_with_sides(category: str) -> Non
         (f"liver:{ENTRY}  diseases: [one]", r"organs\.yaml: liver: diseases: .*at least 4 items"),
     ],
 )
-def test_wrong_files_are_refused(tmp_path: Path, content: str, told: str) -> None:
+def test_wrong_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "organs.yaml").write_text(content, encoding="utf-8")
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         load_knowledge(tmp_path)
 
 
