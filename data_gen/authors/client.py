@@ -18,7 +18,7 @@ import openai
 
 from data_gen.core.calls import Reply, Request, Status
 from data_gen.core.pixels import with_pixels
-from data_gen.core.prices import Price, size_of
+from data_gen.core.prices import Price, Size, size_of
 from data_gen.ledger.limits import MoneyBudget, RateLimit, StopRun
 from medisee.foundation.errors import InputError
 
@@ -95,13 +95,9 @@ class _HttpClient(openai.DefaultAioHttpClient):
 
 
 def client_for(server: Server, key: str, *, retries: int = 0, patience: int = 2) -> openai.AsyncOpenAI:
-    """Returns openai's client for one server.
+    """Returns openai's client for one server; a whole request may take `patience` timeouts.
 
-    Args:
-        server: where it is.
-        key: of the server.
-        retries: how often openai's client itself sends again. `Client` does that, within the limits that calls share.
-        patience: timeouts that a whole request may take.
+    It sends again `retries` times itself: none for `Client`, which does so within the limits that all calls share.
     """
     longest = patience * server.timeout
     http = _HttpClient(timeout=server.timeout, longest=longest, connections=server.concurrency)
@@ -143,15 +139,14 @@ class Client:
                 if sends > 1:
                     wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (sends - 2))
                     await asyncio.sleep(wait * random.uniform(0.75, 1.25))
-                reply, why = await self._send(
-                    body, held=size.most(self._price), tokens=size.tokens(self._price) + size.answer
-                )
+                reply, why = await self._send(body, size)
                 if reply:
                     return replace(reply, sends=sends)
         raise Unreachable(why)
 
-    async def _send(self, body: dict[str, Any], *, held: float, tokens: float) -> tuple[Reply | None, str]:
+    async def _send(self, body: dict[str, Any], size: Size) -> tuple[Reply | None, str]:
         """Sends once; returns the reply, or why there is none."""
+        held, tokens = size.most(self._price), size.tokens(self._price) + size.answer
         self._money.hold(held)
         reply, is_lost = None, False
         try:
@@ -230,14 +225,8 @@ def is_lasting(status: int) -> bool:
 def rejection(status: int, code: str | None, why: str, server: Server) -> Reply | None:
     """Judges an HTTP status other than success, of a call or of a batch's line.
 
-    Args:
-        status: of HTTP.
-        code: of OpenAI's error object.
-        why: the server's message; see `redacted`.
-        server: which sent it.
-
-    Returns:
-        The final reply to the request; None when it can be sent again.
+    It returns the final reply to the request; None when it can be sent again. `code` is that of OpenAI's error object,
+    `why` the server's message (see `redacted`).
 
     Raises:
         StopRun: no request can succeed.

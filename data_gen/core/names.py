@@ -112,7 +112,7 @@ class Names:
         return _key(category) in self._labels
 
     def canonical(self, category: str) -> str:
-        """Returns the name that answers use: "kidney_left" is the "left kidney", "postcava" the "inferior vena cava"."""
+        """Returns the name that answers use: "kidney_left" is the "left kidney", "IVC" the "inferior vena cava"."""
         key = _key(category)
         return self._labels.get(key) or " ".join(_side_first(category.replace("_", " ").split()))
 
@@ -176,11 +176,7 @@ class Names:
 
 
 def load_names(extra: str | None = None, source: str = "the further names") -> Names:
-    """Reads the table, and a text in the same form whose entries add to it or replace those of the same key.
-
-    Args:
-        extra: YAML, from `read_names` or a ledger; None for no further names.
-        source: where it comes from, for messages.
+    """Reads the table, and YAML in the same form whose entries add to it or replace those of the same key.
 
     Raises:
         InputError: the text has another form, or a name is used for two categories; all problems are listed.

@@ -67,13 +67,10 @@ def request(
     parameters: Mapping[str, Any] | None = None,
     image: tuple[str, str] | None = None,
 ) -> Request:
-    """Returns the request of a stage.
+    """Returns the request of a stage; without strict schemas the schema is part of the prompt.
 
     Args:
-        stage: the kind of answer.
         fields: facts about the item; see `data_gen.core.recipe.fields_of`.
-        model: the name of the model.
-        mode: how the server is held to the schema; without strict schemas the schema is part of the prompt.
         parameters: further keys of the chat completion, such as temperature.
         image: SHA-256 and path of the image to show.
     """

@@ -82,9 +82,7 @@ class Ledger:
     def start_run(self, fixed: dict[str, Any], free: dict[str, Any]) -> int:
         """Stores that a run begins, and returns its number.
 
-        Args:
-            fixed: settings that all runs of a ledger share, since their results would not fit together otherwise.
-            free: settings that may differ, kept for the record.
+        All runs of a ledger share the `fixed` settings, since their results would not fit together otherwise.
 
         Raises:
             InputError: the ledger was created with other fixed settings; each is listed.
@@ -135,12 +133,9 @@ class Ledger:
         return Path(os.path.normpath(self.path.resolve().parent / relative))
 
     def add_items(self, items: Iterable[Item], root: Path, *, complete: bool) -> None:
-        """Stores new items in one transaction, and the folder of their images.
+        """Stores new items, in the order of the manifest, in one transaction; `complete` if it has no others.
 
-        Args:
-            items: in the order of the manifest.
-            root: stored relative to the ledger's folder, so that both can be moved together.
-            complete: whether the manifest has no others.
+        The folder of the images is stored relative to the ledger's, so that both can be moved together.
         """
         rows = [(item.id, _dump(item)) for item in items]
         relative = os.path.relpath(root.resolve(), self.path.resolve().parent)

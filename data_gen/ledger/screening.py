@@ -40,12 +40,9 @@ class Screening:
 
 
 def screen(pairs: Sequence[Pair], decisions: Iterable[Decision], *, screened_only: bool = False) -> Screening:
-    """Applies decisions to pairs.
+    """Applies decisions, one per reviewer and pair, to pairs in the order of their ids.
 
-    Args:
-        pairs: in the order of their ids.
-        decisions: one per reviewer and pair; those about other pairs are ignored.
-        screened_only: keep only what a person has accepted or edited.
+    With `screened_only` only what a person has accepted or edited is kept.
     """
     kept = KEPT[1:] if screened_only else KEPT
     by_pair: dict[str, list[Decision]] = {}

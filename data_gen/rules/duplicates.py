@@ -56,14 +56,9 @@ class Duplicates:
         self._texts, self._before = array("q"), array("q")
 
     def add(self, id: str, text: str) -> Breach | None:
-        """Remembers a pair's question, unless it is a near-duplicate of one that was added before.
+        """Remembers a pair's question, or returns a breach if it is a near-duplicate of one that was added before.
 
-        Args:
-            id: the pair's id; the part before its "#" is the item's.
-            text: the question.
-
-        Returns:
-            The breach, which names the other pair; None when the question is new.
+        The part of the pair's id before its "#" is the item's.
         """
         item = id.partition("#")[0]
         spoken = [word.text for word in words(text)]

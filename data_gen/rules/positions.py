@@ -74,7 +74,7 @@ def statements(
     Args:
         target: its box (x0, y0, x1, y1), as fractions of width and height.
         others: all other labelled objects of the image.
-        landmarks: those of the others that may be mentioned, each with a unique name.
+        landmarks: those of them that may be mentioned, each with a unique name.
         compact: the target is one piece; the box of a pair of organs does not tell what is at its centre.
     """
     facts = list(_facts(target, [entity.box for entity in others], landmarks, compact))
