@@ -1,4 +1,4 @@
-"""LLaVA-Med, or another Llava, on this machine: captions for the describing model, which sees no image."""
+"""LLaVA-Med, or another Llava, on this machine: it writes captions for a model that sees no image."""
 
 from __future__ import annotations
 
@@ -20,14 +20,10 @@ from medisee.weights.llava import load_pretrained
 
 
 class LocalCaptioner:
-    """Captions images one after the other, on a GPU when there is one."""
+    """Captions images one at a time, on a GPU when there is one."""
 
     def __init__(self, source: str, root: Path) -> None:
-        """Loads the model.
-
-        Args:
-            source: folder or hub id of a Llava, as for training.
-            root: folder of the images.
+        """Loads the model `source`, the folder or hub id of a Llava; `root` is the folder of the images.
 
         Raises:
             InputError: the model cannot be read.
@@ -36,16 +32,15 @@ class LocalCaptioner:
         vision: Any = load_pretrained(Mllm(source=source)).llava.config.vision_config
         mllm = Mllm(source=source, train="frozen", vision_size=vision.image_size, vision_patch=vision.patch_size)
         tokenizer = load_tokenizer(mllm, CANDIDATE_TOKENS)
-        # No seg head has a part in this; the processor wants to know its frame all the same.
+        # No seg head takes part; the processor needs its frame all the same.
         spec = SegHeadSpec(size=64, resize="longest", pixels="minmax", channels=8, grid=4)
         self._processor = MediSeeProcessor(Model(mllm=mllm, seg_head=SegHeadConfig()), tokenizer, spec)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         llava: Any = load_mllm(mllm, tokenizer, spec)
-        self._llava = llava.eval().to(device)
+        self._llava = llava.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self._turn = asyncio.Lock()
 
     async def send(self, request: Request) -> Reply:
-        """Captions the image of a request; it costs nothing."""
+        """Captions the image of a request, free of charge."""
         async with self._turn:
             return await asyncio.to_thread(self._caption, request)
 
@@ -69,5 +64,5 @@ class LocalCaptioner:
         new = made_1L[0, len(ids) :].tolist()
         caption = str(self._processor.tokenizer.decode(new, skip_special_tokens=True)).strip()
         if self._processor.end_id not in new and "." in caption:
-            caption = caption[: caption.rindex(".") + 1]  # cut off at the limit: the last sentence is not whole
+            caption = caption[: caption.rindex(".") + 1]  # cut off at the limit: drop the incomplete sentence
         return Reply(status="ok", text=canonical({"caption": caption}), usage_in=len(ids), usage_out=len(new))

@@ -1,4 +1,4 @@
-"""How the offline author words what it knows: descriptions, the questions that they become, and answers.
+"""The wordings of the offline author: descriptions, the questions made from them, and answers.
 
 A description is "The <head> that <phrase>", where the head is a general noun and, for one of two, the patient's side.
 So the phrase can be found again in a description, and every question and answer about it is grammatical.
@@ -52,35 +52,26 @@ _PLURAL_ANSWERS = (
 )
 _EXPLAINING = 0.8
 _AUXILIARIES = ("is", "was", "can", "may", "must")
-_SMALL = "a an and as at by for from has in into is it its lies of on or the to with"
-_SMALL_WORDS = frozenset(_SMALL.split())
-_USUAL_ANSWER = (11, 20)
-"""Words of an answer: about 15; others are taken only when none fits."""
+_SMALL_WORDS = "a an and as at by for from has in into is it its lies of on or the to with"
+_USUAL_ANSWER = (11, 20)  # words: about 15; others are taken only when none fits
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Whom a text is about.
+    """What a text is about."""
 
-    Attributes:
-        name: the category's name, as answers use it.
-        noun: what it is in general.
-        side: "left" or "right" of the patient, for one of two.
-        plural: the name is a plural.
-    """
-
-    name: str
-    noun: str
-    side: str | None = None
-    plural: bool = False
+    name: str  # the category's name, as answers use it
+    noun: str  # what it is in general
+    side: str | None = None  # "left" or "right" of the patient, for one of two
+    plural: bool = False  # the name is a plural
 
     def head(self, sided: bool) -> str:
-        """Returns the noun with the patient's side, if it is one of two and the side is to be told."""
+        """Returns the noun, with the patient's side if it is one of two and `sided`."""
         return f"{self.noun} on the patient's {self.side}" if self.side and sided else self.noun
 
 
 def descriptions(subject: Subject, phrase: str, template: Template, *, sided: bool) -> Iterator[str]:
-    """Yields the wordings of a description in the manner of a template."""
+    """Yields the wordings of a description in the style of a template."""
     head = subject.head(sided)
     for form in _DESCRIPTIONS[template]:
         text = form.format(head=head, phrase=phrase, a_head=article(head))
@@ -88,7 +79,7 @@ def descriptions(subject: Subject, phrase: str, template: Template, *, sided: bo
 
 
 def read(subject: Subject, description: str) -> tuple[str, bool] | None:
-    """Returns the phrase of a description and whether it tells the side; None when it has another form."""
+    """Returns the phrase of a description and whether it gives the side; None when it has another form."""
     for sided in (True, False):
         pattern = rf"(?:The|This|An?) {re.escape(subject.head(sided))} (?:(?:that|which) )?(?P<phrase>.+?)\.?"
         if found := re.fullmatch(pattern, description.strip()):
@@ -97,44 +88,37 @@ def read(subject: Subject, description: str) -> tuple[str, bool] | None:
 
 
 def question(subject: Subject, phrase: str, template: Template, length: Length, rng: Random, *, sided: bool) -> str:
-    """Draws a question; whenever one has the right number of words, such a one."""
+    """Draws a question, if possible one with the right number of words."""
     head = subject.head(sided)
     forms = [ask.format(f"{do} the {{head}} that {{phrase}}") for ask in _ASKING for do in _DOING[template]]
     # Plain questions are drawn half the time, though there are fewer of them.
     plain, requests = list(_QUESTIONS[template]), rng.sample(forms, len(forms))
     rng.shuffle(plain)
     listed = [*plain, *requests] if rng.random() < 0.5 else [*requests, *plain]
-    fitting = [form for form in listed if "image" not in form or "image" not in phrase]
-    worded = [form.format(head=head, phrase=phrase) for form in fitting]
+    worded = [form.format(head=head, phrase=phrase) for form in listed]
     least, most = TEXT_WORDS[length]
     return next((text for text in worded if least <= count_words(text) <= most), worded[0])
 
 
 def answer(subject: Subject, phrase: str, more: Sequence[str], rng: Random) -> str:
-    """Draws an answer of about 15 words which repeats the phrase and, where there is room, tells another fact.
+    """Draws an answer of about 15 words that repeats the phrase of the question and, where there is room, adds a fact.
 
-    It is empty when the phrase is too long for any answer.
-
-    Args:
-        subject: whom it is about.
-        phrase: what the question told.
-        more: other facts, the preferred ones first.
-        rng: draws the wording.
+    It is empty when the phrase is too long for any answer. `more` are other facts, the preferred ones first.
     """
     forms = list(_PLURAL_ANSWERS if subject.plural else _ANSWERS)
     rng.shuffle(forms)
-    # An answer that explains goes beyond the question, so forms with another fact come first, mostly.
+    # An answer that explains goes beyond the question, so forms with another fact mostly come first.
     if rng.random() < _EXPLAINING:
         forms.sort(key=lambda form: "more}" not in form)
     extra = [each for each in more if " and " not in each]
     if " and " in phrase or ", " in phrase:
-        # A third "and" needs a clause of its own to be followed.
+        # A third "and" needs a separate clause to be understood.
         forms = [form for form in forms if "more}" not in form or ", and it" in form]
-    # The first of two facts alone is told only if both are too much.
+    # The first of two facts alone is stated only if both are too long.
     first = phrase.partition(", here ")[0]
-    for told in [phrase, first] if "between" in phrase else [phrase, first, first.partition(" and ")[0]]:
+    for stated in [phrase, first] if "between" in phrase else [phrase, first, first.partition(" and ")[0]]:
         worded = [
-            form.format(name=subject.name, noun=subject.noun, phrase=told, more=fact, also_more=_also(fact))
+            form.format(name=subject.name, noun=subject.noun, phrase=stated, more=fact, also_more=_also(fact))
             for form in forms
             for fact in (extra if "more}" in form else [""])
         ]
@@ -152,7 +136,7 @@ def article(noun: str) -> str:
 
 
 def join(first: str, second: str) -> str | None:
-    """Joins two phrases into one; None when the result would be hard to follow or say one thing twice."""
+    """Joins two phrases; None when the result would be hard to understand or redundant."""
     if " and " in first + second or ", " in first + second or alike(first, second):
         return None
     verb, other_verb = first.split()[0], second.split()[0]
@@ -162,8 +146,8 @@ def join(first: str, second: str) -> str | None:
 
 
 def alike(first: str, second: str) -> bool:
-    """Tells whether two phrases share more than half of their words, so that one says little beyond the other."""
-    one, other = (frozenset(word.text for word in words(text)) - _SMALL_WORDS for text in (first, second))
+    """Returns whether two phrases share more than half of their words, so that one says little beyond the other."""
+    one, other = ({word.text for word in words(text)}.difference(_SMALL_WORDS.split()) for text in (first, second))
     return 2 * len(one & other) > min(len(one), len(other))
 
 

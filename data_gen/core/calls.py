@@ -1,4 +1,4 @@
-"""A Request to a model, known by the hash of what is asked, and the Reply that came back."""
+"""A Request to a model, identified by the hash of its body, and the Reply that came back."""
 
 from __future__ import annotations
 
@@ -16,69 +16,52 @@ IMAGE_PREFIX = "image:"
 
 
 def canonical(value: Any) -> str:
-    """Returns JSON that is the same for the same value: sorted keys, no spaces, ASCII."""
+    """Returns the same JSON for equal values: sorted keys, no spaces, ASCII."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One question to a model.
-
-    Attributes:
-        stage: what kind of answer is wanted.
-        item: the id of the item that first asked; two items may ask the same.
-        body: what a chat completion takes: model, messages, response_format and parameters. An image in it is
-            "image:<sha256>:<path relative to the root>"; only the wire turns it into pixels.
-        mode: how the server is held to the schema.
-        fields: what the prompt was filled with; not part of the key. The offline author answers from it.
-    """
+    """One question to a model."""
 
     stage: Stage
-    item: str
+    item: str  # the id of the item that first sent it; two items may share a request
+    # Of the chat completion: model, messages, response_format and parameters. An image in it is
+    # "image:<sha256>:<path relative to the root>"; only the client replaces it with pixels.
     body: dict[str, Any]
     mode: Mode = "strict"
-    fields: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)  # the values in the prompt, for the offline author; not hashed
 
     @cached_property
     def key(self) -> str:
-        """The sha256 of the body's canonical JSON: model, messages, schema and parameters."""
+        """The SHA-256 of the body's canonical JSON."""
         return hashlib.sha256(canonical(self.body).encode("ascii")).hexdigest()
 
     @property
     def model(self) -> str:
-        """The model that is asked."""
+        """The name of the model."""
         return self.body["model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What came back.
+    """The answer to a request."""
 
-    Attributes:
-        status: "ok", or why it is of no use: not the JSON asked for, cut off, refused by the model, kept back by the
-            server's content filter, or the request was rejected, as it would be whenever it is sent.
-        text: the answer as it came; of a refusal its words.
-        usage_in: tokens of the prompt, the cached among them.
-        usage_cached: tokens of the prompt that the server had cached.
-        usage_out: tokens of the answer.
-        price: in US dollars.
-        sends: how many times it was sent until the server answered.
-        why: what is wrong with it, for people.
-    """
-
+    # "ok", or why it cannot be used: not the requested JSON, cut off, refused by the model, withheld by the server's
+    # content filter, or the request was rejected and always would be.
     status: Status
-    text: str
-    usage_in: int = 0
+    text: str  # the answer or the refusal, unchanged
+    usage_in: int = 0  # tokens of the prompt, including those that the server had cached
     usage_cached: int = 0
     usage_out: int = 0
-    price: float = 0.0
-    sends: int = 1
-    why: str = ""
+    price: float = 0.0  # in US dollars
+    sends: int = 1  # how often the request was sent until the server answered
+    why: str = ""  # what is wrong with it, in words
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is wrong with one part of an answer: the cell (empty for the whole), the rule and a sentence."""
+    """A broken rule in one part of an answer: the cell (empty for the whole answer), the rule and a sentence."""
 
     cell: str
     rule: str
@@ -87,7 +70,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A stored reply and its verdict: the faults that the rules found, None when nobody has looked yet."""
+    """A stored reply and its verdict: the faults that the rules found; None before they were applied."""
 
     reply: Reply
     attempt: int

@@ -1,6 +1,6 @@
 """The nouns of the engine: an Item (one image with one target) goes in, Pairs (question and answer) come out.
 
-What keeps an item from becoming pairs is a Drop; what a person says about a pair is a Decision.
+What keeps an item from becoming pairs is a Drop; a reviewer's verdict on a pair is a Decision.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TEMPLATES: tuple[Template, ...] = ("first", "second")
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """A labelled object of an image; `box` is (x0, y0, x1, y1) as shares of the width and height, in [0, 1]."""
+    """A labelled object of an image; `box` is (x0, y0, x1, y1) as fractions of the width and height, in [0, 1]."""
 
     category: str
     box: Box
@@ -35,94 +35,55 @@ class Entity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """One image with its one target: the unit of work.
+    """One image with its one target: the unit of work."""
 
-    Attributes:
-        id: "<record id>/<target id>", unique.
-        record: the record's id.
-        target: the target's id within its record.
-        image: path relative to the root of the images.
-        mask: path of a mask image relative to the root, or an RLE; as in the record.
-        modality: as "ct".
-        source: the data set that the image comes from.
-        case: the patient or volume.
-        category: the target's class name.
-        box: the target's (x0, y0, x1, y1) as shares of the width and height.
-        entities: all labelled objects of the image, the target among them.
-        width: of the image, in pixels.
-        height: of the image, in pixels.
-        image_sha256: of the image file; empty in ledgers that were begun before it was noted, and then not checked.
-        mask_sha256: of the mask file; empty for an RLE too.
-    """
-
-    id: str
+    id: str  # "<record id>/<target id>", unique
     record: str
     target: str
-    image: str
-    mask: str | Rle
-    modality: str
-    source: str
-    case: str
-    category: str
-    box: Box
-    entities: tuple[Entity, ...]
-    width: int
+    image: str  # path relative to the root of the images
+    mask: str | Rle  # path of a mask image relative to the root, or an RLE
+    modality: str  # such as "ct"
+    source: str  # the data set that the image comes from
+    case: str  # the patient or volume
+    category: str  # the target's class name
+    box: Box  # the target's (x0, y0, x1, y1) as fractions of the width and height
+    entities: tuple[Entity, ...]  # all labelled objects of the image, including the target
+    width: int  # of the image, in pixels
     height: int
-    image_sha256: str = ""
-    mask_sha256: str = ""
+    image_sha256: str = ""  # of the image file; empty in old ledgers, which did not store it, and then not checked
+    mask_sha256: str = ""  # of the mask file; empty for an RLE too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """One question-answer pair about an item's target.
+    """One question-answer pair about an item's target."""
 
-    Attributes:
-        id: "<item id>#<template>-<perspective>-<length>", then "-2" in a second variant, "-t<turn>" in a conversation.
-        item: the item's id.
-        template: the wording of the request that it comes from.
-        perspective: what the question reasons from.
-        length: of the question's description: short is 5-15 words, long 10-20.
-        question: describes the target without its name.
-        answer: names the target and explains.
-        turn: its place in a conversation, from 1 on; 0 stands alone.
-        conversation: the id that the turns of a conversation share.
-        author: the model's name, or "offline".
-    """
-
-    id: str
+    id: str  # "<item id>#<template>-<perspective>-<length>"; then "-2" in a second variant, "-t<turn>" of a conversation
     item: str
-    template: Template
-    perspective: Perspective
-    length: Length
-    question: str
-    answer: str
-    turn: int = 0
-    conversation: str | None = None
-    author: str
+    template: Template  # the prompt that it comes from
+    perspective: Perspective  # what the question reasons from
+    length: Length  # of the question's description: short is 5-15 words, long 10-20
+    question: str  # describes the target without its name
+    answer: str  # names the target and explains
+    turn: int = 0  # position in a conversation, from 1 on; 0 for a single question
+    conversation: str | None = None  # the id that the turns of a conversation share
+    author: str  # the model's name, or "offline"
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """What was left out and why.
-
-    Attributes:
-        item: the item's id.
-        stage: where it failed: "caption", "describe", "revise", "transform", "converse" or "duplicates".
-        rule: the short name of the rule.
-        reason: one sentence.
-        pair: the id that the pair would have had; empty when it is not about one pair.
-    """
+    """What was left out and why."""
 
     item: str
-    stage: str
-    rule: str
+    stage: str  # where it failed: "caption", "describe", "revise", "transform", "converse" or "duplicates"
+    rule: str  # its short name
     reason: str
-    pair: str = ""
+    pair: str = ""  # the id that the pair would have had; empty when it is not about one pair
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What a reviewer says about a pair; `question` and `answer` are the new wording when the verdict is "edit"."""
+    """A reviewer's verdict on a pair; `question` and `answer` are the new wording when the verdict is "edit"."""
 
     pair: str
     reviewer: str
@@ -133,15 +94,14 @@ class Decision:
 
 
 def items_from_manifest(manifest: Manifest, seed: int) -> Iterator[Item]:
-    """Draws one target of each image, in the manifest's order.
+    """Draws one target per image, in the manifest's order; records without targets are skipped.
 
     An object (a case's category) is not drawn again while others of the image have not been drawn. Then a category
     that the image holds once goes before one that it holds several times (a question about one of two cysts is
-    ambiguous), then the category drawn least so far; ties fall by a hash of the seed and the ids. Records without
-    targets are passed over.
+    ambiguous), then the category drawn least so far; ties are broken by a hash of the seed and the ids.
 
     Raises:
-        InputError: an image or a mask is missing or wrong; the first record in which that is so is told in full.
+        InputError: an image or a mask is missing or wrong; all problems of the first such record are listed.
     """
     drawn_objects: set[tuple[str, str, str]] = set()
     drawn: Counter[str] = Counter()
@@ -163,7 +123,7 @@ def items_from_manifest(manifest: Manifest, seed: int) -> Iterator[Item]:
 
 def _item(manifest: Manifest, record: Record, target: Target) -> Item:
     size = manifest.image_size(record)
-    entities: list[Entity] = []
+    entities: dict[str, Entity] = {}
     problems: list[str] = []
     for each in record.targets:
         try:
@@ -172,10 +132,9 @@ def _item(manifest: Manifest, record: Record, target: Target) -> Item:
             problems.extend(error.problems)
             continue
         height, width = size = size or (mask.shape[0], mask.shape[1])
-        box = each.box or mask_box(mask)
-        if box:  # always so: an empty mask has been refused
+        if box := each.box or mask_box(mask):  # always so: an empty mask has been refused
             x0, y0, x1, y1 = box
-            entities.append(Entity(each.category, (x0 / width, y0 / height, x1 / width, y1 / height)))
+            entities[each.id] = Entity(each.category, (x0 / width, y0 / height, x1 / width, y1 / height))
     if problems or size is None:
         raise InputError(problems)
     height, width = size
@@ -189,8 +148,8 @@ def _item(manifest: Manifest, record: Record, target: Target) -> Item:
         source=record.source,
         case=record.case,
         category=target.category,
-        box=entities[record.targets.index(target)].box,
-        entities=tuple(entities),
+        box=entities[target.id].box,
+        entities=tuple(entities.values()),
         width=width,
         height=height,
         image_sha256=sha256(manifest.image_path(record)),

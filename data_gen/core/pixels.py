@@ -1,4 +1,4 @@
-"""Images on their way to a model: known by their hash in a request, base64 in a data URL on the wire."""
+"""Images on their way to a model: named by their hash in a stored request, sent as base64 in a data URL."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from medisee.records.images import read_image
 
 
 def identify(root: Path, image: str) -> tuple[str, str]:
-    """Returns an image's sha256 and its path relative to the root: what a request names it by.
+    """Returns an image's SHA-256 and its path relative to the root, which name it in a request.
 
     Raises:
         InputError: it cannot be read.
@@ -29,20 +29,16 @@ def identify(root: Path, image: str) -> tuple[str, str]:
 
 
 def with_pixels(body: dict[str, Any], root: Path) -> dict[str, Any]:
-    """Returns a request's body with each image in it as a data URL of a PNG: 8-bit, as a viewer shows it.
+    """Returns a request's body with each image in it as a data URL of an 8-bit PNG, as a viewer shows it.
 
     Raises:
-        InputError: an image cannot be read, or is no longer the one that the request was made for.
+        InputError: an image cannot be read, or has changed since the request was made.
     """
-    if not any(isinstance(message["content"], list) for message in body["messages"]):
-        return body
-    messages = [
-        {**message, "content": [_part(part, root) for part in message["content"]]}
-        if isinstance(message["content"], list)
-        else message
-        for message in body["messages"]
-    ]
-    return {**body, "messages": messages}
+
+    def filled(content: Any) -> Any:
+        return [_part(part, root) for part in content] if isinstance(content, list) else content
+
+    return {**body, "messages": [{**each, "content": filled(each["content"])} for each in body["messages"]]}
 
 
 def _part(part: dict[str, Any], root: Path) -> dict[str, Any]:
@@ -50,10 +46,8 @@ def _part(part: dict[str, Any], root: Path) -> dict[str, Any]:
         return part
     digest, _, name = part["image_url"]["url"].removeprefix(IMAGE_PREFIX).partition(":")
     if identify(root, name)[0] != digest:
-        raise InputError(f"{root / name}: has changed since this run read it; put the old image back or start anew.")
+        raise InputError(f"{root / name}: has changed since this run read it; restore the image or start a new ledger.")
     data = io.BytesIO()
     Image.fromarray(read_image(root / name)).save(data, format="PNG")
-    return {
-        "type": "image_url",
-        "image_url": {"url": f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode('ascii')}"},
-    }
+    url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode('ascii')}"
+    return {"type": "image_url", "image_url": {"url": url}}

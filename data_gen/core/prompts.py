@@ -1,7 +1,7 @@
 """The prompts: text files with named fields, filled in for one item.
 
-A file holds the system message, then a line `=== user ===`, then the user message. Fields stand in braces. All that
-changes from item to item stands in the user message, so that servers can cache the system message.
+A file holds the system message, a line `=== user ===` and the user message. Fields are in braces. Everything that
+changes from item to item is in the user message, so that servers can cache the system message.
 """
 
 from __future__ import annotations
@@ -9,31 +9,29 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from data_gen.core.calls import IMAGE_PREFIX, Fault, Request
 from data_gen.core.schemas import Mode, Stage, json_schema, response_format
 
-Message: TypeAlias = dict[str, Any]
-
 FOLDER = Path(__file__).with_name("prompts")
-MARK = "=== user ==="
-FIELDS: dict[str, frozenset[str]] = {
-    "caption": frozenset({"modality"}),
-    "describe_first": frozenset({"modality", "caption", "entities", "target", "focus"}),
-    "describe_second": frozenset({"modality", "caption", "entities", "target", "focus"}),
-    "revise": frozenset({"modality", "caption", "entities", "target", "descriptions"}),
-    "transform": frozenset({"modality", "entities", "target", "descriptions"}),
-    "converse": frozenset({"modality", "caption", "entities", "target", "turns", "length", "perspective"}),
-    "again": frozenset({"attempt", "faults"}),
-    "form": frozenset({"schema"}),
+FIELDS: dict[str, set[str]] = {
+    "caption": {"modality"},
+    "describe_first": {"modality", "caption", "entities", "target", "focus"},
+    "describe_second": {"modality", "caption", "entities", "target", "focus"},
+    "revise": {"modality", "caption", "entities", "target", "descriptions"},
+    "transform": {"modality", "entities", "target", "descriptions"},
+    "converse": {"modality", "caption", "entities", "target", "turns", "length", "perspective"},
+    "again": {"attempt", "faults"},
+    "form": {"schema"},
 }
-"""The prompts and the fields that each of them has."""
+"""The fields of each prompt."""
 
 MAX_TOKENS: dict[Stage, int] = {"caption": 200, "describe": 400, "revise": 600, "transform": 800, "converse": 800}
-"""The most tokens that an answer may have: about three times a usual one, so that few are cut off."""
+"""The most tokens of an answer: about three times the usual number, so that few are cut off."""
 
 _FOCUS = (
     "Tell what is most telling.",
@@ -42,7 +40,7 @@ _FOCUS = (
     "Be as plain as you can, in everyday words.",
 )
 MOST_VARIANTS = len(_FOCUS)
-"""Passes of a template that ask for different things."""
+"""The most variants of a template; each asks for something else."""
 
 
 @cache
@@ -50,10 +48,10 @@ def load(name: str) -> tuple[str, str]:
     """Returns the system and the user part of a prompt; the system part may be empty.
 
     Raises:
-        ValueError: a file of the package has not the fields that it should have.
+        ValueError: a file of the package does not have the fields that it should have.
     """
     text = (FOLDER / f"{name}.txt").read_text(encoding="utf-8")
-    system, mark, user = text.partition(f"{MARK}\n")
+    system, mark, user = text.partition("=== user ===\n")
     found = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
     if not mark or found != FIELDS[name] or "{" in system:
         raise ValueError(f"prompts/{name}.txt has the fields {sorted(found)}; expected {sorted(FIELDS[name])}")
@@ -69,25 +67,20 @@ def request(
     parameters: Mapping[str, Any] | None = None,
     image: tuple[str, str] | None = None,
 ) -> Request:
-    """Returns the request of a stage.
+    """Returns the request of a stage; without strict schemas the schema is part of the prompt.
 
     Args:
-        stage: what kind of answer is wanted.
-        fields: facts about the item; see `data_gen.pipeline.stages.fields_of`.
-        model: whom to ask.
-        mode: how the server is held to the schema; without strict schemas the schema stands in the prompt.
-        parameters: further keys of the chat completion, as temperature.
-        image: sha256 and path of the image to show.
+        fields: facts about the item; see `data_gen.core.recipe.fields_of`.
+        parameters: further keys of the chat completion, such as temperature.
+        image: SHA-256 and path of the image to show.
     """
     system, user = load(f"describe_{fields['template']}" if stage == "describe" else stage)
     if mode != "strict":
-        _, form = load("form")
-        system = f"{system}\n\n{form.format(schema=json.dumps(json_schema(stage)))}"
-    text = user.format_map(_plain(fields)).strip()
-    content: Any = text
+        system = f"{system}\n\n{load('form')[1].format(schema=json.dumps(json_schema(stage)))}"
+    content: Any = user.format_map(_in_words(fields)).strip()
     if image:
         url = f"{IMAGE_PREFIX}{image[0]}:{image[1]}"
-        content = [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": url}}]
+        content = [{"type": "text", "text": content}, {"type": "image_url", "image_url": {"url": url}}]
     body: dict[str, Any] = {
         "model": model,
         "messages": [{"role": "system", "content": system}, {"role": "user", "content": content}],
@@ -99,21 +92,18 @@ def request(
 
 
 def ask_again(asked: Request, answer: str, faults: Sequence[Fault], attempt: int) -> Request:
-    """Returns the request that repeats another one after a faulty answer, with the reasons."""
-    _, user = load("again")
+    """Returns a request that repeats another one after a faulty answer and gives the reasons."""
     listed = "\n".join(f"- {fault.cell}: {fault.reason}" if fault.cell else f"- {fault.reason}" for fault in faults)
     messages = [
         *asked.body["messages"],
         {"role": "assistant", "content": answer},
-        {"role": "user", "content": user.format(attempt=attempt, faults=listed)},
+        {"role": "user", "content": load("again")[1].format(attempt=attempt, faults=listed)},
     ]
-    told = [{"cell": fault.cell, "rule": fault.rule, "reason": fault.reason} for fault in faults]
-    fields = {**asked.fields, "attempt": attempt, "faults": told}
+    fields = {**asked.fields, "attempt": attempt, "faults": [asdict(fault) for fault in faults]}
     return Request(asked.stage, asked.item, {**asked.body, "messages": messages}, asked.mode, fields)
 
 
-def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Puts the fields of an item into words."""
+def _in_words(fields: Mapping[str, Any]) -> dict[str, Any]:
     entities = fields.get("entities", [])
     descriptions = fields.get("descriptions", {})
     return {

@@ -1,4 +1,4 @@
-"""The recipe that all items of a run are made with, and the requests that it leads to."""
+"""The settings that all items of a run share, and the requests that follow from them."""
 
 from __future__ import annotations
 
@@ -15,47 +15,32 @@ from data_gen.core.prompts import MAX_TOKENS, request
 from data_gen.core.schemas import Mode, Stage
 
 OFFLINE = "offline"
-Style = Literal["single", "multi-turn"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What all items of a run are made with.
+    """The settings that all items of a run share."""
 
-    Attributes:
-        model: whom to ask; "offline" for the offline author.
-        names: how categories are called.
-        root: folder of the images.
-        style: single questions or conversations.
-        mode: how the server is held to the schemas.
-        caption_mode: the same for the captioner.
-        again: how often a faulty answer is asked for again, with the reasons.
-        variants: passes of each template; each asks for something else.
-        captioner: the model that captions the images; None goes without.
-        captions: given captions by record id; they win over the captioner.
-        limit_name: how the server calls the most tokens of an answer.
-        parameters: further keys of each request, as temperature.
-        seed: of what is drawn: the cells of conversations, the offline author's wordings.
-    """
-
-    model: str
+    model: str  # its name; "offline" for the offline author
     names: Names
-    root: Path
-    style: Style = "single"
-    mode: Mode = "strict"
+    root: Path  # folder of the images
+    style: Literal["single", "multi-turn"] = "single"
+    mode: Mode = "strict"  # how the server is held to the schemas
     caption_mode: Mode = "strict"
-    again: int = 2
-    variants: int = 2
-    captioner: str | None = None
-    captions: Mapping[str, str] = field(default_factory=dict)
-    limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_completion_tokens"
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
+    again: int = 2  # how often a faulty answer is requested again, with the reasons
+    variants: int = 2  # passes of each template; each asks for something else
+    captioner: str | None = None  # the model that captions the images
+    captions: Mapping[str, str] = field(default_factory=dict)  # given ones by record id; they precede the captioner's
+    limit_name: Literal["max_tokens", "max_completion_tokens"] = (
+        "max_completion_tokens"  # the key that the server knows
+    )
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # further keys of each request, such as temperature
+    seed: int = 0  # of random choices: the cells of conversations, the offline author's wordings
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of an item."""
+    """The result of an item."""
 
     pairs: list[Pair]
     drops: list[Drop]
@@ -71,16 +56,14 @@ def fields_of(
 ) -> dict[str, Any]:
     """Returns the facts that prompts are filled with and that the offline author answers from.
 
-    Categories have their canonical names: what answers are to say.
+    Categories have their canonical names, which answers should use.
     """
     return {
         "item": item.id,
         "modality": item.modality,
         "category": names.canonical(item.category),
         "box": list(item.box),
-        "entities": [
-            {"category": names.canonical(entity.category), "box": list(entity.box)} for entity in item.entities
-        ],
+        "entities": [{"category": names.canonical(each.category), "box": list(each.box)} for each in item.entities],
         "caption": caption,
         "template": template,
         "variant": variant,
@@ -95,14 +78,8 @@ def request_of(stage: Stage, fields: Mapping[str, Any], recipe: Recipe, item: It
     model = recipe.captioner if is_caption and recipe.captioner else recipe.model
     parameters: dict[str, Any] = {recipe.limit_name: MAX_TOKENS[stage], **recipe.parameters}
     if model == OFFLINE:
-        # Prompts do not hold the item's id or the seed, by which the offline author varies what it says.
+        # Prompts do not contain the item's id or the seed, by which the offline author varies its wording.
         parameters = {"item": item.id, "seed": recipe.seed}
-    needs_image = is_caption and model != OFFLINE
-    return request(
-        stage,
-        fields,
-        model=model,
-        mode=recipe.caption_mode if is_caption else recipe.mode,
-        parameters=parameters,
-        image=identify(recipe.root, item.image) if needs_image else None,
-    )
+    mode = recipe.caption_mode if is_caption else recipe.mode
+    image = identify(recipe.root, item.image) if is_caption and model != OFFLINE else None
+    return request(stage, fields, model=model, mode=mode, parameters=parameters, image=image)

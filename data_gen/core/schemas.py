@@ -1,13 +1,13 @@
-"""What each stage answers, as pydantic models and as the strict JSON schemas that servers are asked to follow.
+"""The answers of each stage as pydantic models, and as the strict JSON schemas that servers are asked to follow.
 
-Schemas say the shape and nothing else (servers differ in what they support beyond it); the rules judge the content.
+Schemas define the shape only (servers differ in what they support beyond it); the rules judge the content.
 """
 
 from __future__ import annotations
 
 import json
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -15,7 +15,7 @@ Stage = Literal["caption", "describe", "revise", "transform", "converse"]
 Cell = Literal["attribute-short", "attribute-long", "location-short", "location-long"]
 Mode = Literal["strict", "json_object", "none"]
 
-CELLS: tuple[Cell, ...] = ("attribute-short", "attribute-long", "location-short", "location-long")
+CELLS: tuple[Cell, ...] = get_args(Cell)
 
 
 class _Answer(BaseModel):
@@ -29,7 +29,7 @@ class Caption(_Answer):
 
 
 class Descriptions(_Answer):
-    """Four descriptions of one target that do not name it."""
+    """Four descriptions of one target, none of which names it."""
 
     attribute_short: str
     attribute_long: str
@@ -42,7 +42,7 @@ class Descriptions(_Answer):
 
 
 class Revision(_Answer):
-    """What becomes of one description; `text` is empty when it is removed."""
+    """The verdict on one description; `text` is empty when it is removed."""
 
     cell: Cell
     verdict: Literal["keep", "revise", "remove"]
@@ -51,13 +51,13 @@ class Revision(_Answer):
 
 
 class Revisions(_Answer):
-    """What becomes of each description."""
+    """The verdict on each description."""
 
     descriptions: list[Revision]
 
 
 class CellPair(_Answer):
-    """The question and the answer that one description became."""
+    """The question and the answer made from one description."""
 
     cell: Cell
     question: str
@@ -65,12 +65,12 @@ class CellPair(_Answer):
 
 
 class CellPairs(_Answer):
-    """The question and the answer that each description became."""
+    """The question and the answer made from each description."""
 
     pairs: list[CellPair]
 
 
-class Turn(_Answer):
+class ConversationTurn(_Answer):
     """One turn of a conversation."""
 
     question: str
@@ -80,7 +80,7 @@ class Turn(_Answer):
 class Conversation(_Answer):
     """The turns of a conversation, in order; the last asks for the target."""
 
-    turns: list[Turn]
+    turns: list[ConversationTurn]
 
 
 ANSWERS: dict[Stage, type[BaseModel]] = {
@@ -94,32 +94,29 @@ ANSWERS: dict[Stage, type[BaseModel]] = {
 
 @cache
 def json_schema(stage: Stage) -> dict[str, Any]:
-    """Returns the JSON schema of a stage's answer: every key required, no other key allowed, nothing referenced.
+    """Returns the JSON schema of a stage's answer: all keys required, no others allowed, no references.
 
-    It is made once: do not change it.
+    The result is cached: do not modify it.
     """
     schema = ANSWERS[stage].model_json_schema()
     parts = schema.pop("$defs", {})
 
-    def plain(value: Any) -> Any:
+    def inlined(value: Any) -> Any:
         if isinstance(value, list):
-            return [plain(each) for each in value]
+            return [inlined(each) for each in value]
         if not isinstance(value, dict):
             return value
         if "$ref" in value:
-            return plain(parts[value["$ref"].rsplit("/", 1)[-1]])
-        # pydantic's titles and our docstrings say nothing to a model and would be paid for with every request.
-        shown = {key: each for key, each in value.items() if not (key in _SILENT and isinstance(each, str))}
-        return {key: plain(each) for key, each in shown.items()}
+            return inlined(parts[value["$ref"].rsplit("/", 1)[-1]])
+        # pydantic's titles and our docstrings mean nothing to a model and would be paid for with every request.
+        silent = [key for key in ("title", "description") if isinstance(value.get(key), str)]
+        return {key: inlined(each) for key, each in value.items() if key not in silent}
 
-    return plain(schema)
-
-
-_SILENT = ("title", "description")
+    return inlined(schema)
 
 
 def response_format(stage: Stage, mode: Mode) -> dict[str, Any] | None:
-    """Returns the chat completion's `response_format` in the nested form; None when the server knows none."""
+    """Returns the chat completion's `response_format`; None when the server supports none."""
     if mode == "none":
         return None
     if mode == "json_object":
@@ -128,13 +125,13 @@ def response_format(stage: Stage, mode: Mode) -> dict[str, Any] | None:
 
 
 def read_answer(stage: Stage, text: str, mode: Mode = "strict") -> BaseModel:
-    """Returns a stage's answer from the text of a reply.
+    """Reads a stage's answer from the text of a reply.
 
-    A server that follows no schema may wrap its JSON in words or a fenced block: with mode "none" the outermost braces
-    are taken, and a caption may be plain text.
+    With mode "none" the server may wrap its JSON in words or a fenced block, so the outermost braces are taken, and a
+    caption may be plain text.
 
     Raises:
-        ValueError: it is not the JSON of this stage; the message says why, briefly.
+        ValueError: it is not the JSON of this stage; the message gives the first reason.
     """
     text = text.strip()
     if mode == "none":
@@ -146,6 +143,10 @@ def read_answer(stage: Stage, text: str, mode: Mode = "strict") -> BaseModel:
     try:
         return ANSWERS[stage].model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from error
+        raise ValueError(reasons(error)[0]) from error
+
+
+def reasons(error: ValidationError) -> list[str]:
+    """Returns what pydantic found wrong: "key.subkey: why" for each value."""
+    found = error.errors(include_url=False, include_context=False)
+    return [": ".join(filter(None, (".".join(map(str, each["loc"])), each["msg"]))) for each in found]

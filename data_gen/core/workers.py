@@ -1,4 +1,4 @@
-"""Many jobs, few at a time."""
+"""Runs many jobs, a few at a time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Job = TypeVar("Job")
 
 
 async def work_through(jobs: Iterator[Job], work: Callable[[Job], Awaitable[None]], workers: int) -> None:
-    """Does all jobs, `workers` at a time; the next is drawn when a worker is free, so that few are in memory.
+    """Runs all jobs, `workers` at a time; the next is drawn when a worker is free, so that few are in memory.
 
-    When one raises no further job begins; those under way come to their end, then the first exception is raised.
+    After an exception no further job begins; those under way finish, then the first exception is raised.
     """
     errors: list[BaseException] = []
 

@@ -1,4 +1,4 @@
-"""How far two reviewers agree about the pairs that both have judged: the raw share and Cohen's kappa."""
+"""How far two reviewers agree about the pairs that both have judged: the raw agreement and Cohen's kappa."""
 
 from __future__ import annotations
 
@@ -12,43 +12,30 @@ from data_gen.core.items import Decision
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Two reviewers, compared.
-
-    Attributes:
-        first, second: their names.
-        pairs: how many pairs both have judged.
-        raw: share of these on which their verdicts (accept, reject, edit) are the same; None when there is none.
-        kappa: Cohen's kappa, which takes off the agreement that chance alone would give: 1 is perfect, 0 is chance.
-            None when it is not defined: nothing shared, or both gave one and the same verdict throughout.
-    """
+    """Two reviewers, compared."""
 
     first: str
     second: str
-    pairs: int
-    raw: float | None
-    kappa: float | None
+    pairs: int  # how many both have judged
+    raw: float | None  # fraction of these with the same verdict (accept, reject, edit); None when there are none
+    kappa: float | None  # Cohen's: 1 is perfect, 0 is chance; None without shared pairs or with one verdict throughout
 
 
 def agreements(decisions: Sequence[Decision]) -> list[Agreement]:
-    """Compares every two reviewers who share a pair, in the order of their names.
-
-    Args:
-        decisions: those that stand, one for each reviewer and pair.
-    """
+    """Compares all reviewers who share a pair, in the order of their names; one decision per reviewer and pair."""
     verdicts: dict[str, dict[str, str]] = {}
     for decision in decisions:
         verdicts.setdefault(decision.reviewer, {})[decision.pair] = decision.verdict
     found = []
     for first, second in combinations(sorted(verdicts), 2):
-        shared = sorted(verdicts[first].keys() & verdicts[second].keys())
-        if shared:
+        if shared := sorted(verdicts[first].keys() & verdicts[second].keys()):
             ours, theirs = ([verdicts[name][pair] for pair in shared] for name in (first, second))
             found.append(Agreement(first, second, len(shared), raw_agreement(ours, theirs), cohen_kappa(ours, theirs)))
     return found
 
 
 def raw_agreement(first: Sequence[str], second: Sequence[str]) -> float | None:
-    """Returns the share of places at which two lists of labels are equal; None for empty lists.
+    """Returns the fraction of places at which two lists of labels are equal; None for empty lists.
 
     Raises:
         ValueError: the lists differ in length.
@@ -59,10 +46,9 @@ def raw_agreement(first: Sequence[str], second: Sequence[str]) -> float | None:
 
 
 def cohen_kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
-    """Returns Cohen's kappa (1960) of two lists of labels: (observed - chance) / (1 - chance).
+    """Returns Cohen's kappa (1960) of two lists of labels, (observed - chance) / (1 - chance), in [-1, 1].
 
-    Returns:
-        -1 to 1; None for empty lists and where chance alone already explains all, since 0 / 0 says nothing.
+    None for empty lists and where chance alone explains everything (0 / 0).
 
     Raises:
         ValueError: the lists differ in length.
@@ -70,6 +56,6 @@ def cohen_kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
     observed = raw_agreement(first, second)
     if observed is None:
         return None
-    ours, theirs, total = Counter(first), Counter(second), len(first)
-    chance = sum(ours[label] * theirs[label] for label in ours) / total**2
+    ours, theirs = Counter(first), Counter(second)
+    chance = sum(ours[label] * theirs[label] for label in ours) / len(first) ** 2
     return None if chance == 1 else (observed - chance) / (1 - chance)

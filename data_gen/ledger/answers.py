@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sqlite3
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from data_gen.core.calls import Answer, Fault, Reply, Request, canonical
 from data_gen.core.schemas import Stage
 from data_gen.ledger.store import Store
 
+_REPLY = ("status", "text", "usage_in", "usage_cached", "usage_out", "price", "sends", "why")
+_STORE = (
+    f"INSERT INTO answers VALUES({', '.join('?' * 12)}) "
+    "ON CONFLICT(key, attempt) DO UPDATE SET verdict=excluded.verdict"
+)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, slots=True)
 class Count:
-    """What one stage asked of one model: answers of all attempts, their tokens, and their price in US dollars."""
+    """The requests of one stage to one model: answers of all attempts, their tokens, and their price in US dollars."""
 
     stage: str
     model: str
@@ -36,24 +41,28 @@ class Answers:
         self._store = store
 
     def store_requests(self, requests: list[Request]) -> Future[None]:
-        """Stores requests in one transaction; those that are there already stay."""
-        rows = [(request, *_split(request)) for request in requests]
+        """Stores new requests, in one transaction."""
+        rows: list[tuple[str, tuple[Any, ...], str]] = []
+        for each in requests:
+            # A form is what many requests share: model, system message, schema, parameters.
+            first, *rest = each.body["messages"]
+            form = canonical({**each.body, "messages": [first]})
+            rows.append((form, (each.key, each.stage, each.item, each.model), canonical(rest)))
 
         def operation(connection: sqlite3.Connection) -> None:
-            for request, form, prompt in rows:
-                found = connection.execute("SELECT id FROM forms WHERE content=?", (form,)).fetchone()
-                number = found[0] if found else _insert(connection, "INSERT INTO forms(content) VALUES(?)", (form,))
+            for form, identity, prompt in rows:
+                connection.execute("INSERT OR IGNORE INTO forms(content) VALUES(?)", (form,))
                 connection.execute(
-                    "INSERT OR IGNORE INTO requests VALUES(?, ?, ?, ?, ?, ?, ?)",
-                    (request.key, request.stage, request.item, request.model, number, prompt, time.time()),
+                    "INSERT OR IGNORE INTO requests VALUES(?, ?, ?, ?, (SELECT id FROM forms WHERE content=?), ?, ?)",
+                    (*identity, form, prompt, time.time()),
                 )
 
         return self._store.submit(operation)
 
     def body(self, key: str) -> dict[str, Any]:
-        """Returns what was asked under a key, as it is sent."""
+        """Returns the body of a stored request, as it is sent."""
         ((form, prompt),) = self._store.read(
-            "SELECT forms.content, prompt FROM requests JOIN forms ON forms.id = form WHERE key=?", (key,)
+            "SELECT forms.content, prompt FROM requests JOIN forms ON forms.id = form WHERE key=?", key
         )
         shared = json.loads(form)
         return {**shared, "messages": [*shared["messages"], *json.loads(prompt)]}
@@ -61,49 +70,36 @@ class Answers:
     def find(self, key: str) -> Answer | None:
         """Returns the first good answer to a request, on which all later ones build; else the last attempt's."""
         rows = self._store.read(
-            "SELECT attempt, verdict, status, text, usage_in, usage_cached, usage_out, price, sends, why "
-            "FROM answers WHERE key=? ORDER BY status='ok' DESC, CASE status WHEN 'ok' THEN attempt ELSE -attempt END LIMIT 1",
-            (key,),
+            f"SELECT attempt, verdict, {', '.join(_REPLY)} FROM answers WHERE key=? "
+            "ORDER BY status='ok' DESC, CASE status WHEN 'ok' THEN attempt ELSE -attempt END LIMIT 1",
+            key,
         )
         if not rows:
             return None
-        attempt, verdict, status, text, usage_in, usage_cached, usage_out, price, sends, why = rows[0]
-        reply = Reply(
-            status=status,
-            text=text,
-            usage_in=usage_in,
-            usage_cached=usage_cached,
-            usage_out=usage_out,
-            price=price,
-            sends=sends,
-            why=why,
-        )
-        return Answer(reply, attempt, None if verdict is None else tuple(Fault(*each) for each in json.loads(verdict)))
+        attempt, verdict, *reply = rows[0]
+        faults = None if verdict is None else tuple(Fault(*each) for each in json.loads(verdict))
+        return Answer(Reply(**dict(zip(_REPLY, reply, strict=True))), attempt, faults)
 
     def attempts(self, key: str) -> int:
         """Returns how often a request was answered."""
-        return self._store.read("SELECT coalesce(max(attempt), 0) FROM answers WHERE key=?", (key,))[0][0]
+        return self._store.read("SELECT coalesce(max(attempt), 0) FROM answers WHERE key=?", key)[0][0]
 
     def store(self, key: str, answer: Answer) -> Future[None]:
-        """Stores an answer, or adds the verdict to one that is there; the future is done when it is on the disk."""
-        row = _row(key, answer)
-        return self._store.submit(lambda connection: connection.execute(_STORE, row))
+        """Stores an answer, or adds its verdict to the stored one; the future is done when it is on the disk."""
+        return self._store.execute(_STORE, *_row(key, answer))
 
-    # Batches
+    def stage(self, key: str) -> Stage | None:
+        """Returns the stage of a request; None when there is no such request."""
+        rows = self._store.read("SELECT stage FROM requests WHERE key=?", key)
+        return rows[0][0] if rows else None
 
     def start_batch(self, token: str, requests: int) -> None:
-        """Notes a batch before it is submitted, so that one whose id was never stored can be found again."""
-        row = (token, requests, time.time())
-        self._store.submit(
-            lambda connection: connection.execute("INSERT INTO batches VALUES(?, NULL, 'begun', ?, ?)", row)
-        ).result()
+        """Stores a batch before it is submitted, so that one whose id was never stored can be found again."""
+        self._store.execute("INSERT INTO batches VALUES(?, NULL, 'begun', ?, ?)", token, requests, time.time()).result()
 
     def mark_batch(self, token: str, identity: str | None, status: str) -> None:
         """Stores a batch's id and status."""
-        row = (identity, status, token)
-        self._store.submit(
-            lambda connection: connection.execute("UPDATE batches SET id=?, status=? WHERE token=?", row)
-        ).result()
+        self._store.execute("UPDATE batches SET id=?, status=? WHERE token=?", identity, status, token).result()
 
     def open_batches(self) -> list[tuple[str, str | None]]:
         """Returns token and id of the batches whose answers have not been collected, oldest first."""
@@ -120,50 +116,30 @@ class Answers:
 
         self._store.submit(operation).result()
 
-    def stage(self, key: str) -> Stage | None:
-        """Returns the stage of a request; None when there is no such request."""
-        rows = self._store.read("SELECT stage FROM requests WHERE key=?", (key,))
-        return rows[0][0] if rows else None
-
-    # Sums
-
     def spent(self) -> float:
-        """Returns the price of all answers so far and what `charge` was told, in US dollars."""
+        """Returns the price of all answers and all charges so far, in US dollars."""
         return self._store.read(
             "SELECT (SELECT total(price) FROM answers) + (SELECT total(value) FROM facts WHERE name='charged')"
         )[0][0]
 
     def charge(self, price: float) -> Future[None]:
         """Adds what a call may have cost whose answer never came, in US dollars."""
-        return self._store.submit(
-            lambda connection: connection.execute(
-                "INSERT INTO facts VALUES('charged', ?) ON CONFLICT(name) DO UPDATE SET value = value + excluded.value",
-                (price,),
-            )
+        return self._store.execute(
+            "INSERT INTO facts VALUES('charged', ?) ON CONFLICT(name) DO UPDATE SET value = value + excluded.value",
+            price,
         )
 
     def counts(self) -> list[Count]:
-        """Returns what each stage asked of each model, ordered by stage and model."""
+        """Returns the requests of each stage to each model, ordered by stage and model."""
         rows = self._store.read(
-            "SELECT stage, model, count(DISTINCT requests.key), count(attempt), total(status='ok'), total(usage_in), "
-            "total(usage_out), total(price) FROM requests LEFT JOIN answers USING(key) GROUP BY 1, 2 ORDER BY 1, 2"
+            "SELECT stage, model, count(DISTINCT requests.key), count(attempt), "
+            "count(CASE status WHEN 'ok' THEN 1 END), coalesce(sum(usage_in), 0), coalesce(sum(usage_out), 0), total(price) "
+            "FROM requests LEFT JOIN answers USING(key) GROUP BY 1, 2 ORDER BY 1, 2"
         )
-        return [
-            Count(
-                stage=stage,
-                model=model,
-                requests=requests,
-                answers=answers,
-                good=int(good),
-                usage_in=int(usage_in),
-                usage_out=int(usage_out),
-                price=price,
-            )
-            for stage, model, requests, answers, good, usage_in, usage_out, price in rows
-        ]
+        return [Count(*row) for row in rows]
 
     def faults(self) -> dict[str, int]:
-        """Returns how often the rules found each fault in an answer, those that were mended later among them."""
+        """Returns how often each rule was broken in an answer, including faults that were corrected later."""
         rows = self._store.read(
             "SELECT json_extract(each.value, '$[1]'), count(*) FROM answers, json_each(answers.verdict) AS each "
             "WHERE verdict IS NOT NULL GROUP BY 1 ORDER BY 1"
@@ -171,21 +147,8 @@ class Answers:
         return dict(rows)
 
 
-def _insert(connection: sqlite3.Connection, statement: str, row: tuple[Any, ...]) -> int:
-    return connection.execute(statement, row).lastrowid or 0
-
-
-def _split(request: Request) -> tuple[str, str]:
-    """Cuts a body into what many requests share (model, system message, schema, parameters) and its own messages."""
-    first, *rest = request.body["messages"]
-    return canonical({**request.body, "messages": [first]}), canonical(rest)
-
-
-_STORE = f"INSERT INTO answers VALUES({', '.join('?' * 12)}) ON CONFLICT(key, attempt) DO UPDATE SET verdict=excluded.verdict"
-
-
 def _row(key: str, answer: Answer) -> tuple[Any, ...]:
     reply = answer.reply
-    verdict = None if answer.verdict is None else canonical([dataclasses.astuple(each) for each in answer.verdict])
+    verdict = None if answer.verdict is None else canonical([astuple(each) for each in answer.verdict])
     usage = reply.usage_in, reply.usage_cached, reply.usage_out, reply.price, reply.sends
     return key, answer.attempt, reply.status, reply.text, reply.why, *usage, verdict, time.time()

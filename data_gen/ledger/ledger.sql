@@ -13,7 +13,7 @@ CREATE TABLE requests(
   form INTEGER NOT NULL REFERENCES forms(id), prompt TEXT NOT NULL, created REAL NOT NULL
 ) WITHOUT ROWID;
 
--- Each attempt that the server answered; `verdict` is the list of faults that the rules found, NULL before they looked.
+-- Each attempt that the server answered; `verdict` is the list of faults that the rules found, NULL before.
 CREATE TABLE answers(
   key TEXT NOT NULL REFERENCES requests(key), attempt INTEGER NOT NULL, status TEXT NOT NULL, text TEXT NOT NULL,
   why TEXT NOT NULL, usage_in INTEGER NOT NULL, usage_cached INTEGER NOT NULL, usage_out INTEGER NOT NULL,
@@ -33,7 +33,7 @@ CREATE TABLE drops(
   PRIMARY KEY(item, stage, pair, rule, reason)
 ) WITHOUT ROWID;
 
--- What people say; an undone decision stays, with its time.
+-- Decisions of reviewers; an undone one is kept, with its time.
 CREATE TABLE decisions(
   number INTEGER PRIMARY KEY AUTOINCREMENT, pair TEXT NOT NULL, reviewer TEXT NOT NULL, verdict TEXT NOT NULL,
   reason TEXT NOT NULL, question TEXT NOT NULL, answer TEXT NOT NULL, created REAL NOT NULL, undone REAL

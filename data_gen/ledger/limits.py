@@ -10,19 +10,19 @@ from dataclasses import dataclass, field
 
 from data_gen.ledger.answers import Answers
 
-_LEAST_SLEEP = 0.001  # seconds; a rest too small for the clock would be waited for in vain
+_LEAST_SLEEP = 0.001  # seconds; a shorter sleep can end before the clock has advanced
 
 
 class StopRun(Exception):
-    """Ends a run early; the message says why and what to do. All that was answered is in the ledger."""
+    """Ends a run early; the message says why and what to do. All answers so far are in the ledger."""
 
 
 class RateLimit:
     """Token buckets over requests and tokens per minute, shared by all calls of a run.
 
     A bucket holds one second's worth, so that no burst breaks a limit that the server counts in short windows. A
-    request goes as soon as its bucket is not empty and may leave a debt, which the next one waits for: the mean rate
-    holds whatever the sizes.
+    request is sent as soon as its bucket is not empty and may leave a debt, for which the next one waits: the mean rate
+    is kept whatever the sizes.
     """
 
     def __init__(
@@ -33,45 +33,44 @@ class RateLimit:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """Starts with full buckets; None is no limit. `clock` is in seconds, `sleep` waits for that many."""
+        """Starts with full buckets; None is no limit. `clock` and `sleep` are in seconds."""
         self._clock, self._sleep = clock, sleep
-        self._requests = _Bucket(requests_per_minute, clock()) if requests_per_minute else None
-        self._tokens = _Bucket(tokens_per_minute, clock()) if tokens_per_minute else None
+        self._requests = _Bucket(requests_per_minute, clock())
+        self._tokens = _Bucket(tokens_per_minute, clock())
         self._paused_until = 0.0
         self._turn = asyncio.Lock()
 
     async def take(self, tokens: float) -> None:
-        """Waits until a request of so many tokens may be sent, in the order of asking."""
+        """Waits until a request of this many tokens may be sent; first come, first served."""
         async with self._turn:
             while (seconds := self._wait()) > 0:
                 await self._sleep(max(seconds, _LEAST_SLEEP))
-            for bucket, amount in ((self._requests, 1.0), (self._tokens, tokens)):
-                if bucket:
-                    bucket.level -= amount
+            self._requests.level -= 1.0
+            self._tokens.level -= tokens
 
     def give_back(self, tokens: float) -> None:
         """Corrects the tokens that a request was expected to need; a negative number takes more."""
-        if self._tokens:
-            self._tokens.level += tokens
+        self._tokens.level += tokens
 
     def pause(self, seconds: float) -> None:
-        """Sends nothing for so long: the server asked for it, and it means all calls."""
+        """Delays all calls, as the server asked."""
         self._paused_until = max(self._paused_until, self._clock() + seconds)
 
     def _wait(self) -> float:
         now = self._clock()
-        waits = [bucket.wait(now) for bucket in (self._requests, self._tokens) if bucket]
-        return max([self._paused_until - now, *waits])
+        return max(self._paused_until - now, self._requests.wait(now), self._tokens.wait(now))
 
 
 class _Bucket:
-    def __init__(self, per_minute: float, now: float) -> None:
-        self._rate = per_minute / 60
-        self._full = max(1.0, self._rate)
-        self.level, self._at = self._full, now
+    def __init__(self, per_minute: float | None, now: float) -> None:
+        self._rate = per_minute / 60 if per_minute else float("inf")
+        self.level = self._full = max(1.0, self._rate)
+        self._at = now
 
     def wait(self, now: float) -> float:
         """Fills up and returns the seconds until something may be taken."""
+        if self._full == float("inf"):
+            return 0.0
         self.level = min(self._full, self.level + (now - self._at) * self._rate)
         self._at = now
         return max(0.0, (1.0 - self.level) / self._rate)
@@ -82,34 +81,32 @@ class ErrorBudget:
     """Ends a run in which nothing works, before it costs much.
 
     A call is bad when it brought no usable answer after all its attempts.
-
-    Attributes:
-        in_a_row: so many bad calls one after the other end the run.
-        share: so does a share of bad calls above this among the last `window`.
-        window: see `share`.
     """
 
-    in_a_row: int = 20
-    share: float = 0.5
+    in_a_row: int = 20  # this many consecutive bad calls end the run
+    share: float = 0.5  # so does a larger fraction of bad calls among the last `window`
     window: int = 200
-    _last: deque[bool] = field(default_factory=deque)
+    _last: deque[bool] = field(init=False)
     _row: int = 0
     _reasons: Counter[str] = field(default_factory=Counter)
 
+    def __post_init__(self) -> None:
+        self._last = deque(maxlen=self.window)
+
     def good(self) -> None:
-        """Notes a call that worked."""
+        """Counts a call that worked."""
         self._row = 0
-        self._note(True)
+        self._last.append(True)
 
     def bad(self, reason: str) -> None:
-        """Notes a call that did not.
+        """Counts a call that did not work.
 
         Raises:
             StopRun: the budget is used up.
         """
         self._row += 1
         self._reasons[reason] += 1
-        self._note(False)
+        self._last.append(False)
         failed = self._last.count(False)
         if self._row >= self.in_a_row:
             what = f"{self._row} calls in a row failed"
@@ -118,39 +115,28 @@ class ErrorBudget:
         else:
             return
         reason, count = self._reasons.most_common(1)[0]
-        raise StopRun(f"stopped: {what}; most often ({count} times): {reason}; mend that, then run again to go on.")
-
-    def _note(self, worked: bool) -> None:
-        self._last.append(worked)
-        if len(self._last) > self.window:
-            self._last.popleft()
+        raise StopRun(f"stopped: {what}; most often ({count} times): {reason}; fix that, then run again to continue.")
 
 
 @dataclass
 class MoneyBudget:
-    """The money of a ledger, in US dollars: what is spent, and what calls under way may cost at most.
+    """The money of a ledger, in US dollars: what is spent, and what calls under way may cost at most."""
 
-    Attributes:
-        limit: what all may cost; None is no limit.
-        spent: by now, in this run and those before.
-        answers: of the ledger, which keeps what `lose` was told for the runs to come.
-    """
-
-    limit: float | None = None
-    spent: float = 0.0
-    answers: Answers | None = None
+    limit: float | None = None  # for all runs of the ledger
+    spent: float = 0.0  # so far, in this run and those before
+    answers: Answers | None = None  # of the ledger, which stores the charges of `lose` for later runs
     _held: float = 0.0
 
     def hold(self, most: float) -> None:
-        """Sets aside what a call can cost at most.
+        """Sets aside the most that a call can cost.
 
         Raises:
             StopRun: the call could exceed the limit.
         """
         if self.limit is not None and self.spent + self._held + most > self.limit:
             raise StopRun(
-                f"stopped: {self.spent:.4f} USD are spent and {self._held:.4f} USD set aside for calls under way; one "
-                f"more call may cost {most:.4f} USD and exceed --max-cost {self.limit:g}; raise it to go on."
+                f"stopped: {self.spent:.4f} USD are spent and {self._held:.4f} USD set aside for calls under way. One "
+                f"more call may cost {most:.4f} USD and exceed --max-cost {self.limit:g}; raise it to continue."
             )
         self._held += most
 

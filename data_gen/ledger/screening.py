@@ -1,11 +1,11 @@
-"""What people's decisions make of the machine's pairs: which stay, in which words, and why the others go.
+"""The pairs after people's decisions: which are kept, in which wording, and why the others are not.
 
 The rules, the same for one reviewer and for many:
-- nobody has judged it: it stays as it is (or goes, when only screened pairs are wanted);
-- one rejection is enough to take it out, whatever others say;
-- an edit goes before an accept: the edited words stand; edits of the same pair that differ take it out;
-- a conversation stays or goes as a whole: its turns speak of each other, and the last one asks for the target;
-- of two pairs of an item that ask the same after all edits, the first stays.
+- a pair that nobody has judged is kept as it is (or left out, when only screened pairs are wanted);
+- one rejection leaves it out, whatever others decide;
+- an edit takes precedence over an accept; different edits of the same pair leave it out;
+- a conversation is kept or left out as a whole: its turns refer to each other, and the last one asks for the target;
+- of two pairs of an item with the same question after all edits, the first is kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KEPT: tuple[Outcome, ...] = ("unscreened", "accepted", "edited")
 
 @dataclass(frozen=True, slots=True)
 class Screened:
-    """A pair in its final words, and what people made of it."""
+    """A pair in its final wording, and the outcome of its screening."""
 
     pair: Pair
     outcome: Outcome
@@ -32,76 +32,53 @@ class Screened:
 
 @dataclass(frozen=True, slots=True)
 class Screening:
-    """All pairs after screening.
+    """All pairs after screening."""
 
-    Attributes:
-        pairs: those that stay, in the order given.
-        counts: how many came to each outcome; all outcomes are there.
-        judged: how many pairs at least one person has judged.
-    """
-
-    pairs: tuple[Screened, ...]
-    counts: dict[Outcome, int]
-    judged: int
+    pairs: tuple[Screened, ...]  # those that are kept, in the given order
+    counts: dict[Outcome, int]  # of every outcome
+    judged: int  # how many pairs at least one person has judged
 
 
 def screen(pairs: Sequence[Pair], decisions: Iterable[Decision], *, screened_only: bool = False) -> Screening:
-    """Applies decisions to pairs.
+    """Applies decisions, one per reviewer and pair, to pairs in the order of their ids.
 
-    Args:
-        pairs: in the order of their ids.
-        decisions: those that stand, one for each reviewer and pair; those about other pairs are passed over.
-        screened_only: keep only what a person has accepted or edited.
+    With `screened_only` only what a person has accepted or edited is kept.
     """
+    kept = KEPT[1:] if screened_only else KEPT
     by_pair: dict[str, list[Decision]] = {}
     for decision in decisions:
         by_pair.setdefault(decision.pair, []).append(decision)
     judged = [_judge(pair, by_pair.get(pair.id, [])) for pair in pairs]
-    final = _without_repeats(_without_cut_turns(judged, screened_only))
+    broken = {one.pair.conversation for one in judged if one.outcome not in kept} - {None}
+    seen: set[tuple[str, str]] = set()
+    final: list[Screened] = []
+    for one in judged:
+        question = one.pair.item, " ".join(one.pair.question.casefold().split())
+        if one.pair.conversation in broken and one.outcome in kept:
+            one = replace(one, outcome="cut")
+        # Turns of conversations may repeat a question, as they differ by what was said before.
+        elif one.pair.conversation is None and one.outcome in KEPT:
+            one = replace(one, outcome="repeated") if question in seen else one
+            seen.add(question)
+        final.append(one)
     counts = Counter(one.outcome for one in final)
     return Screening(
-        pairs=tuple(one for one in final if _stays(one, screened_only)),
+        pairs=tuple(one for one in final if one.outcome in kept),
         counts={outcome: counts[outcome] for outcome in OUTCOMES},
         judged=sum(pair.id in by_pair for pair in pairs),
     )
 
 
-def _stays(one: Screened, screened_only: bool) -> bool:
-    return one.outcome in KEPT and not (screened_only and one.outcome == "unscreened")
-
-
 def _judge(pair: Pair, decisions: Sequence[Decision]) -> Screened:
     verdicts = {decision.verdict for decision in decisions}
+    edits = {(one.question.strip(), one.answer.strip()) for one in decisions if one.verdict == "edit"}
     if not verdicts:
         return Screened(pair, "unscreened")
     if "reject" in verdicts:
         return Screened(pair, "rejected")
-    edits = {(one.question.strip(), one.answer.strip()) for one in decisions if one.verdict == "edit"}
     if len(edits) > 1:
         return Screened(pair, "disagreed")
-    if not edits:
-        return Screened(pair, "accepted")
-    ((question, answer),) = edits
-    return Screened(replace(pair, question=question, answer=answer), "edited")
-
-
-def _without_cut_turns(judged: Sequence[Screened], screened_only: bool) -> list[Screened]:
-    broken = {one.pair.conversation for one in judged if not _stays(one, screened_only)} - {None}
-    return [
-        replace(one, outcome="cut") if one.pair.conversation in broken and _stays(one, screened_only) else one
-        for one in judged
-    ]
-
-
-def _without_repeats(judged: Sequence[Screened]) -> list[Screened]:
-    """Marks pairs that ask the same of one item; turns of conversations differ by what was said before."""
-    seen: set[tuple[str, str]] = set()
-    final = []
-    for one in judged:
-        key = (one.pair.item, " ".join(one.pair.question.casefold().split()))
-        if one.outcome in KEPT and one.pair.conversation is None:
-            final.append(replace(one, outcome="repeated") if key in seen else one)
-            seen.add(key)
-        else:
-            final.append(one)
-    return final
+    if edits:
+        question, answer = edits.pop()
+        return Screened(replace(pair, question=question, answer=answer), "edited")
+    return Screened(pair, "accepted")

@@ -1,13 +1,13 @@
-"""An SQLite file for many threads: one thread writes, and whoever waits for the disk waits together with all others.
+"""An SQLite file for many threads: one thread writes, and operations that wait for the disk share a commit.
 
-A commit with synchronous=FULL takes milliseconds. Operations that arrive while one is under way share the next.
+A commit with synchronous=FULL takes milliseconds. Operations that arrive during one are committed together next.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from queue import SimpleQueue
@@ -18,41 +18,27 @@ from medisee.foundation.errors import InputError
 Operation: TypeAlias = Callable[[sqlite3.Connection], Any]
 _Job: TypeAlias = tuple[Operation, "Future[Any]"]
 
-BUSY_SECONDS = 60.0  # another process, as a review page beside a run, may hold the lock for a moment
-
-
-def _connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
-    """Opens a file for use from any thread; the caller keeps two threads from using it at once."""
-    if read_only:
-        connection = sqlite3.connect(
-            f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_SECONDS, check_same_thread=False
-        )
-    else:
-        connection = sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False, isolation_level=None)
-    return connection
+BUSY_SECONDS = 60.0  # another process, such as a review page beside a run, may hold the lock for a moment
 
 
 class Store:
-    """Reads at once; runs writing operations in order, the future of each is done when its transaction is on the disk."""
+    """Reads at once; writes in order: the future of an operation is done when its transaction is on the disk."""
 
     def __init__(self, path: Path, prepare: Operation) -> None:
-        """Opens a file, which is made when it is missing.
-
-        Args:
-            path: the file.
-            prepare: is given the writing connection first, to make or check the tables.
+        """Opens a file, which is created when missing; `prepare` makes or checks its tables.
 
         Raises:
-            sqlite3.Error: it is no SQLite file or cannot be opened.
+            sqlite3.Error: it is not an SQLite file or cannot be opened.
         """
         self.path = path
         self._lock = threading.Lock()
-        self._connection = _connect(path)
+        self._connection = sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False, isolation_level=None)
         try:
-            prepare(self._connection)  # first of all: a file of somebody else stays as it is
+            prepare(self._connection)  # first: the file of another program must stay as it is
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
-            self._reader = _connect(path, read_only=True)
+            uri = f"{path.resolve().as_uri()}?mode=ro"
+            self._reader = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, check_same_thread=False)
         except BaseException:
             self._connection.close()
             raise
@@ -60,31 +46,34 @@ class Store:
         self._thread = threading.Thread(target=self._work, name="ledger", daemon=True)
         self._thread.start()
 
-    def read(self, query: str, values: Iterable[Any] = ()) -> list[Any]:
+    def read(self, query: str, *values: Any) -> list[Any]:
         """Returns the rows of a query."""
         with self._lock:
-            return self._reader.execute(query, tuple(values)).fetchall()
+            return self._reader.execute(query, values).fetchall()
 
-    def pages(self, query: str, start: str | int, values: Iterable[Any] = ()) -> Iterator[Any]:
-        """Yields the rows of a query a page at a time, so that memory stays flat.
+    def pages(self, query: str, start: str | int, *values: Any) -> Iterator[Any]:
+        """Yields the rows of a query page by page, so that memory stays flat.
 
-        Its first column rises from its first `?`, which is given `start` and then the last value seen.
+        Its first column must ascend from its first `?`, which is `start` and then the last value seen.
         """
-        values = tuple(values)
-        while rows := self.read(f"{query} LIMIT 500", (start, *values)):
+        while rows := self.read(f"{query} LIMIT 500", start, *values):
             yield from rows
             start = rows[-1][0]
 
     def submit(self, operation: Operation) -> Future[Any]:
-        """Hands in an operation; its result or its InputError is the future's."""
+        """Queues an operation; its result or its InputError is the future's."""
         future: Future[Any] = Future()
-        # It is done in any case, so whoever gives up waiting must not cancel it: its result could not be set then.
+        # It runs in any case, so a waiter that gives up must not cancel it: its result could not be set then.
         future.set_running_or_notify_cancel()
         self._jobs.put((operation, future))
         return future
 
+    def execute(self, statement: str, *values: Any) -> Future[Any]:
+        """Queues one statement."""
+        return self.submit(lambda connection: connection.execute(statement, values))
+
     def close(self) -> None:
-        """Writes what has been handed in, then closes the file."""
+        """Writes what is queued, then closes the file."""
         self._jobs.put(None)
         self._thread.join()
         # The writer last: only it can fold the WAL back, so that the ledger is one file again.
@@ -94,16 +83,13 @@ class Store:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             group = [job]
-            while not self._jobs.empty():
-                more = self._jobs.get()
-                if more is None:
-                    self._jobs.put(None)
-                    break
-                group.append(more)
+            while not self._jobs.empty() and (job := self._jobs.get()) is not None:
+                group.append(job)
+            if job is None:
+                self._jobs.put(None)
             self._commit(group)
 
     def _commit(self, group: list[_Job]) -> None:
-        results: list[Any] = []
         try:
             self._connection.execute("BEGIN IMMEDIATE")
             try:
@@ -112,16 +98,15 @@ class Store:
             except BaseException:
                 self._connection.execute("ROLLBACK")
                 raise
-        except sqlite3.Error as error:
-            problem = InputError(
-                f"{self.path}: cannot be written ({error}); expected a ledger on a disk with space; "
-                "nothing that was stored before is lost: make room or correct the path and run again."
-            )
+        except Exception as error:  # goes to those who wait, not to this thread
+            problem = error
+            if isinstance(error, sqlite3.Error):
+                problem = InputError(
+                    f"{self.path}: cannot be written ({error}); expected a ledger on a disk with space. Nothing that "
+                    "was stored before is lost: make room or correct the path, then run again."
+                )
             for _, future in group:
                 future.set_exception(problem)
-        except Exception as error:  # whatever an operation raised goes to those who wait, not to this thread
-            for _, future in group:
-                future.set_exception(error)
         else:
             for (_, future), result in zip(group, results, strict=True):
                 future.set_result(result)

@@ -14,7 +14,7 @@ from data_gen.core.calls import Fault
 from data_gen.core.items import LENGTHS, PERSPECTIVES, Drop, Item, Pair
 from data_gen.core.names import Names
 from data_gen.core.recipe import Recipe, fields_of, pair_id, request_of
-from data_gen.core.schemas import Conversation, Turn
+from data_gen.core.schemas import Conversation, ConversationTurn
 from data_gen.pipeline.asking import Ask
 from data_gen.pipeline.retry import fill
 from data_gen.rules import checks as rules
@@ -45,7 +45,7 @@ async def converse(item: Item, recipe: Recipe, ask: Ask, *, caption: str, drops:
     )
     identity = pair_id(item.id, "first", f"{perspective}-{length}", 1)
     drops += [Drop(item.id, "converse", fault.rule, fault.reason, identity) for fault in filled.faults[:1]]
-    found: list[Turn] = filled.parts.get("turns", [])
+    found: list[ConversationTurn] = filled.parts.get("turns", [])
     return [
         Pair(
             id=f"{identity}-t{number}",
@@ -63,7 +63,7 @@ async def converse(item: Item, recipe: Recipe, ask: Ask, *, caption: str, drops:
     ]
 
 
-def _judge_turns(turns: list[Turn], length: Length, item: Item, names: Names) -> list[Fault]:
+def _judge_turns(turns: list[ConversationTurn], length: Length, item: Item, names: Names) -> list[Fault]:
     *before, last = turns
     breaches = [
         (number, breach)

@@ -1,16 +1,16 @@
-"""Rules that code can check, for what any author writes: descriptions, questions, answers, turns of conversations.
+"""Rules that code can check, for the texts of any author: descriptions, questions, answers, turns of conversations.
 
-What is not checked here is whether a statement is true in medicine; people screen that. Names are matched as
-`data_gen.core.names` says. Each breach has the short name of its rule and a reason that can be told to a model:
+Whether a statement is medically true is not checked here; people screen that. Names are matched as described in
+`data_gen.core.names`. Each breach has the short name of its rule and a reason that can be sent to a model:
 
 - `words`: a description or a question has 5-15 words (short) or 10-20 (long), an answer about 15, from 8 to 25.
-- `names_target`: a description, a question or an early turn holds the target's name, a synonym, plural, abbreviation
-  or a word that gives it away.
+- `names_target`: a description, a question or an early turn contains the target's name, a synonym, plural,
+  abbreviation or a word that gives it away.
 - `names_other`: it is about another labelled object ("which spleen", "find the spleen", "the spleen, which ...", "this
   organ is the spleen"). Another object as a landmark is allowed: "the organ to the right of the spleen".
-- `coordinates`: numbers that are positions: lists of numbers, rows and columns, shares, percentages, pixels.
-- `position`: it places the target in a half of the image where its box does not reach.
-- `question`: a description is a question, or a question is neither one nor a request.
+- `coordinates`: numbers that are positions: lists of numbers, rows and columns, fractions, percentages, pixels.
+- `position`: it places the target in a half of the image that its box does not reach.
+- `question`: a description is a question, or a question is neither a question nor a request.
 - `answer_names_label`: the answer does not name the target, denies it ("not the liver"), names another labelled object
   before it, or says that it is something else ("it is the pancreas, beside the liver").
 - `same_target`: the short and the long description, or question, of a perspective contradict each other.
@@ -23,31 +23,18 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal, TypeAlias
 
 from data_gen.core.items import Item
 from data_gen.core.names import Mention, Names, Word, words
 from data_gen.rules.positions import claims, contradiction
 from medisee.records.records import Length
 
-RuleName: TypeAlias = Literal[
-    "words",
-    "names_target",
-    "names_other",
-    "coordinates",
-    "position",
-    "question",
-    "answer_names_label",
-    "same_target",
-    "duplicate",
-]
-
 TEXT_WORDS: dict[Length, tuple[int, int]] = {"short": (5, 15), "long": (10, 20)}
 ANSWER_WORDS = (8, 25)
 TURN_WORDS = (2, 40)
 
 _NUMBER = r"-?\d*[.,]?\d+"
-# What stands before a list of numbers that are no positions: "areas 1, 2 and 3".
+# Words before a list of numbers that are not positions: "areas 1, 2 and 3".
 _NUMBERED = "areas segments grades levels stages types ribs zones nerves groups vertebrae chromosomes ages"
 _LIST = (
     r"(?<![\w.,])(?<!\d, )" + "".join(rf"(?<!\b{noun} )" for noun in _NUMBERED.split()) + r"\d+(?:\.\d+)?"
@@ -64,7 +51,7 @@ _COORDINATES = re.compile(
     r"|\b(?:the|these|those|its|with|at|of|pixel|image|box) coordinates?\b|\bcoordinates? (?:of|are|is|at)\b|\bxyxy\b|\bbbox\b|\bbounding box\w*\s+(?:is|at|of|with|=|:)?\s*[\[(\d]",
     re.IGNORECASE,
 )
-# A request for something: what may stand between its verb and its object is an article, an adjective or two.
+# A request for something: between its verb and its object may be an article, an adjective or two.
 _VERBS = (
     "segment|outline|delineate|contour|mark|show|find|locate|localize|localise|identify|highlight|detect|trace|"
     "select|spot|indicate|point|point out|point to|draw|box|name|give|look for|tell|describe|pick|pick out|see|display|"
@@ -85,39 +72,40 @@ _THEN = (
 )
 _CALLED = r"(?:known as|called|named|termed|labell?ed(?: as)?|referred to as|identified as)"
 # "it is the spleen", "this organ is the spleen", "the organ known as the spleen"
-_SAID = (
+_IT_IS_OTHER = (
     r"^(?:yes |here |so |well )?(?:(?:it(?: is)?|(?:this|that|these|those|they) (?:is|are)|"
     rf"(?:the|this|that|an?|these|those) {_NOUN}{{1,4}}(?:(?:that|which) )?(?:is|are)) (?:{_CALLED} )?{_FILL}{{0,3}}OTHER{_THEN}"
     rf"|(?:the|this|that|an?|these|those) {_NOUN}{{1,4}}{_CALLED} {_FILL}{{0,3}}OTHER(?! (?:OWNS|NEXT)))"
 )
 _LIES = "lie|sit|appear|rest|reside|stand|show up|show"
-# "which spleen" asks, "against which the spleen" does not; "where the spleen ends" neither.
-_ASKED = re.compile(
+# "which spleen" asks for it, "against which the spleen" and "where the spleen ends" do not.
+_ASKS_FOR_OTHER = re.compile(
     rf"(?:\b(?:which|what) (?:{_QUALITY}){{0,3}}|\b(?:which|what|where) (?:is|are) {_FILL}{{0,4}}"
     rf"|\bwhere (?:do you see|can i (?:find|see)) {_FILL}{{0,4}}|\b(?:{_VERBS}) {_FILL}{{0,4}})OTHER(?! (?:OWNS|NEXT))"
     rf"|\bwhere (?:in|on|within|inside) {_NOUN}{{1,4}}(?:is|are) {_FILL}{{0,3}}OTHER{_THEN}"
     rf"|\bwhere (?:does|do|did|can|could|will|would) {_FILL}{{0,3}}OTHER (?:{_LIES})(?= (?:in|on|within|here)\b|$)"
     rf"|\b(?:which|what)(?: one)?(?: of)? {_NOUN}{{1,7}}(?:is|are) (?:{_CALLED} )?{_FILL}{{0,3}}OTHER{_THEN}"
-    rf"|{_SAID}"
+    rf"|{_IT_IS_OTHER}"
 )
-_TOLD = re.compile(rf"^(?:it |this |here |that )?(?:is |are |shows )?{_FILL}{{0,3}}OTHER(?! (?:OWNS|NEXT))|{_SAID}")
-_ANSWERED = re.compile(_SAID)
+_IS_ABOUT_OTHER = re.compile(
+    rf"^(?:it |this |here |that )?(?:is |are |shows )?{_FILL}{{0,3}}OTHER(?! (?:OWNS|NEXT))|{_IT_IS_OTHER}"
+)
+_SAYS_IT_IS_OTHER = re.compile(_IT_IS_OTHER)
 _DENIED = re.compile(
     rf"\b(?:not|[a-z]+n t|no|neither|nor|never|rather than|instead of|unlike) {_FILL}{{0,3}}OTHER(?! (?:OWNS|NEXT))"
 )
-# Behind another object's name these make it a part of a larger phrase: "the liver edge", "the spleen-sided organ".
-_PARTS = (
+# After another object's name these make it a part of a larger phrase: "the liver edge", "the spleen-sided organ".
+_NEXT = (
     "side sided edge border margin surface neighbor neighboring neighbors adjacent region area like tip contact fissure "
     "bed hilum level shaped based facing bound near dependent"
 )
-_NEXT = frozenset(_PARTS.split())
 _REQUEST = re.compile(
     r"^(?:(?:please|kindly|now|then|also|and|so|first|next|just) )*"
     rf"(?:(?:can|could|would|will) you (?:please )?|help me |let me |let us |i (?:would like|want|need|wish|am looking|like)\b|"
     rf"i'd like|we (?:need|want|are looking)\b|(?:{_VERBS})\b)",
     re.IGNORECASE,
 )
-_WISHES = re.compile(
+_WANTS = re.compile(
     rf"\bplease (?:\w+ )?(?:{_VERBS})\b|\b(?:i|we) (?:need|want|mean|seek|would like|am looking|are looking|am after)\b"
     r"|\b(?:to|should) be (?:segmented|outlined|traced|delineated|contoured|marked|highlighted|shown|colou?red)\b"
     r"|\b(?:is|are) my (?:target|question)\b|\bto (?:find|segment|outline|mark)[.!]?$",
@@ -136,54 +124,51 @@ _EXTREMES = (
 
 @dataclass(frozen=True, slots=True)
 class Breach:
-    """A rule that a text breaks, and why."""
+    """A rule that a text breaks, and the reason."""
 
-    rule: RuleName
+    rule: str
     reason: str
 
 
 def check_description(text: str, length: Length, item: Item, names: Names) -> list[Breach]:
-    """Returns what is wrong with a description of the item's target; nothing when it keeps all rules."""
-    return [
+    """Returns the rules that a description of the item's target breaks."""
+    breaches = [
         *_words(text, "the description", *TEXT_WORDS[length]),
-        *_riddle(text, item, names),
-        *_names_other(text, item, names, _TOLD, "is about"),
-        *(
-            [Breach("question", "the description is a question; write a phrase without a question mark")]
-            if "?" in text
-            else []
-        ),
+        *_before_answer(text, item, names),
+        *_names_other(text, item, names, _IS_ABOUT_OTHER, "is about"),
     ]
+    if "?" in text:
+        breaches.append(Breach("question", "the description is a question; write a phrase without a question mark"))
+    return breaches
 
 
 def check_pair(question: str, answer: str, length: Length, item: Item, names: Names) -> list[Breach]:
-    """Returns what is wrong with a question about the item's target and its answer."""
+    """Returns the rules that a question about the item's target or its answer breaks."""
     return [
         *_words(question, "the question", *TEXT_WORDS[length]),
-        *_riddle(question, item, names),
-        *_asks(question),
+        *_before_answer(question, item, names),
+        *_is_asked(question),
         *_words(answer, "the answer", *ANSWER_WORDS),
-        *_where(answer, item),
+        *_position(answer, item),
         *_names_label(answer, item, names),
     ]
 
 
 def check_turn(question: str, answer: str, item: Item, names: Names) -> list[Breach]:
-    """Returns what is wrong with a turn before a conversation's last one, which must not give the target away."""
+    """Returns the rules that a turn before a conversation's last one breaks; it must not give the target away."""
     return [
         *_words(question, "the question", *TURN_WORDS),
         *_words(answer, "the answer", *TURN_WORDS),
-        *_asks(question),
-        *_riddle(f"{question} {answer}", item, names),
+        *_is_asked(question),
+        *_before_answer(f"{question} {answer}", item, names),
     ]
 
 
 def check_same_target(short: str, long: str, item: Item, names: Names) -> list[Breach]:
-    """Returns where the short and the long text of one perspective cannot be about the same target.
+    """Returns why the short and the long text of one perspective cannot be about the same target.
 
-    They contradict each other when one places it on the left of the image (or of the patient) and the other on the
-    right, in the upper and in the lower half, or when it is the largest and the smallest; and when both name labelled
-    objects first, but different ones (which only answers should do).
+    They contradict each other about left and right of the image or of the patient, upper and lower, largest and
+    smallest, or name different objects first (only answers should name any).
     """
     reasons = [
         f'the short text says "{first}" of the image and the long one "{second}"'
@@ -208,7 +193,7 @@ def check_same_target(short: str, long: str, item: Item, names: Names) -> list[B
 
 
 def count_words(text: str) -> int:
-    """Returns how many words a text has: what stands between spaces and holds a letter or a digit."""
+    """Returns the number of words: parts between spaces that contain a letter or a digit."""
     return sum(any(letter.isalnum() for letter in word) for word in text.split())
 
 
@@ -218,15 +203,15 @@ def _words(text: str, what: str, least: int, most: int) -> Iterator[Breach]:
         yield Breach("words", f"{what} has {count} words; write {least} to {most}")
 
 
-def _riddle(text: str, item: Item, names: Names) -> Iterator[Breach]:
-    """Yields what no text may hold before the answer."""
+def _before_answer(text: str, item: Item, names: Names) -> Iterator[Breach]:
+    """Yields breaches of the rules for every text before the answer."""
     if found := names.betrays(text, item.category):
         yield Breach("names_target", f'"{found}" gives the target away; describe it without its name or parts of it')
-    yield from _where(text, item)
-    yield from _names_other(text, item, names, _ASKED, "asks for")
+    yield from _position(text, item)
+    yield from _names_other(text, item, names, _ASKS_FOR_OTHER, "asks for")
 
 
-def _where(text: str, item: Item) -> Iterator[Breach]:
+def _position(text: str, item: Item) -> Iterator[Breach]:
     if found := _COORDINATES.search(text):
         yield Breach("coordinates", f'"{found.group().strip()}" is a position in numbers; put it into words')
     if found := contradiction(text, item.box):
@@ -244,22 +229,21 @@ def _names_other(text: str, item: Item, names: Names, pattern: re.Pattern[str], 
 
 
 def _masked(spoken: tuple[Word, ...], mention: Mention) -> str:
-    """Returns a text with one of its names as OTHER, and with a sign for what makes it a part of a larger phrase."""
+    """Returns a text with one name replaced by OTHER, and a mark where that is only a part of a larger phrase."""
+    texts = [word.text for word in spoken]
     owns = ["OWNS"] if spoken[mention.stop - 1].owns else []
-    behind = [word.text for word in spoken[mention.stop :]]
-    behind[:1] = ["NEXT" if word in _NEXT else word for word in behind[:1]]
-    return " ".join([*(word.text for word in spoken[: mention.start]), "OTHER", *owns, *behind])
+    following = texts[mention.stop :]
+    if following and following[0] in _NEXT.split():
+        following[0] = "NEXT"
+    return " ".join([*texts[: mention.start], "OTHER", *owns, *following])
 
 
-def _asks(question: str) -> Iterator[Breach]:
+def _is_asked(question: str) -> Iterator[Breach]:
     text = question.strip()
-    if text.endswith("?"):
-        return
-    clauses = [clause.strip() for clause in _CLAUSES.split(text)]
-    if not (_WISHES.search(text) or any(_REQUEST.match(clause) for clause in clauses)):
-        yield Breach(
-            "question", "it is neither a question nor a request; ask for the target and end with a question mark"
-        )
+    is_request = _WANTS.search(text) or any(_REQUEST.match(clause.strip()) for clause in _CLAUSES.split(text))
+    if not text.endswith("?") and not is_request:
+        reason = "it is neither a question nor a request; ask for the target and end with a question mark"
+        yield Breach("question", reason)
 
 
 def _names_label(answer: str, item: Item, names: Names) -> Iterator[Breach]:
@@ -269,12 +253,10 @@ def _names_label(answer: str, item: Item, names: Names) -> Iterator[Breach]:
         yield Breach("answer_names_label", f'the answer does not name the target; write "{target}"')
         return
     first = mentions[0]
-    if first.category != target and (
-        first.category in _labelled(item, names) or _ANSWERED.search(_masked(spoken, first))
-    ):
-        yield Breach(
-            "answer_names_label", f"the answer names the {first.category} before the {target}; name the target first"
-        )
+    is_said = first.category in _labelled(item, names) or _SAYS_IT_IS_OTHER.search(_masked(spoken, first))
+    if first.category != target and is_said:
+        reason = f"the answer names the {first.category} before the {target}; name the target first"
+        yield Breach("answer_names_label", reason)
     elif any(_DENIED.search(_masked(spoken, mention)) for mention in mentions if mention.category == target):
         yield Breach("answer_names_label", f"the answer says what is not the {target}; say only that it is the target")
 

@@ -1,12 +1,13 @@
-"""Near-duplicates among questions: within an image those that tell the same, across images those worded the same.
+"""Near-duplicates among questions: those with the same meaning within an image, with the same wording across images.
 
-Two texts are alike by the Jaccard similarity of what they are made of. Of one image, the words that carry meaning are
-compared, whatever request they stand in ("Which organ makes bile?", "Please find the organ that makes bile."). Of
-different images, all words and pairs of neighbouring words are: a fact may come back in another wording.
+Two texts are compared by the Jaccard similarity of their parts. Within an image, the parts are the words that carry
+meaning, in whichever request they occur ("Which organ makes bile?", "Please find the organ that makes bile."). Across
+images, they are all words and pairs of neighbouring words: a fact may recur in another wording.
 
-The search across images is exact and fast. Two sets of which the smaller has n parts and which are alike by at least t
-differ in (1 - t) n / t parts at most, d say. Dealt out to d + 1 heaps by their hashes, they have one heap in common at
-least, so only texts with a heap in common are compared (the pigeonhole principle, as in PartEnum: Arasu et al. 2006).
+The search across images is exact and fast. Two sets of which the smaller has n parts and which have a similarity of at
+least t differ in at most d = (1 - t) n / t parts. When their parts are distributed over d + 1 partitions by their
+hashes, at least one partition is the same in both sets, so only texts with a partition in common are compared (the
+pigeonhole principle, as in PartEnum: Arasu et al. 2006).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ ACROSS_IMAGES = 0.9
 _BUCKETS = 1 << 20
 
 _REQUESTS = (
-    "a an and are as at be but by can could do does find for from give has have here highlight i identify image in is it "
-    "its like locate look looking mark me need of on one or organ out outline picture please point scan see segment "
+    "a an and are as at be but by can could do does find for from give has have here highlight i identify image in is "
+    "it its like locate look looking mark me need of on one or organ out outline picture please point scan see segment "
     "show shown slice structure tell that the their them there these they this to want was what where which who whose "
     "with would you detect delineate trace indicate spot pick box draw"
 )
@@ -49,75 +50,61 @@ class Duplicates:
         self._ids: list[str] = []
         self._parts: list[array[int]] = []
         self._of_item: defaultdict[str, list[tuple[str, array[int]]]] = defaultdict(list)
-        # Of each heap the latest entry; of each entry the text and the entry before it in the same heap. Heaps that share
-        # a bucket are looked through together, which costs a comparison and no more.
+        # Of each partition the latest entry; of each entry the text and the previous entry of the same partition.
+        # Partitions that share a bucket are searched together, which costs a comparison and no more.
         self._latest = array("q", [-1]) * _BUCKETS
         self._texts, self._before = array("q"), array("q")
 
     def add(self, id: str, text: str) -> Breach | None:
-        """Remembers a pair's question, unless it is a near-duplicate of one that was added before.
+        """Remembers a pair's question, or returns a breach if it is a near-duplicate of one that was added before.
 
-        Args:
-            id: the pair's id; what stands before its "#" is the item's.
-            text: the question.
-
-        Returns:
-            The breach, which names the other pair; None when the question is new and now remembered.
+        The part of the pair's id before its "#" is the item's.
         """
         item = id.partition("#")[0]
-        spoken = tuple(word.text for word in words(text))
-        meaning = frozenset(_number(word) for word in spoken if word not in _REQUEST_WORDS)
-        meaning = meaning or frozenset(map(_number, spoken))
+        spoken = [word.text for word in words(text)]
+        meaning = {_number(word) for word in spoken if word not in _REQUEST_WORDS} or set(map(_number, spoken))
         for other, content in self._of_item[item]:
             if _jaccard(meaning, content) >= self._within:
                 return Breach("duplicate", f"it tells the same as {other}; tell something else about the target")
-        parts = frozenset(_shingles(spoken))
-        heaps = list(self._heaps(parts))
-        for place in sorted({place for heap in heaps for place in self._in(heap)}):
+        parts = {*map(_number, spoken), *(_number(f"{first} {second}") for first, second in pairwise(spoken))}
+        partitions = list(self._partitions(parts))
+        for place in sorted({place for each in partitions for place in self._texts_in(each)}):
             if _jaccard(parts, self._parts[place]) >= self._across:
                 return Breach("duplicate", f"it repeats the words of {self._ids[place]}; put it in other words")
-        for heap in heaps:
-            self._before.append(self._latest[heap])
-            self._latest[heap] = len(self._texts)
+        for each in partitions:
+            self._before.append(self._latest[each])
+            self._latest[each] = len(self._texts)
             self._texts.append(len(self._ids))
         self._ids.append(id)
         self._parts.append(array("Q", sorted(parts)))
         self._of_item[item].append((id, array("Q", sorted(meaning))))
         return None
 
-    def _in(self, heap: int) -> Iterator[int]:
-        """Yields the places of the texts that have a heap."""
-        entry = self._latest[heap]
+    def _texts_in(self, partition: int) -> Iterator[int]:
+        entry = self._latest[partition]
         while entry >= 0:
             yield self._texts[entry]
             entry = self._before[entry]
 
-    def _heaps(self, parts: frozenset[int]) -> Iterator[int]:
-        """Yields a number for each heap of a set: of how many there are, which one it is and what is in it.
+    def _partitions(self, parts: set[int]) -> Iterator[int]:
+        """Yields a number for each partition of a set, from its content and position.
 
-        A text that is alike has t n to n / t parts; the number of heaps that suits the larger of two is among those
-        that both are dealt out to.
+        A similar text has t n to n / t parts; the number of partitions that suits the larger of the two is among those
+        computed for both.
         """
         sizes = range(math.floor(self._across * len(parts)), math.ceil(len(parts) / self._across) + 1)
         for count in sorted({math.floor((1 - self._across) * size / self._across + 1e-9) + 1 for size in sizes}):
-            for heap in range(count):
+            for rest in range(count):
                 # Python hashes numbers alike in every run; a collision costs a comparison and no more.
-                yield hash((count, heap, *sorted(part for part in parts if part % count == heap))) % _BUCKETS
+                yield hash((count, rest, *sorted(part for part in parts if part % count == rest))) % _BUCKETS
 
 
-def _jaccard(first: frozenset[int], second: array[int]) -> float:
+def _jaccard(first: set[int], second: array[int]) -> float:
     shared = len(first.intersection(second))
     return shared / max(1, len(first) + len(second) - shared)
 
 
-def _shingles(spoken: tuple[str, ...]) -> Iterator[int]:
-    """Yields the words and the pairs of neighbours, as numbers."""
-    yield from map(_number, spoken)
-    for first, second in pairwise(spoken):
-        yield _number(f"{first} {second}")
-
-
 @lru_cache(maxsize=1 << 18)
-def _number(shingle: str) -> int:
-    # A hash of the text, not Python's own, so that every run deals out alike.
-    return int.from_bytes(hashlib.blake2b(shingle.encode(), digest_size=8).digest(), "big")
+def _number(text: str) -> int:
+    # A hash of the text, not Python's own, which differs from run to run.
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

@@ -1,4 +1,4 @@
-"""A small ledger with images, items and pairs, as a finished run leaves it."""
+"""Fixtures: a small ledger as a finished run leaves it, a fake server, a manifest."""
 
 from __future__ import annotations
 
@@ -70,5 +70,5 @@ def serve() -> Iterator[Callable[..., FakeServer]]:
 
 @pytest.fixture
 def records(tmp_path: Path) -> Callable[[int], Path]:
-    """Returns a function that writes a manifest of so many records; see `write_manifest`."""
+    """Returns a function that writes a manifest of a number of records; see `write_manifest`."""
     return lambda count: write_manifest(tmp_path / "records", count)

@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible server that answers as a pure function of the request, and can be told to misbehave.
+"""A small OpenAI-compatible server whose answers are a pure function of the request, and that misbehaves on request.
 
 It knows chat completions, files and batches. As a program it is `python fake_server.py SETTINGS.json`: it prints its
 port, and appends a line to the log for every request.
@@ -48,15 +48,15 @@ class Settings:
 
     Attributes:
         delay: seconds until an answer.
-        faults: kinds that are drawn from: "429", "500", "timeout", "drop", "garbage", "html", "refusal", "truncated",
+        faults: kinds to draw from: "429", "500", "timeout", "drop", "garbage", "html", "refusal", "truncated",
             "malformed", "filter".
-        share: of requests that meet with a fault.
-        in_a_row: most faults of one request one after the other.
+        share: of requests with a fault.
+        in_a_row: most consecutive faults of one request.
         seed: of the draw.
         slips: share of answers that break a rule when first asked; half of them do so again whenever asked.
         retry_after: headers of a 429.
         strict: whether it takes `response_format` json_schema; otherwise status 400.
-        prose: answers stand in words and a code fence.
+        prose: answers are wrapped in words and a code fence.
         log: file that requests are appended to.
         remember: whether it keeps the bodies.
     """
@@ -80,7 +80,7 @@ def key_of(body: dict[str, Any]) -> str:
 
 
 class FakeServer:
-    """Listens on 127.0.0.1, in a thread or in a program of its own."""
+    """Listens on 127.0.0.1, in a thread or as a separate program."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -93,7 +93,7 @@ class FakeServer:
         self.first = self.last = 0.0  # times of the first request and of the last answer
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}
-        self.batch_looks = 1  # so many looks at a batch find it under way
+        self.batch_looks = 1  # how many looks at a batch find it under way
         self.batch_errors: set[int] = set()  # lines of a batch that fail with status 500
         self.batch_rejects: dict[int, tuple[int, str]] = {}  # lines that fail with another status and message
         self.batch_noise = b""  # stands before the lines of an output file

@@ -1,4 +1,4 @@
-"""Items, pairs and manifests as the engine meets them, made up."""
+"""Made-up items, pairs and manifests."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ LedgerMaker = Callable[..., Path]
 
 
 def write_manifest(folder: Path, count: int) -> Path:
-    """Writes `count` records that share one image of 48 x 32 pixels, each with two targets of its own."""
+    """Writes `count` records that share one image of 48 x 32 pixels, each with two different targets."""
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.zeros((32, 48), np.uint8)).save(folder / "slice.png")
 
@@ -145,7 +145,7 @@ def write_manifest(folder: Path, count: int) -> Path:
 
 
 def placed_item(category: str = "liver", *others: str) -> Item:
-    """Returns an item without files whose target lies in the upper left of its image."""
+    """Returns an item without files whose target is in the upper left of its image."""
     box = (0.1, 0.1, 0.4, 0.4)
     entities = [Entity(category, box), *(Entity(other, (0.6, 0.1, 0.9, 0.9)) for other in others)]
     return Item(

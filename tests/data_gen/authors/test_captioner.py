@@ -74,6 +74,6 @@ def test_a_run_with_a_local_captioner(
         assert ledger.settings()["captioner"] == "local:tiny" and ledger.pairs()
 
 
-def test_a_captioner_that_is_none_is_told(tmp_path: Path) -> None:
+def test_a_missing_captioner_is_reported(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere"):
         LocalCaptioner("nowhere/at/all", tmp_path)

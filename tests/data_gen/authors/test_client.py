@@ -1,4 +1,4 @@
-"""The wire against a server that misbehaves in every way that servers do."""
+"""The client against a server that misbehaves in every way that servers do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from fake_server import FakeServer
 from PIL import Image
 
-from data_gen.authors import client as wire
+from data_gen.authors import client
 from data_gen.authors.client import Client, Server, Unreachable, retry_after
 from data_gen.core.calls import Reply, Request
 from data_gen.core.pixels import identify
@@ -44,7 +44,7 @@ ASKED = request("describe", FACTS, model="m", parameters={"max_tokens": 200})
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    monkeypatch.setattr(wire, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(client, "_FIRST_WAIT", 0.01)
 
 
 def send(
@@ -93,14 +93,14 @@ def test_an_answer_comes_with_its_price(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("fault", ["429", "500", "drop", "garbage", "html", "timeout"])
-def test_failures_of_server_and_net_are_sent_again(serve: Serve, fault: str) -> None:
+def test_a_request_is_sent_again_after_failures_of_server_and_network(serve: Serve, fault: str) -> None:
     server = serve(faults=(fault,), in_a_row=2)
     reply = only(send(server, ASKED, timeout=1.5))
     assert reply.status == "ok" and reply.sends == server.count == 3
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "message"),
     [
         ("500", "status 500"),
         ("drop", "connection"),
@@ -109,14 +109,14 @@ def test_failures_of_server_and_net_are_sent_again(serve: Serve, fault: str) -> 
         ("timeout", "no answer within"),
     ],
 )
-def test_a_server_that_never_answers_is_unreachable(serve: Serve, fault: str, told: str) -> None:
+def test_a_server_that_never_answers_is_unreachable(serve: Serve, fault: str, message: str) -> None:
     server = serve(faults=(fault,), in_a_row=99)
     error = failure(send(server, ASKED, sends=3, timeout=0.3))
-    assert isinstance(error, Unreachable) and told in str(error)
+    assert isinstance(error, Unreachable) and message in str(error)
     assert server.count == 3
 
 
-def test_nobody_listens() -> None:
+def test_a_server_that_is_not_running_is_unreachable() -> None:
     error = failure(send("http://127.0.0.1:9/v1", ASKED, sends=2))
     assert isinstance(error, Unreachable) and "connection" in str(error)
 
@@ -131,20 +131,20 @@ def test_nobody_listens() -> None:
         ("400", "rejected"),
     ],
 )
-def test_answers_of_no_use_are_told_apart(serve: Serve, fault: str, status: str) -> None:
-    """That JSON is malformed the schema finds, not the wire."""
+def test_unusable_answers_are_distinguished(serve: Serve, fault: str, status: str) -> None:
+    """Malformed JSON is found by the schema, not by the client."""
     server = serve(faults=(fault,))
     reply = only(send(server, ASKED, price=PRICE))
     assert reply.status == status and server.count == 1
     assert bool(reply.why) == (status != "ok")
-    assert (reply.price > 0) == (fault != "400"), "what the server answered is paid for, of use or not"
+    assert (reply.price > 0) == (fault != "400"), "every answer of the server is paid for, usable or not"
 
 
-@pytest.mark.parametrize(("fault", "told"), [("401", "check OPENAI_API_KEY"), ("quota", "quota")])
-def test_what_cannot_succeed_ends_the_run(serve: Serve, fault: str, told: str) -> None:
+@pytest.mark.parametrize(("fault", "message"), [("401", "check OPENAI_API_KEY"), ("quota", "quota")])
+def test_hopeless_requests_end_the_run(serve: Serve, fault: str, message: str) -> None:
     server = serve(faults=(fault,))
     error = failure(send(server, ASKED))
-    assert isinstance(error, StopRun) and told in str(error) and server.count == 1
+    assert isinstance(error, StopRun) and message in str(error) and server.count == 1
 
 
 def test_a_server_without_strict_schemas_is_named_with_the_remedy(serve: Serve) -> None:
@@ -164,7 +164,7 @@ def test_retry_after_holds_back_every_call(serve: Serve, header: str, value: str
     others = [request("describe", {**FACTS, "category": f"c{n}"}, model="m") for n in range(6)]
     send(server, *others, concurrency=1)
     waits = np.diff(server.at)
-    assert (waits > 0.65).sum() >= 6, "each refusal pauses whoever comes next, too"
+    assert (waits > 0.65).sum() >= 6, "each refusal delays the next request, too"
 
 
 def test_a_pause_of_hours_ends_the_run(serve: Serve) -> None:
@@ -172,7 +172,7 @@ def test_a_pause_of_hours_ends_the_run(serve: Serve) -> None:
     assert isinstance(error, StopRun) and "7200 s" in str(error)
 
 
-def test_retry_after_is_read_in_all_its_forms() -> None:
+def test_retry_after_is_read_in_all_forms() -> None:
     def seconds(**headers: str) -> float:
         return retry_after(httpx2.Headers({name.replace("_", "-"): value for name, value in headers.items()}))
 
@@ -184,21 +184,21 @@ def test_retry_after_is_read_in_all_its_forms() -> None:
     assert seconds(retry_after="soon") == seconds(retry_after="-3") == seconds(retry_after="inf") == 0
 
 
-def test_no_more_calls_at_once_than_allowed(serve: Serve) -> None:
+def test_concurrency_is_limited(serve: Serve) -> None:
     server = serve(delay=0.1)
     requests = [request("describe", {**FACTS, "category": f"c{n}"}, model="m") for n in range(12)]
     assert all(isinstance(reply, Reply) for reply in send(server, *requests, concurrency=4))
     assert 2 <= server.most_at_once <= 4
 
 
-def test_the_rate_is_held(serve: Serve) -> None:
+def test_the_rate_limit_is_kept(serve: Serve) -> None:
     server = serve()
     requests = [request("describe", {**FACTS, "category": f"c{n}"}, model="m") for n in range(8)]
     send(server, *requests, rate=(300, None))
     assert server.at[-1] - server.at[0] > 0.4, "five at once, then five a second"
 
 
-def test_the_purse_stops_before_it_is_empty(serve: Serve) -> None:
+def test_the_budget_stops_calls_before_it_is_exceeded(serve: Serve) -> None:
     server, money = serve(), MoneyBudget(0.0034)
     requests = [
         request("describe", {**FACTS, "category": f"c{n}"}, model="m", parameters={"max_tokens": 100}) for n in range(9)
@@ -230,21 +230,21 @@ def test_images_go_as_data_urls(serve: Serve, tmp_path: Path) -> None:
     assert isinstance(error, InputError) and "has changed" in str(error)
 
 
-def test_the_key_is_asked_for_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch, serve: Serve) -> None:
+def test_a_key_is_required_only_by_openai(monkeypatch: pytest.MonkeyPatch, serve: Serve) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(InputError, match="OPENAI_API_KEY is not set"):
-        wire.api_key(Server())
-    assert only(send(serve(), ASKED)).status == "ok", "a server of one's own needs none"
+        client.api_key(Server())
+    assert only(send(serve(), ASKED)).status == "ok", "another server needs none"
 
 
 @pytest.mark.parametrize("key", ["sk-a b", "sk-a\nb", "sk-\u00e9", "sk-\x7f"])
-def test_what_is_no_key_is_refused_and_not_told(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_malformed_key_is_refused_and_not_shown(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(InputError, match="OPENAI_API_KEY: holds characters") as caught:
-        wire.api_key(Server(base_url="http://127.0.0.1:1/v1"))
+        client.api_key(Server(base_url="http://127.0.0.1:1/v1"))
     assert key not in str(caught.value)
     monkeypatch.setenv("OPENAI_API_KEY", " sk-good\n")
-    assert wire.api_key(Server()) == "sk-good"
+    assert client.api_key(Server()) == "sk-good"
 
 
 def test_a_long_message_is_cut_without_a_part_of_the_key_and_can_be_stored(serve: Serve) -> None:
@@ -253,14 +253,14 @@ def test_a_long_message_is_cut_without_a_part_of_the_key_and_can_be_stored(serve
     assert why.encode().decode() == why, "no half of a surrogate pair"
 
 
-def test_the_key_shows_nowhere(
+def test_the_key_appears_nowhere(
     serve: Serve, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Some servers repeat the key in their errors; clients log headers when told to."""
+    """Some servers repeat the key in their errors; clients log headers on request."""
     caplog.set_level(logging.DEBUG)
     error = failure(send(serve(faults=("401",)), ASKED))
     assert "[OPENAI_API_KEY]" in str(error)
     send(serve(faults=("500", "drop"), in_a_row=99), ASKED, sends=2)
     send(serve(), ASKED)
-    told = str(error) + repr(error) + caplog.text + "".join(capfd.readouterr())
-    assert SECRET not in told
+    shown = str(error) + repr(error) + caplog.text + "".join(capfd.readouterr())
+    assert SECRET not in shown

@@ -45,24 +45,25 @@ def test_facts_about_sides_belong_to_categories_with_sides(category: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("- liver", "holds list"),
         ("{", "cannot be read"),
-        ("liver: [a]", "no noun"),
-        ("liver: {noun: organ}", "attributes holds None"),
-        (f"liver:{ENTRY}  colour: [red]", "the key 'colour'"),
-        (f"liver:{ENTRY}  diseases: [one]", "at least 4 clauses"),
+        ("liver: [a]", r"organs\.yaml: liver: .*valid dictionary.*with 'noun'"),
+        ("liver: {attributes: [a]}", r"liver: noun: Field required"),
+        ("liver: {noun: organ}", r"organs\.yaml: liver: .*lacks attributes"),
+        (f"liver:{ENTRY}  colour: [red]", r"organs\.yaml: liver: colour: Extra inputs are not permitted"),
+        (f"liver:{ENTRY}  diseases: [one]", r"organs\.yaml: liver: diseases: .*at least 4 items"),
     ],
 )
-def test_wrong_files_are_refused(tmp_path: Path, content: str, told: str) -> None:
+def test_wrong_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "organs.yaml").write_text(content, encoding="utf-8")
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         load_knowledge(tmp_path)
 
 
 def test_an_entry_in_two_files_is_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.yaml").write_text(f"liver:{ENTRY}", encoding="utf-8")
-    with pytest.raises(InputError, match=r"b\.yaml: liver: is there twice"):
+    with pytest.raises(InputError, match=r"b\.yaml: liver: is in two files"):
         load_knowledge(tmp_path)

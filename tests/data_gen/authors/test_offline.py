@@ -1,4 +1,4 @@
-"""The offline author keeps the rules for every category it knows, varies what it says and answers every stage."""
+"""The offline author keeps the rules for every category it knows, varies its wording and answers every stage."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_all_it_says_keeps_the_rules(category: str) -> None:
             assert check_same_target(short, long, item, NAMES) == []
         for cell, pair in pairs_of(fields, texts).items():
             assert check_pair(pair["question"], pair["answer"], length_of(cell), item, NAMES) == [], pair
-    # Few things are too long for a short text once the patient's side is told.
+    # Few things are too long for a short text once the patient's side is named.
     assert missing == 0 if NAMES.side(category) is None else missing <= 4
 
 
@@ -89,28 +89,28 @@ def test_the_same_fields_and_seed_give_the_same_words_and_others_other_words() -
 
 def test_templates_and_variants_tell_different_facts() -> None:
     subject = Subject("liver", "organ")
-    told: list[str] = []
+    phrases: list[str] = []
     for variant in (1, 2):
         for template in ("first", "second"):
             texts = described(fields_of("liver", template, variant))
-            told += [
+            phrases += [
                 found[0] for cell in CELLS if cell.startswith("attribute") and (found := read(subject, texts[cell]))
             ]
-    facts = [fact for phrase in told for fact in phrase.split(" and ")]
-    assert len(told) == 8 and len(set(facts)) == len(facts)
+    facts = [fact for phrase in phrases for fact in phrase.split(" and ")]
+    assert len(phrases) == 8 and len(set(facts)) == len(facts)
 
 
-def test_a_repeated_question_is_put_anew() -> None:
+def test_a_repeated_question_is_asked_differently() -> None:
     fields = fields_of("liver")
     before = pairs_of(fields, described(fields))["attribute-short"]
     fault = {"cell": "attribute-short", "rule": "duplicate", "reason": "it tells the same"}
     asked = fields | {"attempt": 1, "faults": [fault]}
-    anew = pairs_of(asked, {"attribute-short": before["question"]})["attribute-short"]
-    assert anew["question"] != before["question"]
-    assert check_pair(anew["question"], anew["answer"], "short", item_of(fields), NAMES) == []
+    again = pairs_of(asked, {"attribute-short": before["question"]})["attribute-short"]
+    assert again["question"] != before["question"]
+    assert check_pair(again["question"], again["answer"], "short", item_of(fields), NAMES) == []
 
 
-def test_one_of_two_is_told_by_the_patients_side() -> None:
+def test_one_of_two_is_identified_by_the_patients_side() -> None:
     for category, side in (("kidney_left", "left"), ("right kidney", "right")):
         text = described(fields_of(category))["attribute-short"]
         assert f"on the patient's {side}" in text

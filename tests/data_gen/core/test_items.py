@@ -1,4 +1,4 @@
-"""Drawing targets: one an image, balanced, the same every time, with boxes as shares of the image."""
+"""Drawing targets: one per image, balanced, the same every time, with boxes as fractions of the image."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from medisee.records.masks import Rle
 from medisee.records.records import Record, Target, write_records
 
 
-def test_boxes_are_shares_and_masks_stay_as_they_are(tiny_manifest: Path) -> None:
+def test_boxes_are_fractions_and_masks_are_unchanged(tiny_manifest: Path) -> None:
     items = list(items_from_manifest(Manifest(tiny_manifest), 0))
     assert len(items) == 4
     for item, record in zip(items, Manifest(tiny_manifest), strict=True):
@@ -72,7 +72,7 @@ def test_the_same_seed_draws_the_same(tmp_path: Path, seed: int) -> None:
     assert abs(counts["organ 1"] - counts["organ 2"]) <= 1
 
 
-def test_records_without_targets_are_passed_over(tmp_path: Path) -> None:
+def test_records_without_targets_are_skipped(tmp_path: Path) -> None:
     write_records(
         tmp_path / "r.jsonl", [Record(id="r", image="i.png", modality="ct", source="s", case="c", targets=())]
     )

@@ -61,7 +61,7 @@ def test_case_and_what_joins_the_words_do_not_matter(known: tuple[str, str], cas
 
 
 @given(st.sampled_from(KNOWN))
-def test_a_name_within_a_word_is_none(known: tuple[str, str]) -> None:
+def test_a_name_within_a_word_does_not_count(known: tuple[str, str]) -> None:
     _, name = known
     assert NAMES.mentions(f"x{name.replace(' ', 'x')}x") == set()
 
@@ -143,7 +143,7 @@ def test_further_names_add_to_the_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("[a, b]", "holds list"),
         ("", "holds NoneType"),
@@ -156,10 +156,10 @@ def test_further_names_add_to_the_table(tmp_path: Path) -> None:
         ("appendix: {names: [liver]}", "'liver' stands for"),
     ],
 )
-def test_a_wrong_table_is_refused(tmp_path: Path, content: str, told: str) -> None:
+def test_a_wrong_table_is_refused(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "extra.yaml"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         load_names(read_names(path), str(path))
     with pytest.raises(InputError, match="missing"):
         read_names(tmp_path / "missing.yaml")

@@ -49,14 +49,14 @@ def test_descriptions_are_asked_for_as_the_paper_says(name: str) -> None:
         assert word in system.lower()
 
 
-def test_a_file_without_its_fields_is_a_mistake_of_ours(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_without_its_fields_is_our_mistake(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "again.txt").write_text("=== user ===\n{other}")
     monkeypatch.setattr(prompts, "FOLDER", tmp_path)
     with pytest.raises(ValueError, match="other"):
         load.__wrapped__("again")
 
 
-def test_facts_stand_in_the_user_message_only() -> None:
+def test_facts_are_in_the_user_message_only() -> None:
     asked = request("describe", FACTS, model="m", parameters={"temperature": 1})
     system, user = asked.body["messages"]
     assert "left kidney" not in system["content"], "servers cache what stays the same"
@@ -72,7 +72,7 @@ def test_braces_in_facts_stay_as_they_are() -> None:
     assert "attribute-short: the {organ} that filters" in words_of(request("transform", DESCRIBED, model="m").body)
 
 
-def test_keys_depend_on_what_is_asked_and_on_nothing_else() -> None:
+def test_keys_depend_on_the_body_and_on_nothing_else() -> None:
     first = request("describe", FACTS, model="m")
     assert first.key == request("describe", dict(reversed(FACTS.items())), model="m").key
     assert first.key == request("describe", {**FACTS, "item": "another"}, model="m").key
@@ -89,7 +89,7 @@ def test_keys_depend_on_what_is_asked_and_on_nothing_else() -> None:
     assert len({first.key, *(other.key for other in others)}) == len(others) + 1
 
 
-def test_without_strict_schemas_the_schema_stands_in_the_prompt() -> None:
+def test_without_strict_schemas_the_schema_is_in_the_prompt() -> None:
     forms: dict[Mode, Any] = {"json_object": {"type": "json_object"}, "none": None}
     for mode, form in forms.items():
         body = request("describe", FACTS, model="m", mode=mode).body
@@ -103,7 +103,7 @@ def test_images_are_named_by_their_hash() -> None:
     assert user["content"][1]["image_url"] == {"url": "image:ab12:images/x y.png"}
 
 
-def test_asking_again_tells_the_reasons() -> None:
+def test_asking_again_gives_the_reasons() -> None:
     asked = request("describe", FACTS, model="m")
     faults = [Fault("attribute-short", "words", "it has 3 words"), Fault("", "cells", "one is missing")]
     again = ask_again(asked, '{"a": 1}', faults, 1)

@@ -1,4 +1,4 @@
-"""Answers: the schemas are strict, and what comes in another form is told from what is meant."""
+"""Answers: the schemas are strict, and other forms are refused with a reason."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_answers_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "text", "told"),
+    ("stage", "text", "message"),
     [
         ("describe", "", "JSON"),
         ("describe", "{", "JSON"),
@@ -80,8 +80,8 @@ def test_answers_are_read() -> None:
         ("caption", '{"caption": "\\ud800"}', "JSON"),
     ],
 )
-def test_other_forms_are_refused_with_a_reason(stage: Stage, text: str, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_other_forms_are_refused_with_a_reason(stage: Stage, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         read_answer(stage, text)
 
 

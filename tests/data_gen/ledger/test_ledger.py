@@ -1,4 +1,4 @@
-"""The ledger: what is stored comes back, for every thread and after a kill; what does not fit is refused by name."""
+"""The ledger: what is stored is read back, in every thread and after a kill; what does not fit is refused by name."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_answers_and_their_verdicts_come_back(ledger: Ledger) -> None:
     assert ledger.faults() == {"malformed": 1, "words": 1}
 
 
-def test_a_good_answer_goes_before_later_ones(ledger: Ledger) -> None:
+def test_a_good_answer_precedes_later_ones(ledger: Ledger) -> None:
     request, answers = a_request("x"), ledger.answers
     answers.store_requests([request]).result()
     replies = [("refused", "no"), ("ok", "{}"), ("refused", "no"), ("ok", "[]")]
@@ -125,8 +125,8 @@ def test_a_good_answer_goes_before_later_ones(ledger: Ledger) -> None:
     assert answers.attempts("0" * 64) == 0
 
 
-def test_an_answer_needs_its_request(ledger: Ledger) -> None:
-    """The order of the wire, request first, is held by the store too."""
+def test_an_unknown_request_has_no_answer(ledger: Ledger) -> None:
+    """No answer and no stage are stored for an unknown request."""
     assert ledger.answers.find("0" * 64) is None and ledger.answers.stage("0" * 64) is None
 
 
@@ -146,7 +146,7 @@ def test_pairs_are_kept_renamed_or_dropped(ledger: Ledger, tmp_path: Path) -> No
     assert [drop.stage for drop in ledger.drops()] == ["duplicates", "revise"]
 
 
-def test_decisions_stand_until_they_are_undone(ledger: Ledger, tmp_path: Path) -> None:
+def test_decisions_are_valid_until_they_are_undone(ledger: Ledger, tmp_path: Path) -> None:
     ledger.add_items([an_item(0)], tmp_path, complete=True)
     ledger.finish("r0/a", "single", [a_pair(0)], []).result()
     first = Decision(a_pair(0).id, "anna", "accept")
@@ -225,7 +225,7 @@ def test_what_was_acknowledged_survives_a_kill(ledger: Ledger, tmp_path: Path) -
     assert len(ledger.drops()) in (21, 22)
 
 
-def test_a_failed_write_reaches_whoever_waits_and_the_store_goes_on(ledger: Ledger, tmp_path: Path) -> None:
+def test_a_failed_write_reaches_its_waiter_and_the_store_goes_on(ledger: Ledger, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written"):
         ledger.answers.store("none", Answer(Reply(status="ok", text=None), 1, None)).result()  # pyright: ignore
     ledger.add_items([an_item(0)], tmp_path, complete=True)
@@ -254,10 +254,10 @@ def test_a_waiter_that_gives_up_does_not_end_the_writer(ledger: Ledger) -> None:
     asyncio.run(work())
     number = ledger.start_run({"model": "m"}, {})
     ledger.end_run(number, "interrupted")
-    assert ledger.answers.stage(a_request("queued").key) == "describe", "what was handed in is written"
+    assert ledger.answers.stage(a_request("queued").key) == "describe", "queued operations are written"
 
 
-def test_files_that_are_no_ledger_are_refused(tmp_path: Path) -> None:
+def test_files_that_are_not_ledgers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such ledger"):
         Ledger(tmp_path / "gone.sqlite")
     text = tmp_path / "text.sqlite"
@@ -273,6 +273,6 @@ def test_files_that_are_no_ledger_are_refused(tmp_path: Path) -> None:
         before = path.read_bytes()
         with pytest.raises(InputError, match="expected a ledger of version"):
             Ledger(path, create=True)
-        assert path.read_bytes() == before, "a file of somebody else stays as it is"
+        assert path.read_bytes() == before, "the file of another program is not changed"
     with pytest.raises(InputError, match="holds no items"), Ledger(tmp_path / "new.sqlite", create=True) as ledger:
         ledger.root()

@@ -1,4 +1,4 @@
-"""Rate limits by a clock of their own, the budget of errors, the money."""
+"""Rate limits on a simulated clock, the budget of errors, the budget of money."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from data_gen.ledger.limits import ErrorBudget, MoneyBudget, RateLimit, StopRun
 
 
 class Clock:
-    """Time that passes only while somebody sleeps."""
+    """Time that passes only during a sleep."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -32,7 +32,7 @@ def limit(clock: Clock, requests: float | None = None, tokens: float | None = No
     return RateLimit(requests, tokens, clock=clock, sleep=clock.sleep)
 
 
-def test_no_limit_waits_for_nothing() -> None:
+def test_without_limits_nothing_waits() -> None:
     clock = Clock()
     rate = limit(clock)
 
@@ -85,7 +85,7 @@ def test_what_was_not_needed_is_given_back() -> None:
     assert clock.now - 100 == pytest.approx(9, abs=0.01), "one token each at one a second"
 
 
-def test_a_pause_is_everybodys() -> None:
+def test_a_pause_delays_all_calls() -> None:
     clock = Clock()
     rate = limit(clock)
     at: list[float] = []
@@ -124,7 +124,7 @@ def test_a_large_share_of_failures_ends_a_run() -> None:
             budget.bad("refused")
 
 
-def test_the_purse_is_never_overdrawn() -> None:
+def test_the_budget_of_money_is_never_exceeded() -> None:
     money = MoneyBudget(limit=1.0, spent=0.5)
     money.hold(0.3)
     with pytest.raises(StopRun, match="--max-cost"):
@@ -147,7 +147,7 @@ def test_what_may_have_been_charged_is_known_to_the_next_run(tmp_path: Path) -> 
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=40), st.floats(0, 5))
-def test_whatever_is_held_suffices(calls: list[tuple[float, float]], most: float) -> None:
+def test_the_money_set_aside_suffices(calls: list[tuple[float, float]], most: float) -> None:
     money = MoneyBudget(most)
     for held, share in calls:
         try:

@@ -136,7 +136,7 @@ def test_questions_and_requests_pass(question: str) -> None:
 @pytest.mark.parametrize(
     "question", ["The organ that makes bile for us.", "This organ makes bile, it finds rest here."]
 )
-def test_a_statement_is_no_question(question: str) -> None:
+def test_a_statement_is_not_a_question(question: str) -> None:
     assert _asked(question) == {"question"}
 
 

@@ -111,7 +111,7 @@ def test_statements_hold_of_the_target_and_of_nothing_else(found: list[Box], com
         assert contradiction(f"The organ that {phrase}", scene["alpha"]) is None
 
 
-def test_a_plain_scene_is_told_in_plain_words() -> None:
+def test_a_simple_scene_is_described_in_simple_words() -> None:
     scene = {"alpha": (0.05, 0.05, 0.2, 0.2), "beta": (0.05, 0.6, 0.2, 0.75), "gamma": (0.6, 0.05, 0.9, 0.4)}
     said = _said(scene, True)
     assert {
