@@ -21,7 +21,7 @@ from medisee.foundation.errors import InputError, exit_code, nearest
 COMMANDS: dict[str, tuple[str, ...]] = {
     "plan": ("openai", "aiohttp"),
     "run": ("openai", "aiohttp"),
-    "review": (),
+    "review": ("starlette", "uvicorn"),
     "export": ("datasets",),
     "stats": ("wordcloud",),
 }
