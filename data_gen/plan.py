@@ -39,22 +39,16 @@ _REASON = "the description has 17 words; write 5 to 15"
 
 
 @dataclass
-class StagePlan:
-    """What a stage sends: calls and tokens as planned, and what comes on top when everything is asked for again."""
-
-    calls: float = 0
-    tokens_in: float = 0
-    tokens_out: float = 0
-    again_in: float = 0
-    again_out: float = 0
-
-
-@dataclass
 class Measure:
-    """An `Ask` that answers with placeholder texts of the usual length, and measures the requests."""
+    """An `Ask` that answers with placeholder texts of the usual length, and measures the requests.
+
+    Attributes:
+        inputs: of the run.
+        sums: of each stage the calls, their tokens in and out, and the tokens in and out of what is asked again.
+    """
 
     inputs: Inputs
-    stages: defaultdict[Stage, StagePlan] = field(default_factory=lambda: defaultdict(StagePlan))
+    sums: defaultdict[Stage, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0] * 5))
 
     async def __call__(self, request: Request, check: Check) -> Answered:
         """Returns a placeholder answer."""
@@ -63,12 +57,11 @@ class Measure:
         price = self.inputs.caption_price if request.stage == "caption" else self.inputs.price
         again = self.inputs.recipe.again
         repeated = ask_again(request, text, [Fault("attribute-short", "words", _REASON)] * 2, 1)
-        plan = self.stages[request.stage]
-        plan.calls += 1
-        plan.tokens_in += size_of(request.body).tokens(price)
-        plan.tokens_out += len(text) / CHARACTERS
-        plan.again_in += again * size_of(repeated.body).tokens(price)
-        plan.again_out += again * len(text) / CHARACTERS
+        tokens = size_of(request.body).tokens(price)
+        repeated_tokens = size_of(repeated.body).tokens(price)
+        out = len(text) / CHARACTERS
+        row = (1, tokens, out, again * repeated_tokens, again * out)
+        self.sums[request.stage] = [total + value for total, value in zip(self.sums[request.stage], row, strict=True)]
         return Answered(value, text, ())
 
 
@@ -104,17 +97,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     inputs = read_inputs(arguments)
     count = count_items(inputs.manifest, arguments.limit)
     items = islice(items_from_manifest(inputs.manifest, inputs.recipe.seed), min(SAMPLE, count))
-    stages, measured, pairs = asyncio.run(_measure(items, inputs))
-    print(_report(stages, inputs, count, pairs, factor=count / measured if measured else 0.0))
+    sums, measured, pairs = asyncio.run(_measure(items, inputs))
+    print(_report(sums, inputs, count, pairs, factor=count / measured if measured else 0.0))
 
 
-async def _measure(items: Iterable[Item], inputs: Inputs) -> tuple[dict[Stage, StagePlan], int, int]:
-    """Returns what the items' stages send, how many items there are, and how many pairs they can become."""
+async def _measure(items: Iterable[Item], inputs: Inputs) -> tuple[dict[Stage, list[float]], int, int]:
+    """Returns the sums by stage, the number of items, and the number of pairs that they can become."""
     measure, measured, pairs = Measure(inputs), 0, 0
     for item in items:
         outcome = await make(item, inputs.recipe, measure)
         measured, pairs = measured + 1, pairs + len(outcome.pairs)
-    return measure.stages, measured, pairs
+    return measure.sums, measured, pairs
 
 
 def count_items(manifest: Manifest, limit: int | None) -> int:
@@ -123,7 +116,7 @@ def count_items(manifest: Manifest, limit: int | None) -> int:
     return count if limit is None else min(count, limit)
 
 
-def _report(stages: dict[Stage, StagePlan], inputs: Inputs, count: int, pairs: int, *, factor: float) -> str:
+def _report(sums: dict[Stage, list[float]], inputs: Inputs, count: int, pairs: int, *, factor: float) -> str:
     """Returns the plan of `count` images as a table, `factor` times as many as were measured."""
     recipe = inputs.recipe
     lines = [
@@ -132,12 +125,12 @@ def _report(stages: dict[Stage, StagePlan], inputs: Inputs, count: int, pairs: i
         f"{'stage':<11}{'calls':>12}{'tokens in':>15}{'tokens out':>14}{'USD':>12}{'USD batch':>12}{'at most USD':>14}",
     ]
     rows: dict[str, list[float]] = {}
-    for stage, plan in stages.items():
+    for stage, (calls, tokens_in, tokens_out, again_in, again_out) in sums.items():
         price = inputs.caption_price if stage == "caption" else inputs.price
-        usd = price.of(plan.tokens_in, 0, plan.tokens_out)
-        batch = usd if stage == "caption" else price.of(plan.tokens_in, 0, plan.tokens_out, batch=True)
-        most = usd + price.of(plan.again_in, 0, plan.again_out)
-        rows[stage] = [factor * value for value in (plan.calls, plan.tokens_in, plan.tokens_out, usd, batch, most)]
+        usd = price.of(tokens_in, 0, tokens_out)
+        batch = usd if stage == "caption" else price.of(tokens_in, 0, tokens_out, batch=True)
+        most = usd + price.of(again_in, 0, again_out)
+        rows[stage] = [factor * value for value in (calls, tokens_in, tokens_out, usd, batch, most)]
     rows["all"] = [sum(column) for column in zip(*rows.values(), strict=True)] or [0.0] * 6
     lines += [
         f"{stage:<11}{calls:>12,.0f}{tokens_in:>15,.0f}{tokens_out:>14,.0f}{usd:>12,.2f}{batch:>12,.2f}{most:>14,.2f}"

@@ -102,7 +102,7 @@ async def _run(ledger: Ledger, inputs: Inputs, arguments: argparse.Namespace, si
         captioner = connect(caption_server, inputs.caption_price)
     asker = Asker(ledger.answers, author, captioner, attempts=arguments.attempts, budget=budget)
     try:
-        with signals.heeded(asker):
+        with signals.handled(asker):
             if not arguments.batch:
                 # What a batch will answer would be asked, and paid for, a second time.
                 if count := len(ledger.answers.open_batches()):

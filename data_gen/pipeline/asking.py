@@ -47,10 +47,8 @@ class Answered:
     again: bool = True
 
 
-class Ask(Protocol):
-    """What the stages are given: it returns the final answer to a request, and what `check` finds wrong in it."""
-
-    def __call__(self, request: Request, check: Check) -> Awaitable[Answered]: ...
+Ask: TypeAlias = Callable[[Request, Check], Awaitable[Answered]]
+"""What the stages are given: it returns the final answer to a request, and what `check` finds wrong in it."""
 
 
 class Asker:
@@ -69,12 +67,12 @@ class Asker:
         attempts: int = 4,
         budget: ErrorBudget | None = None,
     ) -> None:
-        """Prepares to ask.
+        """Nothing is asked yet.
 
         Args:
             answers: of the ledger, where everything is stored.
             author: answers all stages but the captions.
-            captioner: answers those.
+            captioner: answers the captions.
             attempts: how many answers to one request are tried until one has the right form.
             budget: limits the calls that bring no usable answer.
         """
@@ -121,7 +119,7 @@ class Asker:
             is_new = True
         answered = await read_stored(self._answers, request, found, check)
         if is_new:
-            count(self._budget, found.reply)
+            count_reply(self._budget, found.reply)
         return answered
 
 
@@ -130,7 +128,7 @@ def is_final(answer: Answer, attempts: int) -> bool:
     return answer.reply.status in ("ok", "rejected") or answer.attempt >= attempts
 
 
-def count(budget: ErrorBudget, reply: Reply) -> None:
+def count_reply(budget: ErrorBudget, reply: Reply) -> None:
     """Counts a final reply as good or bad.
 
     Raises:

@@ -18,23 +18,15 @@ from typing import IO, Any
 
 import openai
 
-from data_gen.authors.client import (
-    NoCompletion,
-    Server,
-    api_key,
-    client_for,
-    is_lasting,
-    redacted,
-    rejection,
-    reply_from,
-)
+from data_gen.authors import client
+from data_gen.authors.client import NoCompletion, Server
 from data_gen.core.calls import Answer, Request
 from data_gen.core.pixels import with_pixels
 from data_gen.core.prices import Price, size_of
 from data_gen.core.schemas import Mode
 from data_gen.ledger.answers import Answers
 from data_gen.ledger.limits import ErrorBudget, MoneyBudget, StopRun
-from data_gen.pipeline.asking import Answered, Check, Pending, count, is_final, judge, read_stored
+from data_gen.pipeline.asking import Answered, Check, Pending, count_reply, is_final, judge, read_stored
 
 ENDPOINT = "/v1/chat/completions"
 MOST_REQUESTS = 20_000  # of one batch; OpenAI takes 50,000 and 200 MB
@@ -72,8 +64,7 @@ class Waves:
     def take(self) -> list[str]:
         """Returns the keys of the wave, whose requests are then all in the ledger, and begins the next."""
         self._store()
-        keys = list(self._missing)
-        self._missing.clear()
+        keys, self._missing = list(self._missing), {}
         return keys
 
     def _store(self) -> None:
@@ -111,8 +102,8 @@ class BatchServer:
     _held: float = 0.0
 
     def __post_init__(self) -> None:
-        self._key = api_key(self.server)
-        self._client = client_for(self.server, self._key, retries=self.server.sends, patience=20)
+        self._key = client.api_key(self.server)
+        self._client = client.client_for(self.server, self._key, retries=self.server.sends, patience=20)
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -148,10 +139,10 @@ class BatchServer:
             self.answers.mark_batch(token, None, "abandoned")
             raise
         # The client must not send it again: a call that fails may have created a batch, and a second one is paid for, too.
-        client = self._client.with_options(max_retries=0)
+        once = self._client.with_options(max_retries=0)
         for left in reversed(range(self.server.sends)):
             try:
-                created = await client.batches.create(
+                created = await once.batches.create(
                     completion_window="24h",
                     endpoint=ENDPOINT,
                     input_file_id=uploaded.id,
@@ -159,7 +150,7 @@ class BatchServer:
                 )
                 identity = created.id
             except openai.APIError as error:
-                is_refused = isinstance(error, openai.APIStatusError) and is_lasting(error.status_code)
+                is_refused = isinstance(error, openai.APIStatusError) and client.is_lasting(error.status_code)
                 identity = None if is_refused else await self._find(token)
                 if identity is None and (is_refused or not left):
                     self.answers.mark_batch(token, None, "abandoned")
@@ -240,7 +231,7 @@ class BatchServer:
         # Keys are hashes: in their order good and bad are mixed, while the server puts all bad ones at the end.
         for _, answer in sorted(found.items()):
             if is_final(answer, self.attempts):
-                count(self.budget, answer.reply)
+                count_reply(self.budget, answer.reply)
         return len(found)
 
     def _answer(self, text: str) -> tuple[str, Answer]:
@@ -266,14 +257,14 @@ class BatchServer:
         if isinstance(status, int) and status >= 400:
             code, message = _error(body)
             why = self._redacted(f"status {status}: {message}")
-            reply = rejection(status, code, why, self.server)
+            reply = client.rejection(status, code, why, self.server)
             if reply is None:
                 raise NoCompletion(why)
-        reply = reply or reply_from(body, self.price, batch=True)
+        reply = reply or client.reply_from(body, self.price, batch=True)
         return key, judge(stage, self.mode, reply, attempt=self.answers.attempts(key) + 1, check=None)
 
     def _redacted(self, text: str) -> str:
-        return redacted(text, self.server, self._key)
+        return client.redacted(text, self.server, self._key)
 
 
 def _error(value: Any) -> tuple[str, str]:

@@ -71,9 +71,9 @@ async def deduplicate(ledger: Ledger, recipe: Recipe, ask: Ask, *, workers: int)
         left: list[tuple[list[Pair], Breach]] = []
         for turns, breach in repeated:
             pair = new.get(turns[-1].id)
-            again = seen.add(pair.id, pair.question) if pair else breach
-            if again:
-                left.append(([*turns[:-1], pair or turns[-1]], again))
+            still = seen.add(pair.id, pair.question) if pair else breach
+            if still:
+                left.append(([*turns[:-1], pair or turns[-1]], still))
             elif pair:
                 rewritten.append(pair)
         repeated = left

@@ -49,7 +49,7 @@ class Signals:
         self.number: int | None = None
 
     @contextmanager
-    def heeded(self, asker: Asker) -> Iterator[None]:
+    def handled(self, asker: Asker) -> Iterator[None]:
         """Handles the signals while the run's task is in this block; `asker` then begins no further call."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None

@@ -65,13 +65,11 @@ class ReviewSession:
         for pair in ledger.pairs_in("kept"):
             self._of_item.setdefault(pair.item, []).append(pair)
         items = [item for item in ledger.items() if item.id in self._of_item]
-        if not items and not ledger.settled():
-            raise InputError(
-                f"{ledger.path}: its pairs have not been compared with each other, so their words may change; let "
-                "`python -m data_gen run` finish first."
-            )
         if not items:
-            raise InputError(f"{ledger.path}: holds no pair to review; make some with `python -m data_gen run`.")
+            reason = (
+                "holds no pair to review" if ledger.settled() else "its pairs have not been compared with each other"
+            )
+            raise InputError(f"{ledger.path}: {reason}; let `python -m data_gen run` finish first.")
         ranked = sorted(items, key=lambda item: hashlib.sha256(f"{seed} {item.id}".encode()).hexdigest())
         self._items = ranked[: math.ceil(share * len(ranked))]
         self._number = {item.id: number for number, item in enumerate(self._items)}
@@ -79,14 +77,14 @@ class ReviewSession:
         self.total = len(self._pairs)
         self._mine = self._read_mine()
 
-    def _read_mine(self) -> dict[str, Decision]:
-        decisions = self._ledger.decisions()
-        return {one.pair: one for one in decisions if one.reviewer == self._reviewer and one.pair in self._pairs}
-
     @property
     def done(self) -> int:
         """How many pairs this reviewer has judged."""
         return len(self._mine)
+
+    def _read_mine(self) -> dict[str, Decision]:
+        decisions = self._ledger.decisions()
+        return {one.pair: one for one in decisions if one.reviewer == self._reviewer and one.pair in self._pairs}
 
     def state(self) -> dict[str, Any]:
         """Returns who reviews, the counts, and the numbers of the items with an open pair."""

@@ -74,10 +74,7 @@ def statistics_of_ledger(ledger: Ledger) -> Statistics:
         faults=ledger.faults(),
         calls=[
             {
-                "stage": count.stage,
-                "model": count.model,
-                "requests": count.requests,
-                "answers": count.answers,
+                **{name: getattr(count, name) for name in ("stage", "model", "requests", "answers")},
                 "tokens in": count.usage_in,
                 "tokens out": count.usage_out,
                 "US dollars": round(count.price, 4),
@@ -123,7 +120,7 @@ def _statistics(
     return Statistics(
         images={category: images[category] for category in ranked},
         pairs=ranked,
-        cells={cell: cells[cell] for cell in (f"{p} {length}" for p in PERSPECTIVES for length in LENGTHS)},
+        cells={f"{one} {length}": cells[f"{one} {length}"] for one in PERSPECTIVES for length in LENGTHS},
         question_words={
             length: _histogram(one.question for one in questions if one.length == length) for length in LENGTHS
         },
