@@ -1,10 +1,10 @@
 """The engine that makes MLMR-SD: question-answer pairs from masks and labels. Run it as
 
-  python -m data_gen plan ...     what it will ask and cost, before the first call
+  python -m data_gen plan ...     calls, tokens and cost of a run, before its first call
   python -m data_gen run ...      captions, descriptions, questions and answers, into a ledger
   python -m data_gen review ...   people screen the pairs on a local page
   python -m data_gen export ...   records for training, the release's formats, a datasets folder with a card
-  python -m data_gen stats ...    word cloud, frequencies, lengths, perspectives
+  python -m data_gen stats ...    word clouds, frequencies, lengths, perspectives
 
 Each command has its own --help.
 """
@@ -21,11 +21,11 @@ from medisee.foundation.errors import InputError, exit_code, nearest
 COMMANDS: dict[str, tuple[str, ...]] = {
     "plan": ("openai", "aiohttp"),
     "run": ("openai", "aiohttp"),
-    "review": (),
+    "review": ("starlette", "uvicorn"),
     "export": ("datasets",),
     "stats": ("wordcloud",),
 }
-"""The commands, and the packages of the extra `engine` that each needs."""
+"""The commands, and what each needs of the extra `engine`."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,10 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"unknown command {command!r}; expected one of {', '.join(COMMANDS)}.{nearest(command, COMMANDS)} "
             "See python -m data_gen --help."
         )
-    if missing := [name for name in COMMANDS[command] if find_spec(name) is None]:
-        raise InputError(
-            f"python -m data_gen {command}: needs {', '.join(missing)}; install with `pip install -e '.[engine]'`."
-        )
+    if missing := ", ".join(name for name in COMMANDS[command] if find_spec(name) is None):
+        raise InputError(f"python -m data_gen {command}: needs {missing}; install with `pip install -e '.[engine]'`.")
     import_module(f"data_gen.{command}").main(words[1:])
 
 

@@ -1,17 +1,17 @@
-"""Makes the data set out of a ledger: what the machine accepted, as people decided. Run it as
+"""Exports the data set from a ledger: what the machine accepted and people did not take out. Run it as
 
   python -m data_gen export --ledger data/mlmr_sd/ledger.sqlite --out data/mlmr_sd/export
-  python -m data_gen export --ledger data/mlmr_sd/ledger.sqlite --out final --screened-only    what people passed
+  python -m data_gen export --ledger data/mlmr_sd/ledger.sqlite --out final --screened-only    what people accepted
 
 Writes into OUT (which must be new, empty or an earlier export):
-  train.jsonl, val.jsonl, test.jsonl     manifests for training and evaluation; test_short and test_long as the paper's
+  train.jsonl, val.jsonl, test.jsonl     manifests for training and evaluation; test_short and test_long as in the paper
   categories.json                        the names that count as naming a category (data.categories of a run)
   images/, masks/                        the pictures, copied
   release/<split>.json, .jsonl           {image: {mask: class}} and the questions, as the authors' loaders read them
   hub/                                   Parquet files with a card: datasets.load_dataset("OUT/hub")
   data.json                              counts, models, what was dropped and why, screening, sources
 
-One target for each image. Splits are by case: 10,129 / 1,257 / 1,266 images where there are enough, else in these
+One target per image. Splits are by case: 10,129 / 1,257 / 1,266 images where there are enough, else in these
 proportions. Of pairs that people judged: one rejection takes a pair out, an edit goes before an accept, edits that
 differ take it out, and a conversation stays or goes as a whole. The same ledger gives the same bytes.
 """
@@ -34,14 +34,13 @@ from data_gen.core.pictures import item_image, item_mask
 from data_gen.ledger.ledger import Ledger
 from data_gen.ledger.screening import screen
 from data_gen.publishing.card import card
-from data_gen.publishing.entries import Entry, entries, entry_record
-from data_gen.publishing.hub import write_hub
+from data_gen.publishing.entries import Entry, entries
+from data_gen.publishing.parquet import write_parquet
 from data_gen.publishing.release import write_release
 from data_gen.publishing.splits import SPLITS
-from data_gen.publishing.summary import Made, Source, read_sources, summary
+from data_gen.publishing.summary import ImageSource, read_sources, summary
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import atomic_path, inside, is_new_or_earlier, write_json, write_text
-from medisee.records.records import Record
 from medisee.sources.mlmr_sd import write_splits
 
 SUMMARY = "data.json"
@@ -54,7 +53,7 @@ def export(
     *,
     seed: int = 0,
     screened_only: bool = False,
-    sources: dict[str, Source],
+    sources: dict[str, ImageSource],
 ) -> dict[str, Any]:
     """Writes the data set into a folder, whole or not at all.
 
@@ -73,57 +72,42 @@ def export(
             are missing or wrong; all of these are named.
     """
     check_out(out, SUMMARY, _OWN_KEY)
-    candidates, decisions = ledger.pairs(), ledger.decisions()
-    screening = screen(candidates, decisions, screened_only=screened_only)
+    candidates = ledger.pairs()
+    screening = screen(candidates, ledger.decisions(), screened_only=screened_only)
     listed = entries(ledger.items(), screening.pairs, seed)
     if not listed:
         wanted = "a pair that a person accepted" if screened_only else "a pair"
         raise InputError(f"{ledger.path}: expected {wanted}, found none among {len(candidates)}; go on with the run.")
     _check_apart(out, ledger)
-    models: dict[str, list[str]] = {}
-    for count in ledger.counts():
-        models.setdefault(count.stage, []).append(count.model)
-    made = Made(
-        entries=listed,
-        candidates=candidates,
-        screening=screening,
-        decisions=decisions,
-        drops=ledger.drops(),
-        models=models,
-        sources=sources,
-        settings={"seed": seed, "screened_only": screened_only},
-    )
-    found = summary(made)
+    settings = {"seed": seed, "screened_only": screened_only}
+    facts = summary(ledger, listed, screening, sources=sources, settings=settings)
     with atomic_path(out) as folder:
         folder.mkdir()
         _write_pictures(listed, ledger.root(), folder)
-        records: dict[str, list[Record]] = {split: [] for split in SPLITS}
-        for entry in listed:
-            records[entry.split].append(entry_record(entry, seed))
+        records = {split: [entry.record(seed) for entry in listed if entry.split == split] for split in SPLITS}
         write_splits(folder, records)
         write_json(folder / "categories.json", _categories(listed, ledger.names()))
         write_release(folder / "release", listed)
-        write_hub(folder / "hub", folder, listed)
-        write_text(folder / "hub" / "README.md", card(found))
-        write_json(folder / SUMMARY, found)
-    return found
+        write_parquet(folder / "hub", folder, listed)
+        write_text(folder / "hub" / "README.md", card(facts))
+        write_json(folder / SUMMARY, facts)
+    return facts
 
 
-def check_out(out: Path, sign: str, key: str) -> None:
-    """Refuses a folder that holds something else than an earlier result: a JSON file `sign` with a key of our own.
+def check_out(out: Path, file: str, key: str) -> None:
+    """Refuses a folder that holds something other than an earlier result, which has a JSON file with a certain key.
 
     Raises:
         InputError: it does.
     """
-    if not is_new_or_earlier(out, sign, key):
+    if not is_new_or_earlier(out, file, key):
         raise InputError(
-            f"--out {out}: exists and holds something else; expected a new or empty folder, or an earlier result with "
-            f"{sign}; name another."
+            f"--out {out}: holds something else; name a new or empty folder, or an earlier result with {file}."
         )
 
 
 def _check_apart(out: Path, ledger: Ledger) -> None:
-    """Refuses a folder whose replacement would take away what the export is made from."""
+    """Refuses a folder whose replacement would delete what the export is made from."""
     root, place = ledger.root(), out.resolve()
     needed = {"the ledger": ledger.path, "the folder of the images": root}
     for item in ledger.items() if place.is_relative_to(root.resolve()) else ():
@@ -132,8 +116,7 @@ def _check_apart(out: Path, ledger: Ledger) -> None:
     for what, path in needed.items():
         if path.resolve().is_relative_to(place):
             raise InputError(
-                f"--out {out}: holds {what} ({path}), which the export would replace; expected a folder apart from the "
-                "ledger and its images; name another."
+                f"--out {out}: holds {what} ({path}), which the export would replace; name another folder."
             )
 
 
@@ -156,11 +139,11 @@ def _write_pictures(listed: Sequence[Entry], root: Path, folder: Path) -> None:
 
 
 def _categories(listed: Sequence[Entry], names: Names) -> dict[str, list[str]]:
-    """A name counts for one category only: its own label first, then whichever comes first in the alphabet."""
-    found = sorted({entry.item.category for entry in listed})
-    owner = {" ".join(category.casefold().split()): category for category in found}
-    result: dict[str, list[str]] = {category: [category] for category in found}
-    for category in found:
+    """Gives each name to one category: the one that has it as its label, else the first one in the alphabet."""
+    categories = sorted({entry.item.category for entry in listed})
+    owner = {" ".join(category.casefold().split()): category for category in categories}
+    result: dict[str, list[str]] = {category: [category] for category in categories}
+    for category in categories:
         for name in names.of(category):
             if owner.setdefault(" ".join(name.casefold().split()), category) == category and name != category:
                 result[category].append(name)
@@ -175,22 +158,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Ledger(arguments.ledger) as ledger:
         if not ledger.settled():
             print(
-                "warning: the run has not come to its end: near-duplicates may be among the pairs; start `python -m "
-                "data_gen run` once more before you publish this.",
+                "warning: the run has not finished, so near-duplicates may be among the pairs; start `python -m data_gen "
+                "run` again before you publish this.",
                 file=sys.stderr,
             )
-        found = export(
-            ledger,
-            arguments.out,
-            seed=arguments.seed,
-            screened_only=arguments.screened_only,
-            sources=sources,
-        )
-    for split, counts in found["counts"].items():
-        told = f"{counts['images']:,} images of {counts['cases']:,} cases, {counts['pairs']:,} pairs"
-        print(f"{split:<6}{told if counts['images'] else 'empty: there are too few cases'}")
-    if found["author"] != "models":
-        print(f"made by: {found['author']}")
+        options = {"seed": arguments.seed, "screened_only": arguments.screened_only}
+        facts = export(ledger, arguments.out, **options, sources=sources)
+    for split, counts in facts["counts"].items():
+        line = f"{counts['images']:,} images of {counts['cases']:,} cases, {counts['pairs']:,} pairs"
+        print(f"{split:<6}{line if counts['images'] else 'empty: there are too few cases'}")
+    if facts["author"] != "models":
+        print(f"made by: {facts['author']}")
     print(f"done: {arguments.out}")
 
 
@@ -201,6 +179,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--ledger", type=Path, required=True, help="the ledger that `run` wrote")
     add("--out", type=Path, required=True, help="folder to write; an earlier export in it is replaced")
     add("--screened-only", action="store_true", help="leave out what no person has accepted or edited")
-    add("--seed", type=int, default=0, help="of splits and wordings (default: 0)")
-    add("--sources", type=Path, metavar="FILE", help="further sources and licences for the card, as sources.yaml")
+    add("--seed", type=int, default=0, help="seed of splits and wordings (default: 0)")
+    add(
+        "--sources",
+        type=Path,
+        metavar="FILE",
+        help="more sources and licences for the card, in the form of sources.yaml",
+    )
     return parser

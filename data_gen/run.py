@@ -6,11 +6,11 @@
   python -m data_gen run ... --model gpt-4o --batch                                       half the price, within a day
   python -m data_gen run ... --captioner local:FOLDER                                     LLaVA-Med describes the images
 
-All is in the ledger before anything is built on it. Stop a run however you like and start the same line again: what has
-an answer is not asked again. The key of the model's server is read from OPENAI_API_KEY, that of a captioner's own server
-(--caption-url) from MEDISEE_CAPTION_KEY; they are written nowhere.
+Everything is in the ledger before anything is built on it. Stop a run in any way and start the same command again: what
+has an answer is not asked again. The key of the model's server is read from OPENAI_API_KEY, that of a captioner's own
+server (--caption-url) from MEDISEE_CAPTION_KEY; neither is ever written to disk.
 
-Ends with 0 when all images are done, 1 when the run stopped before that (it says why), 2 when the input is wrong.
+Exits with 0 when all images are done, 1 when the run stopped before that (it says why), 2 when the input is wrong.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_gen.authors.client import CAPTION_KEY, KEY, Client, Server, api_key, is_same
+from data_gen.authors.offline import OfflineAuthor
 from data_gen.core.calls import Request
 from data_gen.core.items import items_from_manifest
 from data_gen.core.prices import Price
 from data_gen.core.recipe import OFFLINE
 from data_gen.ledger.ledger import Ledger
 from data_gen.ledger.limits import ErrorBudget, MoneyBudget, RateLimit, StopRun
-from data_gen.options import LOCAL, Made, add_options, fixed_settings, make
+from data_gen.options import LOCAL, Inputs, add_options, fixed_settings, read_inputs
 from data_gen.pipeline.asking import Answered, Asker, Author, Check
 from data_gen.pipeline.batch import BatchServer, Waves
 from data_gen.pipeline.engine import Job, Signals, run_live, run_waves
@@ -47,24 +48,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Makes pairs from the command line."""
     arguments = _parser().parse_args(argv)
     _check(arguments)
-    made = make(arguments)
+    inputs = read_inputs(arguments)
+    style, limit = inputs.recipe.style, arguments.limit
     if not arguments.author:
-        api_key(_server(arguments))
-        api_key(_caption_server(arguments))
+        for server in _servers(arguments):
+            api_key(server)
     with Ledger(arguments.ledger, create=True) as ledger, _alone(arguments.ledger):
-        free = {"style": made.recipe.style, "limit": arguments.limit, "batch": arguments.batch}
-        number = ledger.start_run(fixed_settings(arguments, made.recipe), free)
-        ledger.keep_names(made.names)
-        _add_items(ledger, made, arguments.limit)
+        free = {"style": style, "limit": limit, "batch": arguments.batch}
+        number = ledger.start_run(fixed_settings(arguments, inputs.recipe), free)
+        ledger.keep_names(inputs.names)
+        _add_items(ledger, inputs, limit)
         stopped, signals = "", Signals()
         try:
-            asyncio.run(_run(ledger, made, arguments, signals))
+            asyncio.run(_run(ledger, inputs, arguments, signals))
         except StopRun as error:
             stopped = str(error)
         except asyncio.CancelledError:
             stopped = "interrupted; run again to go on"
         ledger.end_run(number, stopped or "done")
-        print(_summary(ledger, arguments.limit, made.recipe.style))
+        print(_summary(ledger, limit, style))
     if signals.number == signal.SIGINT:
         raise KeyboardInterrupt
     if signals.number is not None:
@@ -74,128 +76,101 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-async def _run(ledger: Ledger, made: Made, arguments: argparse.Namespace, signals: Signals) -> None:
-    """Connects what answers, and works until all is done or the run stops."""
-    recipe = made.recipe
-    # Some more images at work than requests under way: while an answer is judged, another image's request takes its place.
+async def _run(ledger: Ledger, inputs: Inputs, arguments: argparse.Namespace, signals: Signals) -> None:
+    """Connects to what answers, and works until everything is done or the run stops."""
+    recipe = inputs.recipe
+    # A few more images in progress than requests: while one answer is judged, another image's request takes its place.
     job = Job(ledger, recipe, arguments.limit, workers=arguments.concurrency + arguments.concurrency // 4)
     rate = RateLimit(arguments.rpm, arguments.tpm)
     money = MoneyBudget(arguments.max_cost, ledger.answers.spent(), ledger.answers)
     budget = ErrorBudget(arguments.max_failures)
-    open_wires: list[Client | BatchServer] = []
+    server, caption_server = _servers(arguments)
+    clients: list[Client | BatchServer] = []
 
     def connect(server: Server, price: Price) -> Author:
-        wire = Client(server, root=recipe.root, price=price, rate=rate, money=money)
-        open_wires.append(wire)
-        return wire
+        client = Client(server, root=recipe.root, price=price, rate=rate, money=money)
+        clients.append(client)
+        return client
 
-    author = _offline(recipe.seed) if recipe.model == OFFLINE else connect(_server(arguments), made.price)
+    author = OfflineAuthor(recipe.seed) if recipe.model == OFFLINE else connect(server, inputs.price)
     captioner = author
     if recipe.captioner and recipe.captioner.startswith(LOCAL):
-        captioner = _local(arguments.captioner, recipe.root)
+        from data_gen.authors.captioner import LocalCaptioner  # late: it imports torch
+
+        captioner = LocalCaptioner(arguments.captioner.removeprefix(LOCAL), recipe.root)
     elif recipe.captioner not in (None, OFFLINE):
-        captioner = connect(_caption_server(arguments), made.caption_price)
+        captioner = connect(caption_server, inputs.caption_price)
     asker = Asker(ledger.answers, author, captioner, attempts=arguments.attempts, budget=budget)
     try:
-        with signals.heeded(asker):
+        with signals.handled(asker):
             if not arguments.batch:
-                _check_batches(ledger)
+                # What a batch will answer would be asked, and paid for, a second time.
+                if count := len(ledger.answers.open_batches()):
+                    raise StopRun(
+                        f"stopped: {count} batches have answers that were not collected; run the same command with --batch "
+                        "until they are. To give a batch up, cancel it at the server, then run with --batch."
+                    )
                 await run_live(job, asker)
                 return
             waves = Waves(ledger.answers, attempts=arguments.attempts)
-            server = _batch_server(ledger, made, arguments, money=money, budget=budget)
-            open_wires.append(server)
+            batches = BatchServer(
+                server=server,
+                root=recipe.root,
+                answers=ledger.answers,
+                price=inputs.price,
+                money=money,
+                mode=recipe.mode,
+                attempts=arguments.attempts,
+                budget=budget,
+                poll=arguments.poll,
+                say=tqdm.write,
+            )
+            clients.append(batches)
 
             async def ask(request: Request, check: Check) -> Answered:
-                # Captions are asked for at once: their captioner may be another server or this machine.
+                # Captions are asked for live: their captioner may be another server or this machine.
                 return await (asker if request.stage == "caption" else waves)(request, check)
 
-            await run_waves(job, waves, ask, server)
+            await run_waves(job, waves, ask, batches)
     finally:
-        for wire in open_wires:
-            await wire.close()
+        for client in clients:
+            await client.close()
 
 
-def _check_batches(ledger: Ledger) -> None:
-    """What a batch will answer would be asked, and paid for, a second time."""
-    if count := len(ledger.answers.open_batches()):
-        raise StopRun(
-            f"stopped: the answers of {count} batches that were begun have not been collected; run the same line with "
-            "--batch to the end; to be rid of a batch cancel it at the server, then run with --batch."
-        )
-
-
-def _server(arguments: argparse.Namespace) -> Server:
-    return Server(
+def _servers(arguments: argparse.Namespace) -> tuple[Server, Server]:
+    """Returns the model's server and the captioner's, which does not get the model's key if it is another one."""
+    server = Server(
         base_url=arguments.base_url,
         concurrency=arguments.concurrency,
         timeout=arguments.timeout,
         sends=arguments.sends,
     )
-
-
-def _caption_server(arguments: argparse.Namespace) -> Server:
-    """Another server than the model's is not told the model's key."""
     url = arguments.caption_url or arguments.base_url
-    name = KEY if is_same(url, arguments.base_url) else CAPTION_KEY
-    return replace(_server(arguments), base_url=url, key_name=name)
+    return server, replace(server, base_url=url, key_name=KEY if is_same(url, arguments.base_url) else CAPTION_KEY)
 
 
-def _batch_server(
-    ledger: Ledger, made: Made, arguments: argparse.Namespace, *, money: MoneyBudget, budget: ErrorBudget
-) -> BatchServer:
-    return BatchServer(
-        server=_server(arguments),
-        root=made.recipe.root,
-        answers=ledger.answers,
-        price=made.price,
-        money=money,
-        mode=made.recipe.mode,
-        attempts=arguments.attempts,
-        budget=budget,
-        poll=arguments.poll,
-        say=tqdm.write,
-    )
-
-
-def _offline(seed: int) -> Author:
-    from data_gen.authors.offline import OfflineAuthor
-
-    return OfflineAuthor(seed)
-
-
-def _local(captioner: str, root: Path) -> Author:
-    from data_gen.authors.captioner import LocalCaptioner  # late: it brings torch
-
-    return LocalCaptioner(captioner.removeprefix(LOCAL), root)
-
-
-def _add_items(ledger: Ledger, made: Made, limit: int | None) -> None:
-    """Draws the targets, once for each ledger: it reads every mask."""
+def _add_items(ledger: Ledger, inputs: Inputs, limit: int | None) -> None:
+    """Draws the targets, once per ledger: it reads every mask."""
     if ledger.has_items(limit):
         return
-    count = count_items(made.manifest, limit)
+    count = count_items(inputs.manifest, limit)
     if not count:
-        raise InputError(
-            f"{made.manifest.path}: no record has a target; expected labelled masks; check how it was made."
-        )
-    drawn = islice(items_from_manifest(made.manifest, made.recipe.seed), count)
+        raise InputError(f"{inputs.manifest.path}: no record has a target; use a manifest with labelled masks.")
+    drawn = islice(items_from_manifest(inputs.manifest, inputs.recipe.seed), count)
     shown = tqdm(drawn, total=count, unit="image", disable=None, desc="reading masks")
-    ledger.add_items(shown, made.manifest.root, complete=count == count_items(made.manifest, None))
+    ledger.add_items(shown, inputs.manifest.root, complete=count == count_items(inputs.manifest, None))
 
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Keeps a second run from asking the same questions: one ledger, one run."""
+    """Keeps a second run off the ledger, which would ask the same questions."""
     import fcntl
 
     with path.with_name(f".{path.name}.lock").open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise InputError(
-                f"{path}: another run is at work on it; wait for its end or name another ledger."
-            ) from error
+            raise InputError(f"{path}: in use by another run; wait for its end or name another ledger.") from error
         yield
 
 
@@ -204,7 +179,7 @@ def _summary(ledger: Ledger, limit: int | None, style: str) -> str:
     states = ledger.count_pairs()
     lines = [f"images {count - left:,} of {count:,}, pairs {states['new'] + states['kept']:,}"]
     if states["new"]:
-        lines[0] += " (near-duplicates not yet sorted out)"
+        lines[0] += " (not yet deduplicated)"
     for rule, number in Counter(f"{drop.stage}: {drop.rule}" for drop in ledger.drops()).most_common():
         lines.append(f"dropped {number:>8,}  {rule}")
     for each in ledger.counts():
@@ -218,31 +193,36 @@ def _summary(ledger: Ledger, limit: int | None, style: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m data_gen run", description=__doc__, formatter_class=raw)
-    parser.add_argument("--ledger", type=Path, required=True, metavar="FILE", help="SQLite file; made when missing")
+    parser.add_argument("--ledger", type=Path, required=True, metavar="FILE", help="SQLite file; created if missing")
     add_options(parser)
-    add = parser.add_argument_group("how fast, how patient").add_argument
-    add("--concurrency", type=int, default=64, metavar="N", help="requests under way at once (default: 64)")
-    add("--rpm", type=float, metavar="N", help="most requests a minute (default: no limit)")
-    add("--tpm", type=float, metavar="N", help="most tokens a minute (default: no limit)")
+    add = parser.add_argument_group("speed and retries").add_argument
+    add("--concurrency", type=int, default=64, metavar="N", help="concurrent requests (default: 64)")
+    add("--rpm", type=float, metavar="N", help="most requests per minute (default: no limit)")
+    add("--tpm", type=float, metavar="N", help="most tokens per minute (default: no limit)")
     add("--timeout", type=float, default=120, metavar="S", help="seconds to wait for an answer (default: 120)")
-    add("--sends", type=int, default=8, metavar="N", help="sends of a request while server or net fail (default: 8)")
-    add("--attempts", type=int, default=4, metavar="N", help="answers tried until one has the form (default: 4)")
+    add(
+        "--sends",
+        type=int,
+        default=8,
+        metavar="N",
+        help="sends of a request while server or network fails (default: 8)",
+    )
+    add("--attempts", type=int, default=4, metavar="N", help="answers tried until one has the right form (default: 4)")
     add("--max-failures", type=int, default=20, metavar="N", help="failed calls in a row that end a run (default: 20)")
-    add("--max-cost", type=float, metavar="USD", help="of all runs of this ledger (default: no limit)")
-    add("--batch", action="store_true", help="use the Batch API")
-    add("--poll", type=float, default=30, metavar="S", help="seconds between two looks at a batch (default: 30)")
+    add("--max-cost", type=float, metavar="USD", help="most that all runs of this ledger may cost (default: no limit)")
+    add("--batch", action="store_true", help="use the Batch API: half the price, answers within a day")
+    add("--poll", type=float, default=30, metavar="S", help="seconds between status checks of a batch (default: 30)")
     return parser
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    numbers = ("concurrency", "rpm", "tpm", "timeout", "sends", "attempts", "max_failures", "max_cost", "poll")
     problems = [
         f"--{name.replace('_', '-')} is {value}; expected a number above 0; correct it."
-        for name in (
-            *("concurrency", "rpm", "tpm", "timeout", "sends", "attempts", "max_failures", "max_cost", "poll"),
-        )
+        for name in numbers
         if (value := getattr(arguments, name)) is not None and not 0 < value < float("inf")
     ]
     if arguments.batch and arguments.author:
-        problems.append("--batch: the offline author has none; leave it out.")
+        problems.append("--batch: the offline author has no batches; leave it out.")
     if problems:
         raise InputError(problems)

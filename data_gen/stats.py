@@ -1,4 +1,4 @@
-"""Draws the statistics of a data set: the paper's Figure 4, lengths, perspectives, what the rules dropped. Run it as
+"""Draws the statistics of a data set: the paper's Figure 4, lengths, perspectives, and what the rules dropped. Run it as
 
   python -m data_gen stats --ledger data/mlmr_sd/ledger.sqlite --out data/mlmr_sd/stats
   python -m data_gen stats --export data/mlmr_sd/export --out data/mlmr_sd/stats
@@ -11,7 +11,7 @@ Writes into OUT (which must be new, empty or earlier statistics):
   perspectives.png        pairs of each perspective and length
   dropped.png             what each rule objected to and dropped
   stats.json, stats.md    the numbers
-A ledger also tells tokens and prices, and what the rules objected to before an answer was mended.
+From a ledger they include tokens and prices, and what the rules objected to before an answer was corrected.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 from data_gen.export import SUMMARY, check_out
 from data_gen.ledger.ledger import Ledger
+from data_gen.publishing.card import markdown_table
 from data_gen.publishing.figures import draw_figures
 from data_gen.publishing.statistics import Statistics, balance, statistics_of_export, statistics_of_ledger
 from medisee.foundation.errors import InputError
@@ -51,48 +52,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def write_stats(statistics: Statistics, out: Path) -> None:
     """Writes figures, stats.json and stats.md into a folder, whole or not at all."""
+    balances = {name: round(balance(getattr(statistics, name)), 4) for name in ("images", "pairs", "cells")}
     with atomic_path(out) as folder:
         folder.mkdir()
         figures = draw_figures(statistics, folder)
-        write_json(folder / STATS, {**asdict(statistics), "figures": figures, "balance": _balances(statistics)})
-        write_text(folder / "stats.md", markdown(statistics))
+        write_json(folder / STATS, {**asdict(statistics), "figures": figures, "balance": balances})
+        write_text(folder / "stats.md", _markdown(statistics, balances))
 
 
-def _balances(statistics: Statistics) -> dict[str, float]:
-    return {
-        name: round(balance(counts), 4)
-        for name, counts in (
-            ("images", statistics.images),
-            ("pairs", statistics.pairs),
-            ("cells", statistics.cells),
-        )
-    }
-
-
-def markdown(statistics: Statistics) -> str:
-    """Returns the numbers as Markdown tables."""
-    pairs, images = sum(statistics.pairs.values()), sum(statistics.images.values())
-    lines = [
-        f"# {pairs:,} question-answer pairs, {images:,} images, {len(statistics.pairs)} categories",
+def _markdown(statistics: Statistics, balances: dict[str, float]) -> str:
+    pairs, images = statistics.pairs, statistics.images
+    parts = [
+        f"# {sum(pairs.values()):,} question-answer pairs, {sum(images.values()):,} images, {len(pairs)} categories",
         f"Author: {statistics.author}. Balance (entropy over its maximum; 1 is even): "
-        + ", ".join(f"{name} {value:.2f}" for name, value in _balances(statistics).items())
+        + ", ".join(f"{name} {value:.2f}" for name, value in balances.items())
         + ".",
-        _table(("perspective and length", "pairs"), statistics.cells.items()),
-        _table(("category", "pairs", "images"), ((c, n, statistics.images[c]) for c, n in statistics.pairs.items())),
+        markdown_table(("perspective and length", "pairs"), list(statistics.cells.items())),
+        markdown_table(("category", "pairs", "images"), [(name, pairs[name], images[name]) for name in pairs]),
     ]
-    if statistics.dropped or statistics.faults:
-        rules = sorted(statistics.dropped.keys() | statistics.faults.keys())
-        rows = ((rule, statistics.faults.get(rule, 0), statistics.dropped.get(rule, 0)) for rule in rules)
-        lines.append(_table(("rule", "objections", "dropped"), rows))
+    if rules := sorted(statistics.dropped.keys() | statistics.faults.keys()):
+        rows = [(rule, statistics.faults.get(rule, 0), statistics.dropped.get(rule, 0)) for rule in rules]
+        parts.append(markdown_table(("rule", "objections", "dropped"), rows))
     if statistics.calls:
-        lines.append(_table(tuple(statistics.calls[0]), (tuple(call.values()) for call in statistics.calls)))
-    return "\n\n".join(lines) + "\n"
-
-
-def _table(head: Sequence[str], rows: Any) -> str:
-    lines = [tuple(head), tuple("---" for _ in head)]
-    lines += [tuple(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row) for row in rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        parts.append(markdown_table(list(statistics.calls[0]), [list(call.values()) for call in statistics.calls]))
+    return "\n\n".join(parts) + "\n"
 
 
 def _facts(folder: Path) -> dict[str, Any]:
@@ -102,8 +85,7 @@ def _facts(folder: Path) -> dict[str, Any]:
         return {"author": str(facts["author"]), "dropped": list(facts["dropped"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"--export {folder}: {SUMMARY} cannot be read ({error}); expected what `python -m data_gen export` wrote; "
-            "name its folder."
+            f"--export {folder}: {SUMMARY} cannot be read ({error}); name a folder that `python -m data_gen export` wrote."
         ) from error
 
 
@@ -112,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_gen stats", description=__doc__, formatter_class=raw)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--ledger", type=Path, help="the ledger that `run` wrote")
-    source.add_argument("--export", type=Path, metavar="DIR", help="what `export` wrote")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; earlier statistics are replaced")
+    source.add_argument("--export", type=Path, metavar="DIR", help="the folder that `export` wrote")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder to write; earlier statistics in it are replaced"
+    )
     return parser

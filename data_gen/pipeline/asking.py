@@ -1,4 +1,4 @@
-"""Asking: the ledger first, then whoever answers; what comes back is judged and stored before anybody sees it."""
+"""Asking: first the ledger, then an author; every answer is judged and stored before anything uses it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Check: TypeAlias = Callable[[BaseModel], list[Fault]]
 
 
 class Author(Protocol):
-    """Whoever answers requests: a server, the offline author, a model on this machine."""
+    """What answers requests: a server, the offline author, a model on this machine."""
 
     async def send(self, request: Request) -> Reply:
         """Answers one request."""
@@ -27,7 +27,7 @@ class Author(Protocol):
 
 
 class Pending(Exception):
-    """The answer is not there yet; it will come with a batch."""
+    """There is no answer yet; it will come with a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +47,15 @@ class Answered:
     again: bool = True
 
 
-class Ask(Protocol):
-    """What the stages are given: it returns the final answer to a request, and what `check` finds wrong in it."""
-
-    def __call__(self, request: Request, check: Check) -> Awaitable[Answered]: ...
+Ask: TypeAlias = Callable[[Request, Check], Awaitable[Answered]]
+"""What the stages are given: it returns the final answer to a request, and what `check` finds wrong in it."""
 
 
 class Asker:
-    """An `Ask` on a ledger: nothing that has an answer there is asked again.
+    """An `Ask` with a ledger: what has an answer there is not asked again.
 
     Attributes:
-        stopping: why nothing is to be asked any more; None while the run goes on.
-        asked: how many answers came in this run.
+        stopping: why no further request may be sent; None while the run goes on.
     """
 
     def __init__(
@@ -70,20 +67,19 @@ class Asker:
         attempts: int = 4,
         budget: ErrorBudget | None = None,
     ) -> None:
-        """Prepares to ask.
+        """Nothing is asked yet.
 
         Args:
-            answers: of the ledger, where all is stored.
+            answers: of the ledger, where everything is stored.
             author: answers all stages but the captions.
-            captioner: answers those.
-            attempts: how many answers to one and the same request are tried until one has the right form.
-            budget: of calls that bring nothing.
+            captioner: answers the captions.
+            attempts: how many answers to one request are tried until one has the right form.
+            budget: limits the calls that bring no usable answer.
         """
         self._answers, self._author, self._captioner = answers, author, captioner
         self._attempts, self._budget = attempts, budget or ErrorBudget()
         self._under_way: dict[str, asyncio.Future[None]] = {}
         self.stopping: str | None = None
-        self.asked = 0
 
     async def __call__(self, request: Request, check: Check) -> Answered:
         """Returns the final answer to a request.
@@ -96,7 +92,7 @@ class Asker:
             await asyncio.wait([under_way])  # and not the future itself: a cancelled waiter would cancel it
         done = self._under_way[request.key] = asyncio.get_running_loop().create_future()
         try:
-            return answered(request, await self._final(request, check))
+            return await self._final(request, check)
         except StopRun as error:
             self.stopping = self.stopping or str(error)
             raise
@@ -104,38 +100,27 @@ class Asker:
             del self._under_way[request.key]
             done.set_result(None)
 
-    async def _final(self, request: Request, check: Check) -> Answer:
+    async def _final(self, request: Request, check: Check) -> Answered:
         found = self._answers.find(request.key)
         is_new = False
-        while found is None or (not is_final(found, self._attempts)):
+        while found is None or not is_final(found, self._attempts):
             if self.stopping is not None:
                 raise StopRun(self.stopping)
             if found is None:
                 await asyncio.wrap_future(self._answers.store_requests([request]))
-            reply = await self._send(request)
-            found = judge(request.stage, request.mode, reply, attempt=(found.attempt if found else 0) + 1, check=check)
+            try:
+                reply = await (self._captioner if request.stage == "caption" else self._author).send(request)
+            except Unreachable as error:
+                self._budget.bad(str(error))
+                raise
+            attempt = found.attempt + 1 if found else 1
+            found = judge(request.stage, request.mode, reply, attempt=attempt, check=check)
             await asyncio.wrap_future(self._answers.store(request.key, found))
-            self.asked += 1
             is_new = True
-        if found.verdict is None:  # it came with a batch
-            found = judge(request.stage, request.mode, found.reply, attempt=found.attempt, check=check)
-            await asyncio.wrap_future(self._answers.store(request.key, found))
+        answered = await read_stored(self._answers, request, found, check)
         if is_new:
-            self._note(found.reply)
-        return found
-
-    async def _send(self, request: Request) -> Reply:
-        try:
-            return await (self._captioner if request.stage == "caption" else self._author).send(request)
-        except Unreachable as error:
-            self._budget.bad(str(error))
-            raise
-
-    def _note(self, reply: Reply) -> None:
-        if reply.status == "ok":
-            self._budget.good()
-        else:
-            self._budget.bad(f"{reply.status}: {reply.why}")
+            count_reply(self._budget, found.reply)
+        return answered
 
 
 def is_final(answer: Answer, attempts: int) -> bool:
@@ -143,23 +128,37 @@ def is_final(answer: Answer, attempts: int) -> bool:
     return answer.reply.status in ("ok", "rejected") or answer.attempt >= attempts
 
 
+def count_reply(budget: ErrorBudget, reply: Reply) -> None:
+    """Counts a final reply as good or bad.
+
+    Raises:
+        StopRun: too many are bad.
+    """
+    if reply.status == "ok":
+        budget.good()
+    else:
+        budget.bad(f"{reply.status}: {reply.why}")
+
+
 def judge(stage: Stage, mode: Mode, reply: Reply, *, attempt: int, check: Check | None) -> Answer:
-    """Reads a reply as the stage's answer and lets the rules look at it; without `check` the verdict stays open."""
+    """Reads a reply as the stage's answer and applies the rules; without `check` the verdict stays open."""
     value = None
     if reply.status == "ok":
         try:
             value = read_answer(stage, reply.text, mode)
         except ValueError as error:
-            reply = replace(reply, status="malformed", why=f"the answer has not the form asked for ({error})")
+            reply = replace(reply, status="malformed", why=f"the answer does not have the form asked for ({error})")
     if value is None:
         return Answer(reply, attempt, (Fault("", reply.status, reply.why),))
     return Answer(reply, attempt, None if check is None else tuple(check(value)))
 
 
-def answered(request: Request, answer: Answer) -> Answered:
-    """Returns a judged answer as the stages see it."""
-    reply = answer.reply
-    faults = answer.verdict or ()
+async def read_stored(answers: Answers, request: Request, answer: Answer, check: Check) -> Answered:
+    """Returns a final answer as the stages see it, after judging and storing one that came with a batch."""
+    if answer.verdict is None:
+        answer = judge(request.stage, request.mode, answer.reply, attempt=answer.attempt, check=check)
+        await asyncio.wrap_future(answers.store(request.key, answer))
+    reply, faults = answer.reply, answer.verdict or ()
     if reply.status != "ok":
         return Answered(None, reply.text, faults, again=reply.status not in ("refused", "filtered", "rejected"))
     return Answered(read_answer(request.stage, reply.text, request.mode), reply.text, faults)

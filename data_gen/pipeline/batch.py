@@ -1,8 +1,8 @@
-"""The Batch API: half the price, an answer within a day. All that can be asked now goes in one wave, then the next.
+"""The Batch API: half the price, answers within a day. All requests that can be sent now form one wave, then the next.
 
 A stage's requests are built from the answers of the stage before, so a data set takes a few waves: describe, revise,
-transform, and those that are asked again. Every step is in the ledger before the next begins, so a run can be ended at
-any time; another one goes on where it was.
+transform, and what is asked again. Every step is in the ledger before the next begins, so a run can be killed at any
+time and the next one goes on from there.
 """
 
 from __future__ import annotations
@@ -18,30 +18,22 @@ from typing import IO, Any
 
 import openai
 
-from data_gen.authors.client import (
-    NoCompletion,
-    Server,
-    api_key,
-    client_for,
-    is_lasting,
-    redacted,
-    rejection,
-    reply_from,
-)
+from data_gen.authors import client
+from data_gen.authors.client import NoCompletion, Server
 from data_gen.core.calls import Answer, Request
 from data_gen.core.pixels import with_pixels
 from data_gen.core.prices import Price, size_of
 from data_gen.core.schemas import Mode
 from data_gen.ledger.answers import Answers
 from data_gen.ledger.limits import ErrorBudget, MoneyBudget, StopRun
-from data_gen.pipeline.asking import Answered, Check, Pending, answered, is_final, judge
+from data_gen.pipeline.asking import Answered, Check, Pending, count_reply, is_final, judge, read_stored
 
 ENDPOINT = "/v1/chat/completions"
 MOST_REQUESTS = 20_000  # of one batch; OpenAI takes 50,000 and 200 MB
 MOST_BYTES = 90_000_000
 _ENDED = ("completed", "expired", "cancelled", "failed")
 _TOKEN = "medisee"
-_MOMENT = 5.0  # seconds until a batch that was just created is listed for sure
+_MOMENT = 5.0  # seconds after which a batch that was just created is listed for sure
 
 
 class Waves:
@@ -67,16 +59,12 @@ class Waves:
             if len(self._unstored) >= 500:
                 self._store()
             raise Pending
-        if found.verdict is None:
-            found = judge(request.stage, request.mode, found.reply, attempt=found.attempt, check=check)
-            await asyncio.wrap_future(self._answers.store(request.key, found))
-        return answered(request, found)
+        return await read_stored(self._answers, request, found, check)
 
     def take(self) -> list[str]:
-        """Returns the keys of the wave, all of whose requests are in the ledger, and begins the next."""
+        """Returns the keys of the wave, whose requests are then all in the ledger, and begins the next."""
         self._store()
-        keys = list(self._missing)
-        self._missing.clear()
+        keys, self._missing = list(self._missing), {}
         return keys
 
     def _store(self) -> None:
@@ -92,13 +80,13 @@ class BatchServer:
         server: where the model is.
         root: folder of the images.
         answers: of the ledger.
-        price: what the model costs.
-        money: the money of the ledger.
+        price: of the model.
+        money: the budget of the ledger.
         mode: how the server is held to the schemas.
         attempts: see `data_gen.pipeline.asking.Asker`.
-        budget: of requests that bring nothing.
+        budget: limits the requests that bring no usable answer.
         poll: seconds between two looks at a batch.
-        say: is redacted what goes on.
+        say: receives progress messages.
     """
 
     server: Server
@@ -111,12 +99,11 @@ class BatchServer:
     budget: ErrorBudget = field(default_factory=ErrorBudget)
     poll: float = 30.0
     say: Callable[[str], None] = print
-    _client: openai.AsyncOpenAI = field(init=False)
     _held: float = 0.0
 
     def __post_init__(self) -> None:
-        self._key = api_key(self.server)
-        self._client = client_for(self.server, self._key, retries=self.server.sends, patience=20)
+        self._key = client.api_key(self.server)
+        self._client = client.client_for(self.server, self._key, retries=self.server.sends, patience=20)
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -126,16 +113,16 @@ class BatchServer:
         """Sends a wave as one or more batches.
 
         Raises:
-            StopRun: the money does not suffice, or the server takes no batch.
+            StopRun: it could exceed the budget, or the server takes no batch.
         """
         for key in keys:
             most = size_of(self.answers.body(key)).most(self.price, batch=True)
             self.money.hold(most)
             self._held += most
         with tempfile.TemporaryDirectory(prefix="data_gen-") as folder:
-            for path, count in _files(self._lines(keys), Path(folder)):
+            for path, size in _files(self._lines(keys), Path(folder)):
                 token = uuid.uuid4().hex
-                self.answers.start_batch(token, count)
+                self.answers.start_batch(token, size)
                 try:
                     with path.open("rb") as handle:
                         await self._create(token, handle)
@@ -143,7 +130,7 @@ class BatchServer:
                     raise StopRun(
                         f"stopped: the server takes no batch ({self._redacted(error.message)}); run again to go on."
                     ) from error
-                self.say(f"submitted a batch of {count:,} requests")
+                self.say(f"submitted a batch of {size:,} requests")
 
     async def _create(self, token: str, handle: IO[bytes]) -> None:
         try:
@@ -151,11 +138,11 @@ class BatchServer:
         except openai.APIError:
             self.answers.mark_batch(token, None, "abandoned")
             raise
-        # Not sent again by the client: one that fails may have been created all the same, and a twin is paid for, too.
-        client = self._client.with_options(max_retries=0)
+        # The client must not send it again: a call that fails may have created a batch, and a second one is paid for, too.
+        once = self._client.with_options(max_retries=0)
         for left in reversed(range(self.server.sends)):
             try:
-                created = await client.batches.create(
+                created = await once.batches.create(
                     completion_window="24h",
                     endpoint=ENDPOINT,
                     input_file_id=uploaded.id,
@@ -163,11 +150,9 @@ class BatchServer:
                 )
                 identity = created.id
             except openai.APIError as error:
-                if isinstance(error, openai.APIStatusError) and is_lasting(error.status_code):
-                    self.answers.mark_batch(token, None, "abandoned")
-                    raise
-                identity = await self._find(token)
-                if identity is None and not left:
+                is_refused = isinstance(error, openai.APIStatusError) and client.is_lasting(error.status_code)
+                identity = None if is_refused else await self._find(token)
+                if identity is None and (is_refused or not left):
                     self.answers.mark_batch(token, None, "abandoned")
                     raise
             if identity is not None:
@@ -184,9 +169,9 @@ class BatchServer:
         """Waits for all batches under way, stores their answers and returns how many came.
 
         Raises:
-            StopRun: the server refused a batch, or cannot be asked.
+            StopRun: the server refused a batch, or cannot be reached.
         """
-        count = 0
+        collected = 0
         try:
             for token, identity in self.answers.open_batches():
                 identity = identity or await self._find(token)
@@ -194,17 +179,17 @@ class BatchServer:
                     self.answers.mark_batch(token, None, "abandoned")
                     continue
                 self.answers.mark_batch(token, identity, "submitted")
-                count += await self._collect(token, identity)
+                collected += await self._collect(token, identity)
         except openai.APIError as error:
             raise StopRun(
-                f"stopped: the server cannot be asked ({self._redacted(error.message)}); run again to go on."
+                f"stopped: the server cannot be reached ({self._redacted(error.message)}); run again to go on."
             ) from error
         self.money.release(self._held, 0)
         self._held = 0.0
-        return count
+        return collected
 
     async def _find(self, token: str) -> str | None:
-        """Looks for a batch whose id was never stored: the run or the connection ended between its creation and that."""
+        """Looks for a batch whose id was never stored: the run or the connection ended right after its creation."""
         for pause in (0.0, _MOMENT):
             await asyncio.sleep(pause)
             async for batch in self._client.batches.list(limit=100):
@@ -214,22 +199,20 @@ class BatchServer:
 
     async def _collect(self, token: str, identity: str) -> int:
         while (batch := await self._client.batches.retrieve(identity)).status not in _ENDED:
-            done = (
-                f"{batch.request_counts.completed:,} of {batch.request_counts.total:,}" if batch.request_counts else ""
-            )
-            self.say(f"batch {batch.status} {done}".rstrip())
+            counts = batch.request_counts
+            self.say(f"batch {batch.status}" + (f" {counts.completed:,} of {counts.total:,}" if counts else ""))
             await asyncio.sleep(self.poll)
         if batch.status == "failed":
             self.answers.mark_batch(token, identity, "failed")
             why = "; ".join(error.message or "" for error in (batch.errors.data if batch.errors else None) or [])
             why = self._redacted(why) or "no reason given"
-            raise StopRun(f"stopped: the server refused the batch ({why}); mend that, then run again.")
+            raise StopRun(f"stopped: the server refused the batch ({why}); correct that, then run again.")
         found: dict[str, Answer] = {}
         empty: list[str] = []
         stops: list[StopRun] = []
         for file in (batch.output_file_id, batch.error_file_id):
             content = (await self._client.files.content(file)).content if file is not None else b""
-            # Not splitlines: texts may hold other ends of lines, as U+2028, as they are.
+            # Not splitlines: texts may contain other line ends, such as U+2028.
             for line in filter(str.strip, content.decode("utf-8", "replace").split("\n")):
                 try:
                     key, answer = self._answer(line)
@@ -242,17 +225,20 @@ class BatchServer:
             self.money.release(0, answer.reply.price)
         self.answers.collect_batch(token, list(found.items()))
         if empty:
-            self.say(f"{len(empty):,} lines of the batch hold no answer, as the first: {self._redacted(empty[0])}")
+            self.say(f"{len(empty):,} lines of the batch hold no answer; the first: {self._redacted(empty[0])}")
         if stops:  # only now, when the others are stored
             raise stops[0]
-        self._note(found)
+        # Keys are hashes: in their order good and bad are mixed, while the server puts all bad ones at the end.
+        for _, answer in sorted(found.items()):
+            if is_final(answer, self.attempts):
+                count_reply(self.budget, answer.reply)
         return len(found)
 
     def _answer(self, text: str) -> tuple[str, Answer]:
         """Reads one line of an output or error file.
 
         Raises:
-            NoCompletion: it answers nothing; the request stays open.
+            NoCompletion: it holds no answer; the request stays open.
             StopRun: it says that no request can succeed.
         """
         try:
@@ -262,7 +248,7 @@ class BatchServer:
         key = line.get("custom_id") if isinstance(line, dict) else None
         stage = self.answers.stage(key) if isinstance(key, str) and key.isascii() else None
         if key is None or stage is None:
-            raise NoCompletion("it answers nothing that was asked")
+            raise NoCompletion("it answers no request of this ledger")
         response = line.get("response")
         if not isinstance(response, dict):
             raise NoCompletion(_error(line)[1] or "it holds no response")
@@ -271,22 +257,14 @@ class BatchServer:
         if isinstance(status, int) and status >= 400:
             code, message = _error(body)
             why = self._redacted(f"status {status}: {message}")
-            reply = rejection(status, code, why, self.server)
+            reply = client.rejection(status, code, why, self.server)
             if reply is None:
                 raise NoCompletion(why)
-        reply = reply or reply_from(body, self.price, batch=True)
+        reply = reply or client.reply_from(body, self.price, batch=True)
         return key, judge(stage, self.mode, reply, attempt=self.answers.attempts(key) + 1, check=None)
 
-    def _note(self, found: dict[str, Answer]) -> None:
-        # Keys are hashes: in their order good and bad are mixed, while the server puts all bad ones at the end.
-        for _, answer in sorted(found.items()):
-            if answer.reply.status == "ok":
-                self.budget.good()
-            elif is_final(answer, self.attempts):
-                self.budget.bad(f"{answer.reply.status}: {answer.reply.why}")
-
     def _redacted(self, text: str) -> str:
-        return redacted(text, self.server, self._key)
+        return client.redacted(text, self.server, self._key)
 
 
 def _error(value: Any) -> tuple[str, str]:
@@ -297,18 +275,14 @@ def _error(value: Any) -> tuple[str, str]:
 
 
 def _files(lines: Iterator[bytes], folder: Path) -> Iterator[tuple[Path, int]]:
-    """Yields files of lines, none longer than a batch may be; each is gone when the next is written."""
+    """Yields files of lines, none larger than a batch may be, with their numbers of lines; each replaces the last."""
     path = folder / "requests.jsonl"
-    count = size = 0
-    handle = path.open("wb")
-    for line in lines:
-        if count and (count >= MOST_REQUESTS or size + len(line) > MOST_BYTES):
-            handle.close()
-            yield path, count
-            handle = path.open("wb")
-            count = size = 0
-        handle.write(line)
-        count, size = count + 1, size + len(line)
-    handle.close()
-    if count:
-        yield path, count
+    line = next(lines, None)
+    while line is not None:
+        number = size = 0
+        with path.open("wb") as handle:
+            while line is not None and not (number and (number >= MOST_REQUESTS or size + len(line) > MOST_BYTES)):
+                handle.write(line)
+                number, size = number + 1, size + len(line)
+                line = next(lines, None)
+        yield path, number

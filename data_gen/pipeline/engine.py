@@ -18,17 +18,18 @@ from data_gen.ledger.ledger import Ledger
 from data_gen.ledger.limits import StopRun
 from data_gen.pipeline.asking import Ask, Asker, Pending
 from data_gen.pipeline.batch import BatchServer, Waves
-from data_gen.pipeline.deduplicate import settle
+from data_gen.pipeline.deduplicate import deduplicate
 from data_gen.pipeline.stages import make
 
 _ROUNDS = 3  # over items that the server did not answer for
 _EMPTY = 3  # batches without any answer
 _GRACE = 20.0  # seconds that calls under way are given after the first signal
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a run works on: the ledger, the recipe, the first `limit` items, so many at a time."""
+    """What a run works on: the ledger, the recipe, the first `limit` items, and how many of them at once."""
 
     ledger: Ledger
     recipe: Recipe
@@ -37,8 +38,8 @@ class Job:
 
 
 class Signals:
-    """Ends a run at SIGINT or SIGTERM: no further call begins, those under way are given a moment; then, or at a second
-    signal, the run's task is cancelled.
+    """Ends a run at SIGINT or SIGTERM: no further call begins, and those under way get some time to finish. After that,
+    or at a second signal, the run's task is cancelled.
 
     Attributes:
         number: of the signal that came; None while there was none.
@@ -48,32 +49,33 @@ class Signals:
         self.number: int | None = None
 
     @contextmanager
-    def heeded(self, asker: Asker) -> Iterator[None]:
-        """Heeds the signals while the run's task is in this block; `asker` is told to begin no further call."""
+    def handled(self, asker: Asker) -> Iterator[None]:
+        """Handles the signals while the run's task is in this block; `asker` then begins no further call."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
 
         def handle(number: int) -> None:
-            if self.number is not None and task:
+            if self.number is not None:
                 task.cancel()
-            elif task:
-                self.number = number
-                asker.stopping = "interrupted; run again to go on"
-                loop.call_later(_GRACE, task.cancel)
+                return
+            self.number = number
+            asker.stopping = "interrupted; run again to go on"
+            loop.call_later(_GRACE, task.cancel)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _SIGNALS:
             loop.add_signal_handler(number, handle, number)
         try:
             yield
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _SIGNALS:
                 loop.remove_signal_handler(number)
 
 
 async def run_live(job: Job, asker: Asker) -> None:
-    """Finishes all items: for each one call after the other in every pass of a template, many items at once.
+    """Finishes all items: the calls of one pass follow each other, many items are worked on at once.
 
     Raises:
-        StopRun: the run ended before that; all that was answered is in the ledger.
+        StopRun: the run ended before that; all answers are in the ledger.
     """
     for _ in range(_ROUNDS):
         left, why = await _pass(job, asker)
@@ -82,7 +84,7 @@ async def run_live(job: Job, asker: Asker) -> None:
     else:
         raise StopRun(f"stopped: {left:,} items had no answer from the server ({why}); run again to go on.")
     try:
-        await settle(job.ledger, job.recipe, asker, workers=job.workers)
+        await deduplicate(job.ledger, job.recipe, asker, workers=job.workers)
     except Unreachable as error:
         raise StopRun(f"stopped: the server does not answer ({error}); run again to go on.") from error
 
@@ -92,34 +94,33 @@ async def run_waves(job: Job, waves: Waves, ask: Ask, server: BatchServer) -> No
 
     Args:
         job: what to work on.
-        waves: collects what is to be asked.
-        ask: asks `waves`, but for stages that somebody else answers at once.
+        waves: collects the requests.
+        ask: asks `waves`, except for stages that are answered at once.
         server: where the waves go.
 
     Raises:
-        StopRun: the run ended before that; what was submitted is collected by the next.
+        StopRun: the run ended before that; the next one collects what was submitted.
     """
     await server.collect()
-    for _ in range(_EMPTY):
-        while True:
-            left, why = await _pass(job, ask)
-            if not left:
-                try:
-                    await settle(job.ledger, job.recipe, ask, workers=1)
-                    return
-                except Pending:
-                    pass
-            keys = waves.take()
-            if not keys:
-                raise StopRun(f"stopped: {left:,} items had no answer from the server ({why}); run again to go on.")
-            await server.submit(keys)
-            if not await server.collect():
-                break
+    empty = 0
+    while empty < _EMPTY:
+        left, why = await _pass(job, ask)
+        if not left:
+            try:
+                await deduplicate(job.ledger, job.recipe, ask, workers=1)
+                return
+            except Pending:
+                pass
+        keys = waves.take()
+        if not keys:
+            raise StopRun(f"stopped: {left:,} items had no answer from the server ({why}); run again to go on.")
+        await server.submit(keys)
+        empty += not await server.collect()
     raise StopRun(f"stopped: {_EMPTY} batches brought no answer; look at them, then run again to go on.")
 
 
 async def _pass(job: Job, ask: Ask) -> tuple[int, str]:
-    """Works on all items that have no outcome; returns how many are left without one, and why."""
+    """Works on all items without an outcome; returns how many still have none, and why."""
     style = job.recipe.style
     open_count, count = job.ledger.count_open(style, job.limit)
     left, why = 0, ""

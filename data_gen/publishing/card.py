@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import yaml
 
-from data_gen.publishing.hub import HUB_NAMES
+from data_gen.publishing.parquet import HUB_NAMES
 from data_gen.publishing.splits import PAPER_COUNTS, SPLITS
 from data_gen.publishing.summary import SA_MED2D_LICENCE
 
@@ -32,6 +33,10 @@ _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000
 
 def card(summary: dict[str, Any]) -> str:
     """Returns the README.md of a data set, from its summary (`data_gen.publishing.summary.summary`)."""
+    counts = summary["counts"]
+    columns = ("images", "cases", "categories", "pairs", "attribute", "location", "short", "long", "conversations")
+    models = [(stage, ", ".join(f"`{model}`" for model in listed)) for stage, listed in summary["models"].items()]
+    dropped = [(f"`{one['rule']}`", one["count"], f"{one['share']:.2%}") for one in summary["dropped"]]
     parts = [
         f"---\n{yaml.safe_dump(_front(summary), sort_keys=False)}---",
         "# MLMR-SD, made anew",
@@ -41,7 +46,7 @@ def card(summary: dict[str, Any]) -> str:
         "not published; this one shares no text with it. Research use only, not for medical decisions.",
         _AUTHORS[summary["author"]],
         "## Contents",
-        _contents(summary["counts"]),
+        markdown_table(("split", *columns), [(split, *(counts[split][name] for name in columns)) for split in SPLITS]),
         "Cases (patients or volumes) are never cut between splits. The paper has "
         + " / ".join(f"{PAPER_COUNTS[split]:,}" for split in SPLITS)
         + " images; where there are fewer, the splits have these proportions as near as whole cases allow. Keep the "
@@ -50,18 +55,37 @@ def card(summary: dict[str, Any]) -> str:
         "pixels, half-open), `modality`, `source`, `case`, and `qa`: question, answer, perspective (attribute or "
         "location), length (short or long), template, conversation and turn, author, screening.",
         "## How it was made",
-        _models(summary["models"]),
-        _dropped(summary["dropped"]),
+        markdown_table(("stage", "models"), models) if models else "No request to a model is on record.",
+        *(
+            (
+                "What the rules dropped for good, after all attempts:",
+                markdown_table(("rule", "dropped", "of all"), dropped),
+            )
+            if dropped
+            else ("The rules dropped nothing.",)
+        ),
         "## Screening by people",
-        _screening(summary["screening"]),
+        *_screening(summary["screening"]),
         "## Sources and licences",
-        _table(
+        markdown_table(
             ("images from", "licence", "images"),
-            [(_source(one), one["licence"], f"{one['images']:,}") for one in summary["sources"]],
+            [
+                (f"[{one['name']}]({one['url']})" if one["url"] else one["name"], one["licence"], one["images"])
+                for one in summary["sources"]
+            ],
         ),
         "The terms of the images apply, and for the texts those of the models that wrote them.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Returns a table in Markdown; integers have thousands separators."""
+    lines = [head, ["---"] * len(head)]
+    lines += [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in lines
+    )
 
 
 def _front(summary: dict[str, Any]) -> dict[str, Any]:
@@ -84,46 +108,15 @@ def _front(summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _contents(counts: dict[str, dict[str, int]]) -> str:
-    columns = ("images", "cases", "categories", "pairs", "attribute", "location", "short", "long", "conversations")
-    return _table(("split", *columns), [(split, *(f"{counts[split][c]:,}" for c in columns)) for split in SPLITS])
-
-
-def _models(models: dict[str, list[str]]) -> str:
-    if not models:
-        return "No request to a model is on record."
-    return _table(
-        ("stage", "models"), [(stage, ", ".join(f"`{m}`" for m in listed)) for stage, listed in models.items()]
-    )
-
-
-def _dropped(listed: list[dict[str, Any]]) -> str:
-    if not listed:
-        return "The rules dropped nothing."
-    rows = [(f"`{one['rule']}`", f"{one['count']:,}", f"{one['share']:.2%}") for one in listed]
-    return "What the rules dropped for good, after all attempts:\n\n" + _table(("rule", "dropped", "of all"), rows)
-
-
-def _screening(screening: dict[str, Any]) -> str:
-    told = (
+def _screening(screening: dict[str, Any]) -> list[str]:
+    parts = [
         f"{screening['judged']:,} of {screening['pairs']:,} pairs ({screening['share']:.1%}) were judged by "
-        f"{screening['reviewers']} reviewer(s). One rejection takes a pair out; an edit goes before an accept."
-    )
-    rows = [(_OUTCOMES[name], f"{count:,}") for name, count in screening["outcomes"].items()]
+        f"{screening['reviewers']} reviewer(s). One rejection takes a pair out; an edit goes before an accept.",
+        markdown_table(("outcome", "pairs"), [(_OUTCOMES[name], n) for name, n in screening["outcomes"].items()]),
+    ]
     agreement = [
         f"- {one['first']} and {one['second']}: {one['raw']:.1%} the same verdict on {one['pairs']:,} pairs, Cohen's kappa "
         + ("not defined" if one["kappa"] is None else f"{one['kappa']:.2f}")
         for one in screening["agreement"]
     ]
-    return "\n\n".join([told, _table(("outcome", "pairs"), rows), *(["\n".join(agreement)] if agreement else [])])
-
-
-def _source(one: dict[str, Any]) -> str:
-    return f"[{one['name']}]({one['url']})" if one["url"] else one["name"]
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in lines
-    )
+    return [*parts, "\n".join(agreement)] if agreement else parts

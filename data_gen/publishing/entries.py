@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import PurePosixPath
 
-from data_gen.core.items import Item
+from data_gen.core.items import Item, Pair
 from data_gen.ledger.screening import Screened
 from data_gen.publishing.splits import Split, split_items
 from medisee.records.masks import Box
@@ -23,9 +23,9 @@ class Entry:
 
     Attributes:
         item: the image and its target.
-        split: where it belongs.
+        split: the split that it belongs to.
         name: its file name without suffix, unique.
-        pairs: what is asked and answered, in the order of conversations, turns and ids.
+        pairs: its questions and answers, in the order of conversations, turns and ids.
     """
 
     item: Item
@@ -48,39 +48,86 @@ class Entry:
         """The box in pixels of the image, half-open."""
         x0, y0, x1, y1 = self.item.box
         width, height = self.item.width, self.item.height
-        # Away with what dividing and multiplying left: pixels are whole, or were given to few places.
+        # Rounding removes what dividing and multiplying left: pixels are whole, or were given to few places.
         return round(x0 * width, 3), round(y0 * height, 3), round(x1 * width, 3), round(y1 * height, 3)
+
+    @property
+    def questions(self) -> list[Question]:
+        """What asks for the target; see `questions_of`."""
+        return questions_of((one.pair for one in self.pairs), self.item.category, image=self.image, mask=self.mask)
+
+    def record(self, seed: int) -> Record:
+        """Returns the entry as training and evaluation read it; the seed draws the words around questions and answers."""
+        item = self.item
+        qa = tuple(worded(question, seed) for question in self.questions)
+        target = Target(id=item.target, category=item.category, mask=self.mask, box=self.box, qa=qa)
+        return Record(
+            id=item.record,
+            image=self.image,
+            modality=item.modality,
+            source=item.source,
+            case=item.case,
+            targets=(target,),
+        )
 
 
 def entries(items: Iterable[Item], pairs: Iterable[Screened], seed: int) -> list[Entry]:
     """Gives each image one target with its pairs, and a split.
 
-    Items without pairs are passed over. Of two items of one image the one with more pairs stays, then the first.
+    Items without pairs are skipped. Of two items of one image the one with more pairs stays, then the first.
 
     Returns:
         train, then val, then test, each in the order of the items' ids.
     """
     of_item: dict[str, list[Screened]] = {}
-    for one in pairs:
+    for one in sorted(pairs, key=lambda one: in_turns(one.pair)):
         of_item.setdefault(one.pair.item, []).append(one)
-    asked = sorted((item for item in items if item.id in of_item), key=lambda item: item.id)
+    with_pairs = sorted((item for item in items if item.id in of_item), key=lambda item: item.id)
     best: dict[str, Item] = {}
-    for item in sorted(asked, key=lambda item: -len(of_item[item.id])):
+    for item in sorted(with_pairs, key=lambda item: -len(of_item[item.id])):
         best.setdefault(item.image, item)
-    names = _names([item for item in asked if best[item.image] is item])
-    splits = split_items((item for item in asked if item.id in names), seed)
+    names = _names(item for item in with_pairs if best[item.image] is item)
+    splits = split_items((item for item in with_pairs if item.id in names), seed)
     return [
-        Entry(item, split, names[item.id], tuple(sorted(of_item[item.id], key=_place)))
+        Entry(item, split, names[item.id], tuple(of_item[item.id]))
         for split, listed in splits.items()
         for item in listed
     ]
 
 
-def _place(one: Screened) -> tuple[str, int, str]:
-    return one.pair.conversation or "", one.pair.turn, one.pair.id
+def in_turns(pair: Pair) -> tuple[str, int, str]:
+    """Sorts pairs by conversation, turn and id."""
+    return pair.conversation or "", pair.turn, pair.id
 
 
-def _names(items: Sequence[Item]) -> dict[str, str]:
+def questions_of(pairs: Iterable[Pair], category: str, *, image: str = "", mask: str = "") -> list[Question]:
+    """Returns what asks for the target: a conversation is one question, its last, with the turns before it.
+
+    Args:
+        pairs: of one item, sorted by `in_turns`.
+        category: of the item.
+        image: path of its image in the data set.
+        mask: path of its mask.
+    """
+    conversations = [list(turns) for _, turns in groupby(pairs, key=lambda pair: pair.conversation or pair.id)]
+    return [
+        Question(
+            id=last.id,
+            image=image,
+            mask=mask,
+            category=category,
+            question=last.question,
+            answer=last.answer,
+            perspective=last.perspective,
+            length=last.length,
+            history=tuple(Turn(turn.question, turn.answer) for turn in earlier),
+            author=last.author,
+        )
+        for *earlier, last in conversations
+    ]
+
+
+def _names(items: Iterable[Item]) -> dict[str, str]:
     """Makes file names of the records' ids; where two would be the same, or a name too long, a hash tells them apart."""
     names: dict[str, str] = {}
     taken: set[str] = set()
@@ -91,44 +138,3 @@ def _names(items: Sequence[Item]) -> dict[str, str]:
         taken.add(name.casefold())
         names[item.id] = name
     return names
-
-
-def entry_record(entry: Entry, seed: int) -> Record:
-    """Returns an entry as training and evaluation read it; the seed draws the words around questions and answers."""
-    item = entry.item
-    target = Target(
-        id=item.target,
-        category=item.category,
-        mask=entry.mask,
-        box=entry.box,
-        qa=tuple(worded(question, seed) for question in questions(entry)),
-    )
-    return Record(
-        id=item.record,
-        image=entry.image,
-        modality=item.modality,
-        source=item.source,
-        case=item.case,
-        targets=(target,),
-    )
-
-
-def questions(entry: Entry) -> list[Question]:
-    """Returns what is asked about an entry: a conversation is one question, the last, with the turns before it."""
-    pairs = [one.pair for one in entry.pairs]
-    talks = [list(turns) for _, turns in groupby(pairs, key=lambda pair: pair.conversation or pair.id)]
-    return [
-        Question(
-            id=last.id,
-            image=entry.image,
-            mask=entry.mask,
-            category=entry.item.category,
-            question=last.question,
-            answer=last.answer,
-            perspective=last.perspective,
-            length=last.length,
-            history=tuple(Turn(turn.question, turn.answer) for turn in earlier),
-            author=last.author,
-        )
-        for *earlier, last in talks
-    ]

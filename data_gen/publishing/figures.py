@@ -17,8 +17,12 @@ if TYPE_CHECKING:
 
 MOST_CATEGORIES = 120
 """Bars of the frequency plot; the paper has 109 categories."""
+_AUTHORS = {
+    "models": "written by models",
+    "offline": "made by the offline author",
+    "models and offline": "written by models and the offline author",
+}
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072b2", "#e69f00", "#009e73", "#666666"
-_SEED = 0
 
 
 def draw_figures(statistics: Statistics, folder: Path) -> list[str]:
@@ -47,7 +51,8 @@ def draw_figures(statistics: Statistics, folder: Path) -> list[str]:
 
 
 def _cloud(values: dict[str, int], path: Path, *, stop: bool) -> None:
-    """Draws words whose size follows their number; categories stay whole, question words lose the small ones."""
+    """Draws words sized by their counts; `stop` leaves out stop words, unless there are no others."""
+    import matplotlib
     from wordcloud import STOPWORDS, WordCloud
 
     kept = {word: count for word, count in values.items() if not (stop and word in STOPWORDS)}
@@ -57,17 +62,11 @@ def _cloud(values: dict[str, int], path: Path, *, stop: bool) -> None:
         background_color="white",
         colormap="Dark2",
         max_words=200,
-        random_state=_SEED,
-        font_path=_font(),
+        random_state=0,
+        font_path=str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"),
         prefer_horizontal=0.9,
     )
     cloud.generate_from_frequencies(kept or values).to_image().save(path)
-
-
-def _font() -> str:
-    import matplotlib
-
-    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -100,7 +99,7 @@ def _frequency(statistics: Statistics) -> Figure:
     axes[1].set_xticks(range(len(names)), names, rotation=90, fontsize=8)
     left = len(statistics.pairs) - len(names)
     more = f" (and {left} more)" if left else ""
-    axes[0].set_title(f"{len(statistics.pairs)} categories{more}: {_author(statistics)}")
+    axes[0].set_title(f"{len(statistics.pairs)} categories{more}: {_AUTHORS.get(statistics.author, statistics.author)}")
     return figure
 
 
@@ -146,9 +145,3 @@ def _dropped(statistics: Statistics) -> Figure:
     ax.set_xlabel("times")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
-
-
-def _author(statistics: Statistics) -> str:
-    return {"models": "written by models", "offline": "made by the offline author"}.get(
-        statistics.author, "written by models and the offline author"
-    )

@@ -1,4 +1,4 @@
-"""The numbers behind Figure 4 and its company: what a data set asks about, in how many words, from which perspective."""
+"""The numbers behind Figure 4 and the other figures: what is asked about, in how many words, from which perspective."""
 
 from __future__ import annotations
 
@@ -7,28 +7,18 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from data_gen.core.items import LENGTHS, PERSPECTIVES
 from data_gen.ledger.ledger import Ledger
 from data_gen.ledger.screening import screen
-from data_gen.publishing.summary import authorship, dropped
+from data_gen.publishing.entries import in_turns, questions_of
+from data_gen.publishing.summary import authorship, count_drops
 from medisee.foundation.errors import InputError
 from medisee.records.records import SPLITS
-from medisee.sources.mlmr_sd import read_release
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """One question and its answer, bare, with what they are about; an earlier turn does not ask for the target yet."""
-
-    category: str
-    perspective: str
-    length: str
-    question: str
-    answer: str
-    is_earlier_turn: bool
+from medisee.sources.mlmr_sd import Question, read_release
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,16 +27,16 @@ class Statistics:
 
     Attributes:
         author: who wrote the texts: "models", "offline" or "models and offline".
-        images: how many images each category has, the most frequent first.
-        pairs: how many question-answer pairs each category has, in the same order.
-        cells: how many pairs there are of each perspective and length, as "attribute short". Here and in the numbers
-            of words the earlier turns of conversations do not count, since they do not ask for the target.
-        question_words: how many questions have so many words, by length.
-        answer_words: how many answers have so many words.
-        words: how often each word stands in a question.
+        images: the number of images of each category, the most frequent first (by pairs).
+        pairs: the number of question-answer pairs of each category, in the same order.
+        cells: the number of pairs of each perspective and length, as "attribute short". Here and in the numbers of
+            words the earlier turns of conversations do not count, since they do not ask for the target.
+        question_words: for each length, how many questions have a given number of words.
+        answer_words: how many answers have a given number of words.
+        words: how often each word occurs in a question.
         dropped: how many pairs or items each rule took out.
-        faults: how often each rule objected to an answer, what was mended later included; known from a ledger only.
-        calls: what each stage asked of each model, with tokens and price; known from a ledger only.
+        faults: how often each rule objected to an answer, later corrected ones included; known from a ledger only.
+        calls: requests, tokens and price of each stage and model; known from a ledger only.
     """
 
     author: str
@@ -62,42 +52,30 @@ class Statistics:
 
 
 def statistics_of_ledger(ledger: Ledger) -> Statistics:
-    """Counts what an export of a ledger would hold, as people have decided so far.
+    """Counts what an export of a ledger would hold, given the decisions so far.
 
     Raises:
         InputError: there is no pair.
     """
-    items = {item.id: item for item in ledger.items()}
+    categories = {item.id: item.category for item in ledger.items()}
     candidates = ledger.pairs()
     pairs = [one.pair for one in screen(candidates, ledger.decisions()).pairs]
     if not pairs:
         raise InputError(f"{ledger.path}: holds no pair; make some with `python -m data_gen run`.")
-    images = Counter(items[item].category for item in {pair.item for pair in pairs})
-    last: dict[str, int] = {}
-    for pair in (pair for pair in pairs if pair.conversation):
-        last[pair.conversation or ""] = max(pair.turn, last.get(pair.conversation or "", 0))
+    ranked = sorted(pairs, key=lambda pair: (pair.item, in_turns(pair)))
     return _statistics(
-        images,
+        Counter(categories[item] for item in {pair.item for pair in pairs}),
         [
-            Asked(
-                items[pair.item].category,
-                pair.perspective,
-                pair.length,
-                pair.question,
-                pair.answer,
-                pair.conversation is not None and pair.turn < last[pair.conversation],
-            )
-            for pair in pairs
+            question
+            for item, listed in groupby(ranked, key=lambda pair: pair.item)
+            for question in questions_of(listed, categories[item])
         ],
         author=authorship(pairs),
-        dropped={one.rule: one.count for one in dropped(ledger.drops(), len(candidates))},
+        dropped=count_drops(ledger.drops(), len(candidates)),
         faults=ledger.faults(),
         calls=[
             {
-                "stage": count.stage,
-                "model": count.model,
-                "requests": count.requests,
-                "answers": count.answers,
+                **{name: getattr(count, name) for name in ("stage", "model", "requests", "answers")},
                 "tokens in": count.usage_in,
                 "tokens out": count.usage_out,
                 "US dollars": round(count.price, 4),
@@ -118,48 +96,48 @@ def statistics_of_export(folder: Path, facts: dict[str, Any]) -> Statistics:
         InputError: files are missing or wrong.
     """
     images: Counter[str] = Counter()
-    asked: list[Asked] = []
+    questions: list[Question] = []
     for path in (folder / "release" / f"{split}.json" for split in SPLITS):
-        if not path.is_file():
-            continue
-        release = read_release(path, folder)
-        images.update(category for masks in release.classes.values() for category in masks.values())
-        for one in release.questions:
-            about = one.category, one.perspective, one.length
-            asked += [Asked(*about, turn.question, turn.answer, True) for turn in one.history]
-            asked.append(Asked(*about, one.question, one.answer, False))
-    if not asked:
+        if path.is_file():
+            release = read_release(path, folder)
+            images.update(category for masks in release.classes.values() for category in masks.values())
+            questions += release.questions
+    if not questions:
         raise InputError(f"{folder / 'release'}: holds no question; expected an export; name its folder.")
-    return _statistics(
-        images, asked, author=facts["author"], dropped={one["rule"]: one["count"] for one in facts["dropped"]}
-    )
+    return _statistics(images, questions, author=facts["author"], dropped=facts["dropped"])
 
 
-def _statistics(images: Counter[str], asked: Sequence[Asked], **known: Any) -> Statistics:
-    pairs = Counter(one.category for one in asked)
-    order = sorted(pairs, key=lambda category: (-pairs[category], category))
-    final = [one for one in asked if not one.is_earlier_turn]
-    cells = Counter(f"{one.perspective} {one.length}" for one in final)
+def _statistics(
+    images: Counter[str], questions: Sequence[Question], *, dropped: list[dict[str, Any]], **known: Any
+) -> Statistics:
+    pairs: Counter[str] = Counter()
+    words: Counter[str] = Counter()
+    for one in questions:
+        pairs[one.category] += len(one.history) + 1
+        for text in (*(turn.question for turn in one.history), one.question):
+            words.update(re.findall(r"[^\W\d_]{3,}", text.lower()))
+    cells = Counter(f"{one.perspective} {one.length}" for one in questions)
+    ranked = _ranked(pairs)
     return Statistics(
-        images={category: images[category] for category in order},
-        pairs={category: pairs[category] for category in order},
-        cells={cell: cells[cell] for cell in (f"{p} {length}" for p in PERSPECTIVES for length in LENGTHS)},
+        images={category: images[category] for category in ranked},
+        pairs=ranked,
+        cells={f"{one} {length}": cells[f"{one} {length}"] for one in PERSPECTIVES for length in LENGTHS},
         question_words={
-            length: _histogram(one.question for one in final if one.length == length) for length in LENGTHS
+            length: _histogram(one.question for one in questions if one.length == length) for length in LENGTHS
         },
-        answer_words=_histogram(one.answer for one in final),
-        words=_words(one.question for one in asked),
+        answer_words=_histogram(one.answer for one in questions),
+        words=_ranked(words),
+        dropped={one["rule"]: one["count"] for one in dropped},
         **known,
     )
 
 
+def _ranked(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda one: (-one[1], one[0])))
+
+
 def _histogram(texts: Iterable[str]) -> dict[int, int]:
     return dict(sorted(Counter(len(text.split()) for text in texts).items()))
-
-
-def _words(texts: Iterable[str]) -> dict[str, int]:
-    counts = Counter(word for text in texts for word in re.findall(r"[^\W\d_]{3,}", text.lower()))
-    return dict(sorted(counts.items(), key=lambda one: (-one[1], one[0])))
 
 
 def balance(counts: dict[str, int]) -> float:

@@ -13,8 +13,7 @@ from fake_server import FakeServer
 
 from data_gen import __main__ as command
 from data_gen.ledger.ledger import Ledger
-from data_gen.publishing.review_server import Refused
-from data_gen.review import ReviewSession
+from data_gen.publishing.review_session import Refused, ReviewSession
 from medisee.foundation.errors import exit_code
 
 Capture = pytest.CaptureFixture[str]
@@ -44,7 +43,7 @@ def test_a_missing_package_is_told_with_its_remedy(
     assert f"python -m data_gen {name}: needs {package}; " in told and "pip install -e '.[engine]'" in told
 
 
-HIDDEN = ("openai", "datasets", "pyarrow", "wordcloud")
+HIDDEN = ("openai", "datasets", "pyarrow", "wordcloud", "starlette", "uvicorn")
 PROGRAM = """
 import sys
 hidden, argv = sys.argv[1].split(","), sys.argv[2:]
@@ -86,7 +85,7 @@ def test_further_names_are_given_once_and_count_in_every_command(
         }
         with pytest.raises(Refused) as caught:
             ReviewSession(ledger, "anna").decide({**body, "answer": pair.answer})
-        assert [breach["rule"] for breach in caught.value.told["breaches"]] == ["names_target"]
+        assert [breach["rule"] for breach in caught.value.content["breaches"]] == ["names_target"]
     command.main(["export", "--ledger", str(path), "--out", str(tmp_path / "out")])
     assert told in json.loads((tmp_path / "out/categories.json").read_text())[category]
 

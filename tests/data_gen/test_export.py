@@ -217,7 +217,7 @@ def test_bad_input(make_ledger: LedgerMaker, tmp_path: Path, capsys: Capture) ->
     assert "not a ledger" in refused(capsys, "--ledger", tmp_path / "text", "--out", tmp_path / "out")
     (tmp_path / "sources.yaml").write_text("phantom: [1]\n")
     told = refused(capsys, "--ledger", path, "--out", tmp_path / "out", "--sources", tmp_path / "sources.yaml")
-    assert "has another form" in told
+    assert "sources.yaml: cannot be used" in told and "ImageSource" in told
     assert not (tmp_path / "out").exists()
 
 

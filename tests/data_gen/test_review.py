@@ -18,8 +18,9 @@ from PIL import Image
 
 from data_gen.core.items import Decision
 from data_gen.ledger.ledger import Ledger
-from data_gen.publishing.review_server import MOST_BYTES, PAGE, ReviewServer
-from data_gen.review import ReviewSession, main
+from data_gen.publishing.review_api import MOST_BYTES, PAGE, ReviewServer
+from data_gen.publishing.review_session import ReviewSession
+from data_gen.review import main
 from medisee.foundation.errors import InputError, exit_code
 
 LedgerMaker = Callable[..., Path]
@@ -36,7 +37,7 @@ class Site:
     ledger: Ledger
 
     def send(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.server.server_port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=20)
         own = {"X-Review-Token": self.server.token, "Content-Type": "application/json"}
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         try:
@@ -63,13 +64,14 @@ class Site:
 
 @contextmanager
 def site_of(path: Path, reviewer: str = "anna", **more: Any) -> Iterator[Site]:
-    with Ledger(path) as ledger, ReviewServer(ReviewSession(ledger, reviewer, **more), 0) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    with Ledger(path) as ledger:
+        server = ReviewServer(ReviewSession(ledger, reviewer, **more), 0)
+        thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         try:
             yield Site(server, ledger)
         finally:
-            server.shutdown()
+            server.should_exit = True
             thread.join()
 
 
@@ -238,7 +240,7 @@ def test_a_name_that_is_made_to_point_here_is_refused(site: Site, host: str) -> 
 
 
 def test_pages_of_other_sites_may_not_ask(site: Site) -> None:
-    own = f"http://127.0.0.1:{site.server.server_port}"
+    own = f"http://127.0.0.1:{site.server.port}"
     assert site.send("GET", "/api/state", Origin=own)[0] == 200
     for origin in ("https://evil.example", "null", "http://127.0.0.1:1"):
         assert site.send("GET", "/api/state", Origin=origin)[0] == 403
@@ -248,13 +250,13 @@ def test_pages_of_other_sites_may_not_ask(site: Site) -> None:
 
 def test_large_and_unmeasured_bodies_are_refused(site: Site) -> None:
     assert site.send("POST", "/api/decide", b" " * (MOST_BYTES + 1))[0] == 413
-    assert site.send("POST", "/api/decide", b"{}", Content_Length="-5")[0] == 411
+    assert site.send("POST", "/api/decide", b"{}", Content_Length="-5")[0] == 400  # h11 itself refuses it
     assert site.send("POST", "/api/decide", b"", Transfer_Encoding="chunked")[0] == 411
     assert site.send("PUT", "/api/decide", b"{}")[0] == 501
 
 
 def test_the_page_brings_its_own_scripts_and_no_others(site: Site) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", site.server.server_port)
+    connection = http.client.HTTPConnection("127.0.0.1", site.server.port)
     connection.request("GET", "/")  # the page itself holds nothing, so it needs no token
     reply = connection.getresponse()
     page, policy = reply.read().decode(), reply.headers["Content-Security-Policy"]
@@ -275,8 +277,8 @@ def test_the_page_never_reads_texts_as_html() -> None:
 
 
 def test_only_this_machine_can_reach_it(site: Site) -> None:
-    assert site.server.server_address[0] == "127.0.0.1"
-    assert site.server.url.endswith(f":{site.server.server_port}/#{site.server.token}")
+    assert site.server.socket.getsockname()[0] == "127.0.0.1"
+    assert site.server.url.endswith(f":{site.server.port}/#{site.server.token}")
 
 
 def test_agreement_is_shown_to_those_it_is_about(site: Site) -> None:
@@ -323,7 +325,7 @@ def test_bad_input(make_ledger: LedgerMaker, tmp_path: Path, capsys: pytest.Capt
     Ledger(tmp_path / "empty.sqlite", create=True).close()
     assert "holds no items yet" in refused("--ledger", tmp_path / "empty.sqlite", "--reviewer", "a")
     with site_of(path) as site:
-        port = str(site.server.server_port)
+        port = str(site.server.port)
         assert f"--port {port}: cannot be used" in refused("--ledger", path, "--reviewer", "a", "--port", port)
 
 

@@ -196,6 +196,16 @@ def test_a_ledger_of_other_settings_is_told(
     assert told in capsys.readouterr().err and server.count == count
 
 
+def test_other_prompts_do_not_fit_the_ledger(
+    records: Records, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, server, ledger = records(1), serve(), tmp_path / "l.sqlite"
+    run.main(options(path, server, ledger))
+    monkeypatch.setattr("data_gen.options.FOLDER", tmp_path)  # a folder without prompts
+    assert ends(options(path, server, ledger)) == 2
+    assert "was begun with prompts = " in capsys.readouterr().err
+
+
 def test_other_records_do_not_fit_the_ledger(
     records: Records, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

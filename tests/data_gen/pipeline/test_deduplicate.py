@@ -16,7 +16,7 @@ from data_gen.core.calls import Request
 from data_gen.core.items import Drop, Item, Pair
 from data_gen.ledger.ledger import Ledger
 from data_gen.pipeline.asking import Asker
-from data_gen.pipeline.deduplicate import settle
+from data_gen.pipeline.deduplicate import deduplicate
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def store(ledger: Ledger, root: Path, items: list[Item], author: Author, **chang
 
 def settled(ledger: Ledger, root: Path, author: Author, **changes: Any) -> list[Pair]:
     asker = Asker(ledger.answers, author, author)
-    asyncio.run(settle(ledger, recipe(root, **changes), asker, workers=4))
+    asyncio.run(deduplicate(ledger, recipe(root, **changes), asker, workers=4))
     return ledger.pairs()
 
 

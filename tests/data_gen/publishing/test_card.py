@@ -11,7 +11,7 @@ import yaml
 from data_gen.core.items import Drop
 from data_gen.ledger.screening import OUTCOMES
 from data_gen.publishing.card import card
-from data_gen.publishing.summary import SA_MED2D_LICENCE, dropped
+from data_gen.publishing.summary import SA_MED2D_LICENCE, count_drops
 
 SPLIT = {
     "images": 6,
@@ -97,5 +97,8 @@ def test_nothing_dropped_nothing_asked() -> None:
 
 def test_shares_are_of_all_candidates() -> None:
     drops = [Drop("i", "transform", rule, "why") for rule in ("words", "words", "question")]
-    assert [(one.rule, one.count, one.share) for one in dropped(drops, 7)] == [("words", 2, 0.2), ("question", 1, 0.1)]
-    assert dropped([], 0) == []
+    assert count_drops(drops, 7) == [
+        {"rule": "words", "count": 2, "share": 0.2},
+        {"rule": "question", "count": 1, "share": 0.1},
+    ]
+    assert count_drops([], 0) == []
