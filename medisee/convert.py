@@ -366,9 +366,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _from_release(arguments: argparse.Namespace) -> None:
-    # Only the model matters here: not what a run would choose its checkpoint on, nor how answers would be decoded.
-    ours = ["data.select=val", "eval.decoding=routed"]
-    config = load_config(arguments.config, ["compat=release", *ours, *arguments.overrides])
+    # Only the model matters here, not what a run would choose its checkpoint on.
+    config = load_config(arguments.config, ["compat=release", "data.select=val", *arguments.overrides])
     tokenizer = arguments.tokenizer or arguments.weights
     report = from_release(arguments.weights, config.model, tokenizer, arguments.out)
     print("\n".join(report.lines()))
