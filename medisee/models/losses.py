@@ -150,8 +150,13 @@ def end_to_end_loss(output: Output, batch: Batch, weights: Loss, *, world: int =
     )
     giou = giou_I.sum() / targets
     similarity = similarity_loss(output.similarity_IT, batch.coverage_IT).sum() / targets
-    js, mse = (value / class_queries.clamp(min=1 / world) for value in _class_query_losses(output, batch))
-    bce, dice = (value / masked for value in _mask_losses(output, batch, weights))
+    js = mse = bce = dice = torch.zeros((), device=boxes_I4.device)
+    if output.class_similarity_QT is not None:
+        maps_QT = (output.similarity_IT[batch.target_of_class_query_Q], output.class_similarity_QT)
+        js, mse = (loss(*maps_QT).sum() / class_queries for loss in (js_divergence, similarity_mse))
+    if output.masks_Jhh is not None:
+        pairs = _mask_pairs(output.masks_Jhh, batch, decoder=weights.mask_resolution == "decoder")
+        bce, dice = (torch.cat([loss(*pair) for pair in pairs]).sum() / masked for loss in (bce_loss, dice_loss))
     total = (
         weights.text * text
         + weights.bce * bce
@@ -173,31 +178,14 @@ def mean_terms(terms: Sequence[Terms], *, world: int = 1) -> Terms:
     return Terms(*values.unbind())
 
 
-def _class_query_losses(output: Output, batch: Batch) -> tuple[Tensor, Tensor]:
-    if output.class_similarity_QT is None:
-        zero = torch.zeros((), device=output.boxes_I4.device)
-        return zero, zero
-    similarity_QT = output.similarity_IT[batch.target_of_class_query_Q]
-    return (
-        js_divergence(similarity_QT, output.class_similarity_QT).sum(),
-        similarity_mse(similarity_QT, output.class_similarity_QT).sum(),
-    )
-
-
-def _mask_losses(output: Output, batch: Batch, weights: Loss) -> tuple[Tensor, Tensor]:
-    if output.masks_Jhh is None:
-        zero = torch.zeros((), device=output.boxes_I4.device)
-        return zero, zero
+def _mask_pairs(masks_Jhh: Tensor, batch: Batch, *, decoder: bool) -> list[tuple[Tensor, Tensor]]:
+    # Logits and true masks: of all targets at the decoder's size, or each target alone at the size of its true mask,
+    # which the processor has scaled.
     masks = [batch.masks[index] for index in batch.masked_J.tolist()]
-    if weights.mask_resolution == "decoder":
-        truth_Jhh = F.adaptive_avg_pool2d(torch.stack(masks)[None], output.masks_Jhh.shape[-1])[0]
-        pairs = [(output.masks_Jhh, truth_Jhh)]
-    else:
-        frames = [batch.frames[index] for index in batch.image_of_target_I[batch.masked_J].tolist()]
-        # The processor has scaled the true masks; one of the image's size was left alone.
-        pairs = [
-            (logits_to_original(logits, frame, (mask.shape[0], mask.shape[1]))[None], mask[None])
-            for logits, frame, mask in zip(output.masks_Jhh, frames, masks, strict=True)
-        ]
-    bce, dice = (torch.cat([loss(*pair) for pair in pairs]).sum() for loss in (bce_loss, dice_loss))
-    return bce, dice
+    if decoder:
+        return [(masks_Jhh, F.adaptive_avg_pool2d(torch.stack(masks)[None], masks_Jhh.shape[-1])[0])]
+    frames = [batch.frames[index] for index in batch.image_of_target_I[batch.masked_J].tolist()]
+    return [
+        (logits_to_original(logits, frame, (mask.shape[0], mask.shape[1]))[None], mask[None])
+        for logits, frame, mask in zip(masks_Jhh, frames, masks, strict=True)
+    ]

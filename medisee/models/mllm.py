@@ -69,7 +69,7 @@ def load_mllm(
         llava = LlavaForConditionalGeneration(_llava_config(config, tokenizer, seg))
         llava.set_attn_implementation(general_kernel(config))
         if config.dtype != "auto":
-            llava.to(DTYPES[config.dtype])  # pyright: ignore[reportArgumentType]: transformers' wrapper hides torch's overloads
+            llava.to(DTYPES[config.dtype])  # pyright: ignore[reportArgumentType]
     else:
         loaded = load_pretrained(config)
         llava = loaded.llava
@@ -211,9 +211,7 @@ def _llava_config(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg: SegHead
 
 def _seg_token_width(config: Mllm, seg: SegHeadSpec) -> int:
     if seg.grid % config.image_grid:
-        raise InputError(
-            f"model.mllm.image_grid = {config.image_grid}: must divide the seg head's embedding of {seg.grid} x {seg.grid}."
-        )
+        raise InputError(f"model.mllm.image_grid = {config.image_grid}: must divide the seg head's grid of {seg.grid}.")
     return seg.channels * (seg.grid // config.image_grid) ** 2 + 4 * POSITION_FREQUENCIES
 
 

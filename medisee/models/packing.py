@@ -119,8 +119,8 @@ def use_flex(llava: LlavaForConditionalGeneration, *, training: bool) -> None:
     language = llava.model.language_model
     if dropout := language.config.attention_dropout:
         raise InputError(
-            f"model.mllm.attention = 'flex': the language model has an attention dropout of {dropout}, which flex attention "
-            "does not support; set model.mllm.size.dropout to 0, or use sdpa."
+            f"model.mllm.attention = 'flex': flex attention does not support the attention dropout of {dropout}; "
+            "set model.mllm.size.dropout to 0, or use sdpa."
         )
     language.set_attn_implementation("flex_attention" if training else "sdpa")
 

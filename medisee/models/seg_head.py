@@ -229,7 +229,8 @@ def load_weights(head: SamHead, source: str | Path, prepare: Callable[[Any], Any
     problems = [f"{path}: missing tensor {there}" for there in known if there not in state]
     problems += [f"{path}: left-over tensor {there}" for there in state if there not in known]
     problems += [
-        f"{path}: {there} has shape {tuple(state[there].shape)}, expected {tuple(own[name].shape)}; check model.seg_head.vit and size"
+        f"{path}: {there} has shape {tuple(state[there].shape)}, expected {tuple(own[name].shape)}; "
+        "check model.seg_head.vit and size"
         for name, there in names.items()
         if there in state and state[there].shape != own[name].shape
     ]
