@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     if arguments.command == "from-release":
         # Only the model matters here: not what a run would choose its checkpoint on, nor how answers would be decoded.
-        settings = ["compat=release", "data.select=val", "eval.decoding=routed", *arguments.overrides]
+        settings = ["compat=release", "data.select=val", *arguments.overrides]
         model = load_config(arguments.config, settings).model
         report = from_release(arguments.weights, model, arguments.tokenizer or arguments.weights, arguments.out)
         print("\n".join(report.lines()))

@@ -258,7 +258,8 @@ def answers_from_model(model: MediSee, splits: Sequence[Split], config: Config, 
     cache = _features(model, splits, config)
 
     def ask(split: Split, asked: Sequence[RecordQuestions], mode: Mode) -> list[Prediction | None]:
-        return list(predict(model, split.manifest, asked, mode, settings=config.eval, cache=cache))
+        settings, release = config.eval, config.release
+        return list(predict(model, split.manifest, asked, mode, settings=settings, cache=cache, release=release))
 
     modes = DECODED[decode]
     return [

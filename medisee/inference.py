@@ -34,7 +34,6 @@ from tqdm import tqdm
 
 from medisee.config import Eval
 from medisee.config.load import load_config
-from medisee.config.model import MAX_TOKENS
 from medisee.evaluation import prediction
 from medisee.evaluation.drawing import overlay
 from medisee.foundation.errors import InputError, exit_code, first_line
@@ -118,7 +117,8 @@ def ask_all(
         InputError: the image cannot be read or is of another form, there is no query, one is empty or too long.
     """
     pixels = _pixels(image)
-    _check_lengths(model, queries)
+    if problems := query_problems(queries):
+        raise InputError(problems)
     asked = tuple(Query(record="image", target=f"query {n}", question=q) for n, q in enumerate(queries, 1))
     example = Example(pixels, pixels.shape[0], pixels.shape[1], asked)
     settings = Eval(max_new_tokens=max_new_tokens)
@@ -159,19 +159,6 @@ def _pixels(image: Path | str | NDArray[np.uint8]) -> NDArray[np.uint8]:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         raise InputError(f"image: expected pixels (H, W, 3) of uint8, got {image.shape} of {image.dtype}; convert it.")
     return image
-
-
-def _check_lengths(model: MediSee, queries: Sequence[str]) -> None:
-    problems = query_problems(queries)
-    if not problems:
-        lengths = [len(model.processor.prompt_ids(query)) for query in queries]
-        problems = [
-            f"query {number} has {length} tokens; expected at most {MAX_TOKENS}; shorten it."
-            for number, length in enumerate(lengths, 1)
-            if length > MAX_TOKENS
-        ]
-    if problems:
-        raise InputError(problems)
 
 
 def query_problems(queries: Sequence[str]) -> list[str]:

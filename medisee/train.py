@@ -175,7 +175,9 @@ def _prepare(
         compile_layers(model.mllm)
     if saved is not None:
         restore_weights(saved, model)
-    optimization = make_optimization(model, config.loss, settings, dtype=dtype, place=place, launched=is_launched())
+    optimization = make_optimization(
+        model, config.loss, settings, dtype=dtype, place=place, launched=is_launched(), release=config.release
+    )
     start = saved.progress if saved is not None else Progress()
     if saved is not None:
         optimization.load(saved.folder / OPTIMIZER, start.step)

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medisee.config import Loss
-from medisee.models.geometry import cxcywh_to_xyxy
 from medisee.models.image_encoder import package_encoder
 from medisee.models.losses import Terms, end_to_end_loss
 from medisee.models.medisee import MaskDetail, MediSee, Output
@@ -110,22 +109,13 @@ class ModeLoss(TrainingLoss):
     def _output(self, batch: Batch) -> Output:
         """Computes what MediSee.forward does, with the logits of every position."""
         model = self.model
-        embedding_BCGG = model.embed_images(batch)
-        inputs_SLD = input_states(model, batch, embedding_BCGG)
-        hidden_SLD = language_states(model, inputs_SLD, batch, self.way)
-        tokens_IKD = hidden_SLD[batch.sequence_of_target_I[:, None], batch.candidates_IK].to(model.head_dtype)
-        segmentation_ID = model.seg_router(tokens_IKD)
-        similarity_IT = model._similarity(hidden_SLD, batch.sequence_of_target_I, segmentation_ID)
-        centred_I4 = model.box_decoder(model.box_router(tokens_IKD), model._box_start(batch, similarity_IT))
-        return Output(
-            boxes_I4=cxcywh_to_xyxy(centred_I4),
-            masks_Jhh=model.decode_masks(batch, embedding_BCGG, segmentation_ID, centred_I4),
-            text_logits_NV=all_logits(model, hidden_SLD),
-            similarity_IT=similarity_IT,
-            class_similarity_QT=None,
-        )
+        features_BCGG = model.embed_images(batch)
+        hidden_SLD = language_states(model, input_states(model, batch, features_BCGG), batch, self.way)
+        tokens_IKD, class_QKD = model.candidate_states(batch, hidden_SLD)
+        regions = model.locate(batch, features_BCGG, hidden_SLD, tokens_IKD, class_c_QKD=class_QKD)
+        return Output(**vars(regions), text_logits_NV=all_logits(model, hidden_SLD))
 
 
-def input_states(model: MediSee, batch: Batch, embedding_BCGG: Tensor) -> Tensor:
+def input_states(model: MediSee, batch: Batch, features_BCGG: Tensor) -> Tensor:
     """Returns what the language model reads, (S, L, D), image tokens included."""
-    return model._embed_inputs(batch.input_ids_SL, batch.image_of_sequence_S, batch, embedding_BCGG)
+    return model.embed_inputs(batch, features_BCGG, batch.input_ids_SL, batch.image_of_sequence_S)

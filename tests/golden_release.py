@@ -250,7 +250,7 @@ def packed_rows(rows: list[Row], groups: list[list[int]], pad: int) -> tuple[Pac
 def batch_of(case: Case, images: list[int], ids_CL: np.ndarray, *, packed: bool) -> tuple[Batch, list[Row]]:
     """Builds the processor's batch of some images and puts the golden token ids in the place of its text."""
     processor = case.model.processor
-    batch = processor([case.examples[image] for image in images], boxes=case.config.data.boxes, packed=False)
+    batch = processor([case.examples[image] for image in images], release=True, packed=False)
     of_image = [list(case.conversations(image)) for image in images]
     flat = [conversation for conversations in of_image for conversation in conversations]
     places = {conversation: place for place, conversation in enumerate(flat)}

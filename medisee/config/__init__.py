@@ -3,14 +3,4 @@
 from medisee.config.load import config_from, dump_config, load_config
 from medisee.config.run import Config, Data, Eval, Loss, Source, Train
 
-__all__ = [
-    "Config",
-    "Data",
-    "Eval",
-    "Loss",
-    "Source",
-    "Train",
-    "config_from",
-    "dump_config",
-    "load_config",
-]
+__all__ = ["Config", "Data", "Eval", "Loss", "Source", "Train", "config_from", "dump_config", "load_config"]

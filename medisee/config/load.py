@@ -1,29 +1,36 @@
 """Reads a run's configuration from YAML.
 
-Files may start with `base: other.yaml` and then hold only the difference. Dotted overrides (`train.lr=1e-4`) win over
-files. An unknown key is an error that names the nearest known one. `--print-config` prints the resolved run.
+A file may name a `base: other.yaml` and hold only the difference. Dotted overrides (`train.lr=1e-4`) win over files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 
 from medisee.config.model import Section
-from medisee.config.run import Config, Source, merge
+from medisee.config.run import Config, merge
 from medisee.foundation.errors import InputError, first_line, nearest
+
+_FOLLOWS_COMPAT = {
+    ("loss", "degenerate_giou"): {"none": "finite", "release": "constant"},
+    ("data", "boxes"): {"none": "half_open", "release": "inclusive"},
+    ("data", "draws"): {"none": "epochs", "release": "unseeded"},
+    ("eval", "decoding"): {"none": "routed", "release": "plain"},
+}
+"""Old keys that `compat` replaces, with their value under each `compat`."""
 
 
 def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML run with its bases and applies dotted overrides.
 
     Raises:
-        InputError: a missing file, no YAML mapping, a circular base, an unknown key (with the nearest known one), a
-            value of the wrong type or out of range; all problems at once.
+        InputError: a missing or bad file, a circular base, or all unknown keys and bad values at once.
     """
     values = _read(Path(path), ()) if path is not None else {}
     for override in overrides:
@@ -33,8 +40,8 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Confi
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise InputError(f"override {override!r}: the value is no YAML; quote it.") from error
-        nested: Any = _number(value)
+            raise InputError(f"override {override!r}: the value is not valid YAML; quote it.") from error
+        nested: Any = _numbers(value)
         for part in reversed(key.split(".")):
             nested = {part: nested}
         values = merge(values, _with_new_names(nested))
@@ -47,10 +54,14 @@ def config_from(values: Mapping[str, Any], where: str) -> Config:
     Raises:
         InputError: every unknown key and bad value.
     """
+    values, problems = _without_old_keys(_with_new_names(values), where)
     try:
-        return Config.model_validate(_with_new_names(values))
+        config = Config.model_validate(values)
     except ValidationError as error:
-        raise InputError(_explain(problem, where) for problem in error.errors()) from error
+        raise InputError([*problems, *(_explain(problem, where) for problem in error.errors())]) from error
+    if problems:
+        raise InputError(problems)
+    return config
 
 
 def dump_config(config: Config) -> str:
@@ -66,26 +77,29 @@ def _with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(values)
 
 
-def _number(value: Any) -> Any:
-    # YAML 1.1 reads 1e-4 as a string; people write it all the time.
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def _without_old_keys(values: dict[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
+    problems = []
+    for (section, key), implied in _FOLLOWS_COMPAT.items():
+        held = values.get(section)
+        if isinstance(held, Mapping) and key in held:
+            compat = next((name for name, value in implied.items() if value == held[key]), None)
+            values = {**values, section: {name: value for name, value in held.items() if name != key}}
+            if compat != values.get("compat", "none"):
+                fix = f"set compat: {compat}" if compat else "remove it"
+                problems.append(f"{where}: {section}.{key} now follows compat; {fix}.")
+    return values, problems
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
-        raise InputError(f"{path}: `base` leads back to itself; remove the circle.")
+        raise InputError(f"{path}: `base` leads back to this file; remove the circle.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         fix = f"correct `base` in {seen[-1]}" if seen else "give an existing YAML file"
         raise InputError(f"{path}: cannot read the configuration ({error.strerror}); {fix}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: no valid YAML ({first_line(error)}); fix the file.") from error
+        raise InputError(f"{path}: not valid YAML ({first_line(error)}); fix the file.") from error
     if not isinstance(values, dict):
         raise InputError(
             f"{path}: expected a mapping of sections (model, loss, data, train, eval), found {type(values).__name__}."
@@ -98,10 +112,12 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _numbers(values: Any) -> Any:
+    # YAML 1.1 reads 1e-4 as a string, and people write it all the time.
     if isinstance(values, dict):
         return {key: _numbers(value) for key, value in values.items()}
-    if isinstance(values, str) and values[:1] in "0123456789-+." and "e" in values.lower():
-        return _number(values)
+    if isinstance(values, str) and values.startswith(tuple("0123456789-+.")) and "e" in values.lower():
+        with suppress(ValueError):
+            return float(values)
     return values
 
 
@@ -112,19 +128,16 @@ def _explain(problem: Any, where: str) -> str:
         hint = nearest(str(problem["loc"][-1]), known)
         return f"{where}: unknown key {location!r}; known here: {', '.join(known)}.{hint}"
     if problem["type"] == "value_error" and isinstance(problem.get("input"), Mapping):
-        # Of settings that do not go together: the input would be their whole section.
+        # Settings that exclude each other: the input would be their whole section.
         error = problem["ctx"]["error"]
         return f"{where}: {location}: {error}; fix the value." if location else f"{where}: {error}."
     return f"{where}: {location or 'configuration'} = {problem.get('input')!r}: {problem['msg']}; fix the value."
 
 
 def _known(location: Sequence[Any]) -> list[str]:
-    section: Any = Config
+    section: type[Section] = Config
     for part in location:
-        if isinstance(part, int):
-            section = Source
-        else:
-            section = section.model_fields[part].annotation if part in section.model_fields else section
-        if not (isinstance(section, type) and issubclass(section, Section)):
-            section = Source
+        kind = section.model_fields[part].annotation if isinstance(part, str) else section
+        kinds = (one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, Section))
+        section = next(kinds, section)
     return list(section.model_fields)

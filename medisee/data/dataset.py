@@ -1,6 +1,6 @@
-"""Records -> examples: which targets of an image are asked for, with which words, is a pure function of the draw.
+"""Records -> examples -> micro-batches. An image's targets and the words of their questions follow from the draw alone.
 
-Nothing here depends on the number of ranks or workers, so a run can be resumed, split or repeated to the letter.
+Nothing here depends on the number of ranks or workers, so a run can be resumed, split or repeated exactly.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from medisee.records.prompts import class_answer, class_question
 from medisee.records.records import QA, Record, Target
 
 ATTEMPTS = 32
-"""Records that may be unreadable one after the other before a run with `data.skip_corrupt` ends."""
+"""Unreadable records in a row that end a run with `data.skip_corrupt`."""
 
 
 def record_example(
     manifest: Manifest,
     record: Record,
-    asked: Sequence[tuple[Target, QA]],
+    questions: Sequence[tuple[Target, QA]],
     cache: FeatureCache | None,
     *,
     truth: bool = True,
@@ -43,50 +43,35 @@ def record_example(
     Args:
         manifest: where the record comes from.
         record: the record.
-        asked: the targets and questions to ask.
-        cache: frozen features; the image is read only where they are missing.
+        questions: the targets and their questions.
+        cache: frozen features; the image is read only if they are missing.
         truth: read masks and boxes.
-        keep_image: read the image even where its features are cached, for a vision tower of its own.
+        keep_image: read the image even if its features are cached, for a vision tower.
     """
     path = manifest.image_path(record)
-    cached = cache is not None and path in cache
-    queries = []
-    height = width = 0
-    for target, qa in asked:
+    embedding = cache.read(path) if cache is not None and path in cache else None
+    queries, mask = [], None
+    for target, qa in questions:
         mask = manifest.mask(record, target) if truth else None
-        if mask is not None:
-            height, width = mask.shape
         box = target.box or (mask_box(mask) if mask is not None else None)
-        queries.append(
-            Query(
-                record=record.id,
-                target=target.id,
-                question=qa.question,
-                answer=qa.answer,
-                history=qa.history,
-                mask=mask,
-                box=box,
-            )
-        )
-    if cached and height and not keep_image:
-        return Example(None, height, width, tuple(queries), cache.read(path) if cache is not None else None)
+        words = {"question": qa.question, "answer": qa.answer, "history": qa.history}
+        queries.append(Query(record=record.id, target=target.id, mask=mask, box=box, **words))
+    if embedding is not None and mask is not None and not keep_image:
+        return Example(None, mask.shape[0], mask.shape[1], tuple(queries), embedding)
     image = read_image(path)
-    embedding = cache.read(path) if cached and cache is not None else None
     return Example(image, image.shape[0], image.shape[1], tuple(queries), embedding)
 
 
 def asked_questions(target: Target, category: str, rng: random.Random) -> tuple[QA, ...]:
-    """Returns a target's own questions, or one from the class-name templates."""
-    if target.qa:
-        return target.qa
-    return (QA(class_question(category, rng), class_answer(rng), "class", "short"),)
+    """Returns a target's questions, or if it has none, one from the class-name templates."""
+    return target.qa or (QA(class_question(category, rng), class_answer(rng), "class", "short"),)
 
 
 class TrainingData(Dataset[Example]):
-    """The mixture as examples, indexed by `Draw` and the optimizer step it belongs to.
+    """The mixture as examples, indexed by a `Draw` and its optimizer step.
 
     Attributes:
-        skipped: what was wrong with records that were replaced, one entry a draw.
+        skipped: what was wrong with replaced records, one entry per record.
     """
 
     def __init__(self, config: Config, manifests: Sequence[Manifest], cache: FeatureCache | None) -> None:
@@ -94,10 +79,10 @@ class TrainingData(Dataset[Example]):
         self.skipped: list[str] = []
 
     def __getitem__(self, item: tuple[Draw, int]) -> Example:  # type: ignore[override]
-        """Builds one example; every choice comes from the draw's number.
+        """Builds one example; all random choices come from the draw's number.
 
         Raises:
-            InputError: a record cannot be read, and `data.skip_corrupt` is false; or many in a row cannot.
+            InputError: a record cannot be read without `data.skip_corrupt`, or ATTEMPTS in a row.
         """
         draw, step = item
         manifest = self.manifests[draw.source]
@@ -122,43 +107,36 @@ class TrainingData(Dataset[Example]):
         record = manifest[draw.index]
         targets = list(record.targets)
         rng.shuffle(targets)
-        asked = [
+        questions = [
             (target, rng.choice(asked_questions(target, target.category, rng)))
             for target in targets[: data.targets_per_image]
         ]
         keep_image = self.config.model.mllm.image_tokens == "vision_tower"
-        example = record_example(manifest, record, asked, self.cache, keep_image=keep_image)
-        queries = self._with_class_query(example.queries, asked, draw)
-        noisy = [self._noise(query, step, rng) for query in queries]
-        most = train.masks_per_image or len(noisy)
-        queries = tuple(replace(query, masked=place < most) for place, query in enumerate(noisy))
-        return replace(example, queries=queries)
-
-    def _with_class_query(
-        self, queries: Sequence[Query], asked: Sequence[tuple[Target, QA]], draw: Draw
-    ) -> tuple[Query, ...]:
-        """Gives implicit queries the class queries that L_sim compares them with."""
-        loss = self.config.loss
-        if not (loss.js or loss.mse):
-            return tuple(queries)
-        # A generator of its own: with L_sim a run draws all else as without it.
-        rng = random.Random(f"{self.config.train.seed}/{draw.number}/plain")
-        return tuple(
-            query if qa.perspective == "class" else replace(query, class_query=class_question(target.category, rng))
-            for query, (target, qa) in zip(queries, asked, strict=True)
-        )
-
-    def _noise(self, query: Query, step: int, rng: random.Random) -> Query:
-        train = self.config.train
-        share = self.config.data.word_dropout
-        words = [word for word in query.question.split() if rng.random() >= share]
-        left = max(0.0, 1 - step / train.true_box_until) if train.true_box_until else 0.0
-        return replace(query, question=" ".join(words) or query.question, true_box=rng.random() < train.true_box * left)
+        example = record_example(manifest, record, questions, self.cache, keep_image=keep_image)
+        # A separate generator: L_sim must not change what else is drawn.
+        class_rng = random.Random(f"{train.seed}/{draw.number}/plain")
+        compares = self.config.loss.js or self.config.loss.mse
+        most = train.masks_per_image or len(questions)
+        true_box = train.true_box * max(0.0, 1 - step / train.true_box_until) if train.true_box_until else 0.0
+        queries = []
+        for place, (query, (target, qa)) in enumerate(zip(example.queries, questions, strict=True)):
+            words = [word for word in query.question.split() if rng.random() >= data.word_dropout]
+            implicit = compares and qa.perspective != "class"
+            queries.append(
+                replace(
+                    query,
+                    question=" ".join(words) or query.question,
+                    true_box=rng.random() < true_box,
+                    masked=place < most,
+                    class_query=class_question(target.category, class_rng) if implicit else None,
+                )
+            )
+        return replace(example, queries=tuple(queries))
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatches(Sampler[list[tuple[Draw, int]]]):
-    """One rank's micro-batches from a step on: the ranks cut each global micro-batch into consecutive parts."""
+    """One rank's micro-batches from `first_step` on: consecutive parts of each global micro-batch."""
 
     mixture: Mixture
     config: Config
@@ -180,12 +158,12 @@ class MicroBatches(Sampler[list[tuple[Draw, int]]]):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A micro-batch as a loader process hands it over. An exception would come with the process's traceback.
+    """A micro-batch from a loader process, or the problems of its InputError, which would arrive with a traceback.
 
     Attributes:
-        batch: None where there are problems.
-        skipped: what was wrong with records that were replaced.
-        problems: of an InputError.
+        batch: None if there are problems.
+        skipped: see `TrainingData`.
+        problems: of the InputError.
     """
 
     batch: Batch | None
@@ -205,7 +183,7 @@ class MicroBatchReader(Dataset[Loaded]):
         self.data.skipped.clear()
         try:
             examples = [self.data[item] for item in items]
-            batch = self.processor(examples, mask_resolution=config.loss.mask_resolution, boxes=config.data.boxes)
+            batch = self.processor(examples, mask_resolution=config.loss.mask_resolution, release=config.release)
         except InputError as error:
             return Loaded(None, problems=error.problems)
         return Loaded(batch, tuple(self.data.skipped))
@@ -215,20 +193,20 @@ class TrainingBatches(Iterator[Batch]):
     """One rank's micro-batches, in order.
 
     Attributes:
-        skipped: what was wrong with records that were replaced so far, one entry a draw.
+        skipped: see `TrainingData`; of all micro-batches so far.
     """
 
     def __init__(self, loader: DataLoader[Loaded]) -> None:
         self._loaded: Iterator[Loaded] = iter(loader)
         self.skipped: list[str] = []
-        # Loader processes ignore the signal by which Python ends its children, and would then be waited for without end.
+        # Loader processes ignore the signal with which Python ends its children; it would wait for them forever.
         atexit.register(self.close)
 
     def __next__(self) -> Batch:
         """Returns the next micro-batch.
 
         Raises:
-            InputError: a record of it cannot be read; the loader processes have been ended.
+            InputError: one of its records cannot be read; the loader processes have ended.
         """
         try:
             loaded = next(self._loaded)
@@ -242,7 +220,7 @@ class TrainingBatches(Iterator[Batch]):
         return loaded.batch
 
     def close(self) -> None:
-        """Ends the loader processes; no micro-batch is left afterwards."""
+        """Ends the loader processes and the iteration."""
         self._loaded = iter(())
         atexit.unregister(self.close)
 
@@ -264,7 +242,7 @@ def training_batches(
         [source.weight for source in sources],
         config.train.seed,
         first_draws=[source.from_step * per_step for source in sources],
-        unseeded=config.data.draws == "unseeded",
+        unseeded=config.release,
     )
     loader = DataLoader(
         MicroBatchReader(TrainingData(config, manifests, cache), processor),
@@ -278,6 +256,6 @@ def training_batches(
 
 
 def leave_to_parent(_: int = 0) -> None:
-    """Makes a loader process ignore both signals, which reach whole groups: its parent still needs batches."""
+    """Makes a loader process ignore signals to the whole process group, since its parent still needs batches."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,6 +1,6 @@
-"""Frozen image features, computed once: safetensors shards in 16 bit, keyed by the image's and the encoder's content.
+"""Frozen image features, computed once: safetensors shards in float16, keyed by the image's and the encoder's content.
 
-A shard is complete or absent, so an interrupted run loses one shard at most.
+A shard names its images in its metadata and is complete or absent, so an interrupted run loses one shard at most.
 
 Shapes: C channels, G grid.
 """
@@ -12,23 +12,26 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from medisee.foundation.errors import InputError
-from medisee.foundation.files import atomic_path, sha256, write_json
+from medisee.foundation.files import atomic_path, sha256
 from medisee.models.processing import MediSeeProcessor
 from medisee.models.seg_head import SamHead
 from medisee.records.images import read_image
 
 SHARD = 64
 BATCH = 4
-INDEX = "index.json"
+OLD_INDEX = "index.json"
+"""{key: [shard, row]}: written by earlier versions, whose shards have no metadata."""
+KEYS = "keys"
 
 
 class FeatureCache:
@@ -37,10 +40,14 @@ class FeatureCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._rows: dict[str, tuple[str, int]] = {}
-        if (folder / INDEX).exists():
-            stored = json.loads((folder / INDEX).read_text())
-            self._rows = {key: (shard, row) for key, (shard, row) in stored.items() if (folder / shard).exists()}
         self._keys: dict[Path, str] = {}
+        if (folder / OLD_INDEX).exists():
+            stored = json.loads((folder / OLD_INDEX).read_text())
+            self._rows = {key: (shard, row) for key, (shard, row) in stored.items() if (folder / shard).exists()}
+        for shard in folder.glob("*.safetensors"):
+            with suppress(SafetensorError), safe_open(str(shard), framework="pt") as handle:
+                keys = (handle.metadata() or {}).get(KEYS, "").split()
+                self._rows |= {key: (shard.name, row) for row, key in enumerate(keys)}
 
     def __contains__(self, image: Path) -> bool:
         return self._key(image) in self._rows
@@ -52,13 +59,12 @@ class FeatureCache:
             return handle.get_slice("features")[row : row + 1][0]
 
     def add(self, images: Sequence[Path], features_NCGG: Tensor) -> None:
-        """Writes one shard and then the index that names it."""
+        """Writes the features of a few images as one shard."""
         keys = [self._key(image) for image in images]
         shard = f"{hashlib.sha256(''.join(keys).encode()).hexdigest()[:16]}.safetensors"
         with atomic_path(self.folder / shard) as temporary:
-            save_file({"features": features_NCGG.half().contiguous()}, str(temporary))
+            save_file({"features": features_NCGG.half().contiguous()}, str(temporary), metadata={KEYS: " ".join(keys)})
         self._rows |= {key: (shard, row) for row, key in enumerate(keys)}
-        write_json(self.folder / INDEX, self._rows)
 
     def _key(self, image: Path) -> str:
         if image not in self._keys:
@@ -70,7 +76,7 @@ class FeatureCache:
 
 
 def encoder_key(head: SamHead) -> str:
-    """Hashes the encoder's weights and input rule: another encoder never reads these features."""
+    """Hashes the encoder's weights and input rule, so that no other encoder reads these features."""
     digest = hashlib.sha256(repr(head.spec).encode())
     for name, value in sorted(head.image_encoder.state_dict().items()):
         digest.update(name.encode())
@@ -87,7 +93,7 @@ def fill_cache(
     *,
     skip_corrupt: bool = False,
 ) -> FeatureCache:
-    """Computes what is missing and returns the cache; its size is said beforehand.
+    """Computes the missing features and returns the cache; prints their size first.
 
     Args:
         images: image files, repeats allowed.
@@ -95,17 +101,23 @@ def fill_cache(
         processor: brings the head's input rule.
         folder: where all caches live; each encoder has its own below.
         dtype: compute precision.
-        skip_corrupt: leave out images that cannot be read; whoever asks for them will say so.
+        skip_corrupt: leave out images that cannot be read; reading their records reports them.
 
     Raises:
-        InputError: the encoder learns, so its features change with every step; an image cannot be read.
+        InputError: the encoder learns, so its features change at every step; an image cannot be read.
     """
     if head.encoder_learns:
         raise InputError(
-            f"data.cache = {str(folder)!r}: needs a frozen encoder, but model.seg_head.lora lets it learn; remove one of them."
+            f"data.cache = {str(folder)!r}: needs a frozen encoder, but model.seg_head.lora lets it learn; "
+            "remove one of them."
         )
     cache = FeatureCache(folder / f"{encoder_key(head)}-{str(dtype).removeprefix('torch.')}")
-    missing = [image for image in dict.fromkeys(images) if not _is_done(image, cache, skip_corrupt)]
+    unreadable = suppress(*([InputError] if skip_corrupt else []))
+    missing = []
+    for image in dict.fromkeys(images):
+        with unreadable:
+            if image not in cache:
+                missing.append(image)
     if not missing:
         return cache
     size = 2 * len(missing) * head.spec.channels * head.spec.grid**2
@@ -118,33 +130,15 @@ def fill_cache(
         part = missing[first : first + SHARD]
         done, embedded = [], []
         for at in range(0, len(part), BATCH):
-            pixels = _pixels(part[at : at + BATCH], processor, skip_corrupt)
-            if not pixels:
-                continue
-            with torch.inference_mode():
-                embedded.append(encoder(torch.stack(list(pixels.values())).to(device, dtype)).half().cpu())
-            done += pixels
+            pixels = {}
+            for image in part[at : at + BATCH]:
+                with unreadable:
+                    pixels[image] = processor.seg_pixels(read_image(image))
+            if pixels:
+                with torch.inference_mode():
+                    embedded.append(encoder(torch.stack(list(pixels.values())).to(device, dtype)).half().cpu())
+                done += pixels
         if done:
             cache.add(done, torch.cat(embedded))
     print(f"features: done in {time.perf_counter() - started:.0f} s", flush=True)
     return cache
-
-
-def _is_done(image: Path, cache: FeatureCache, skip_corrupt: bool) -> bool:
-    try:
-        return image in cache
-    except InputError:
-        if not skip_corrupt:
-            raise
-        return True
-
-
-def _pixels(images: Sequence[Path], processor: MediSeeProcessor, skip_corrupt: bool) -> dict[Path, Tensor]:
-    found = {}
-    for image in images:
-        try:
-            found[image] = processor.seg_pixels(read_image(image))
-        except InputError:
-            if not skip_corrupt:
-                raise
-    return found

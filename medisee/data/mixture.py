@@ -1,4 +1,4 @@
-"""A mixture of sources: which record is the n-th draw is a pure function of the seed, whatever ranks and workers do."""
+"""A mixture of sources: the n-th draw follows from the seed alone, for any number of ranks and workers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Draw:
 
 
 class Mixture:
-    """Draws from sources by weight; every record of a source comes once before one comes again.
+    """Draws from sources by weight; a source repeats a record only after all of its records have come.
 
-    A source may join later: until its first draw the others share the run by their weights.
+    A source may join later; before its first draw the others share the draws by their weights.
     """
 
     def __init__(
@@ -34,8 +34,12 @@ class Mixture:
         first_draws: Sequence[int] | None = None,
         unseeded: bool = False,
     ) -> None:
-        """Args: number of records, share and first draw of each source; seed of all orders. Unseeded, as in the release,
-        every call draws independently, and no two runs draw the same.
+        """Creates a mixture.
+
+        Args:
+            lengths, weights, first_draws: number of records, share and first draw of each source.
+            seed: of all orders.
+            unseeded: every call draws independently, differently in every run (release).
         """
         self.lengths, self.seed = tuple(lengths), seed
         joins = list(first_draws) if first_draws is not None else [0] * len(lengths)

@@ -73,6 +73,7 @@ def predict(
     settings: Eval,
     cache: FeatureCache | None = None,
     quiet: bool = False,
+    release: bool = False,
 ) -> Iterator[Prediction]:
     """Answers every question.
 
@@ -84,17 +85,20 @@ def predict(
         settings: forced answer, longest answer, images per pass.
         cache: frozen features.
         quiet: no progress bar.
+        release: decode generated answers as the release does, see `MediSee.locate`.
     """
     size = settings.batch_size
     for first in tqdm(range(0, len(asked), size), desc=mode, unit="batch", disable=quiet):
         part = asked[first : first + size]
         examples = [record_example(manifest, one.record, one.questions, cache, truth=False) for one in part]
-        yield from answer(model, examples, mode, settings)
+        yield from answer(model, examples, mode, settings, release=release)
 
 
 # Not inference_mode: weights that ZeRO 3 gathers in it could not be trained on.
 @torch.no_grad()
-def answer(model: MediSee, examples: Sequence[Example], mode: Mode, settings: Eval) -> list[Prediction]:
+def answer(
+    model: MediSee, examples: Sequence[Example], mode: Mode, settings: Eval, *, release: bool = False
+) -> list[Prediction]:
     """Answers the queries of a few images in one pass, in order.
 
     The answer that an example brings is never shown to the model: `forced` gives the same words to every query.
@@ -115,7 +119,7 @@ def answer(model: MediSee, examples: Sequence[Example], mode: Mode, settings: Ev
     if mode == "forced":
         output = model(batch)
         return _predictions(batch, output.boxes_I4, output.masks_Jhh, mode, [forced] * len(batch.queries), None)
-    written = model.generate(batch, max_new_tokens=settings.max_new_tokens, decoding=settings.decoding)
+    written = model.generate(batch, max_new_tokens=settings.max_new_tokens, release=release)
     return _predictions(batch, written.boxes_I4, written.masks_Jhh, mode, written.texts, written.emitted)
 
 

@@ -1,110 +1,58 @@
-"""Answers that the language model writes itself: greedy, with a KV cache, the prefix of an image read once.
+"""Answers that the language model writes: greedily, with a KV cache that already holds the images' prefixes.
 
-Shapes: B images, S sequences (one a query), P prefix length, L longest question, A longest answer, D hidden width.
+Shapes: S sequences (one per query), L longest sequence, P prefix length, A longest answer, D hidden width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
-
-@dataclass(frozen=True, slots=True)
-class Prefixes:
-    """What the language model made of the images' prefixes.
-
-    Attributes:
-        cache: keys and values.
-        states_BPD: last states.
-    """
-
-    cache: DynamicCache
-    states_BPD: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Questions:
-    """What stands behind the prefixes, with the padding on the left: generation appends on the right.
-
-    Attributes:
-        input_ids_SL: token ids.
-        mask_SL: 1 at tokens, 0 at padding.
-    """
-
-    input_ids_SL: Tensor
-    mask_SL: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """Answers.
-
-    Attributes:
-        ids_SA: token ids, padded on the right.
-        states_SAD: the last states that predicted them: those which the routers are trained on.
-    """
-
-    ids_SA: Tensor
-    states_SAD: Tensor
-
-
-def left_padded(input_ids_SL: Tensor, segments_SL: Tensor) -> Questions:
-    """Moves the padding, segment -1, of right-padded sequences to the left."""
-    own_SL = segments_SL >= 0
-    order = torch.argsort(own_SL.int(), dim=1, stable=True)
-    return Questions(input_ids_SL.gather(1, order), own_SL.gather(1, order).long())
-
-
-def read_prefix(language_model: Any, inputs_BPD: Tensor, mask_BPP: Tensor | BlockMask) -> Prefixes:
-    """Reads the prefix of every image.
-
-    Args:
-        language_model: the decoder of a Llava.
-        inputs_BPD: embedded prefixes.
-        mask_BPP: the attention kernel's mask, (B, 1, P, P).
-    """
-    read = language_model(inputs_embeds=inputs_BPD, attention_mask=mask_BPP, use_cache=True)
-    return Prefixes(read.past_key_values, read.last_hidden_state)
+from medisee.models.packing import PADDING
+from medisee.models.processing import Batch
 
 
 def write_answers(
     llava: LlavaForConditionalGeneration,
     cache: DynamicCache,
-    prefix_ids_P: Tensor,
-    questions: Questions,
+    batch: Batch,
     *,
-    image_of_sequence_S: Tensor,
+    prefix: int,
     max_new_tokens: int,
     end_id: int,
     pad_id: int,
     never: int,
-) -> Written:
-    """Writes one answer a question.
+) -> tuple[Tensor, Tensor]:
+    """Writes one answer per query.
 
     Args:
         llava: the language model.
-        cache: `Prefixes.cache`; changed by this call.
-        prefix_ids_P: token ids of the prefix, the same for all images.
-        questions: what stands behind it.
-        image_of_sequence_S: the image that each question is about.
+        cache: keys and values of each image's prefix; changed by this call.
+        batch: unpacked, without answers.
+        prefix: P, the number of tokens that all sequences of an image share.
         max_new_tokens: longest answer.
         end_id: id that ends an answer.
         pad_id: id of the padding.
-        never: id that is not to be written.
+        never: id that must not be written.
+
+    Returns:
+        Token ids (S, A), padded on the right, and the last states (S, A, D) that predicted them, as the routers read
+        them in training.
     """
-    cache.batch_select_indices(image_of_sequence_S)
-    prefix_SP = prefix_ids_P.expand(len(questions.input_ids_SL), -1)
-    # The padding stands between prefix and question; positions are counted over what the mask shows.
-    input_ids = torch.cat([prefix_SP, questions.input_ids_SL], dim=1)
+    cache.batch_select_indices(batch.image_of_sequence_S)
+    # Generation appends on the right, so the padding moves between prefix and question; positions do not count it.
+    prefix_SP, question_SL = batch.input_ids_SL[:, :prefix], batch.input_ids_SL[:, prefix:]
+    own_SL = batch.segments_SL[:, prefix:] != PADDING
+    order_SL = torch.argsort(own_SL.int(), dim=1, stable=True)
+    input_ids_SL = torch.cat([prefix_SP, question_SL.gather(1, order_SL)], dim=1)
+    mask_SL = torch.cat([torch.ones_like(prefix_SP), own_SL.gather(1, order_SL).long()], dim=1)
     model: Any = llava
     result: Any = model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.cat([torch.ones_like(prefix_SP), questions.mask_SL], dim=1),
+        input_ids=input_ids_SL,
+        attention_mask=mask_SL,
         past_key_values=cache,
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -116,4 +64,4 @@ def write_answers(
         return_dict_in_generate=True,
     )
     states_SAD = torch.stack([step[-1][:, -1] for step in result.hidden_states], dim=1)
-    return Written(result.sequences[:, input_ids.shape[1] :], states_SAD)
+    return result.sequences[:, input_ids_SL.shape[1] :], states_SAD

@@ -1,7 +1,7 @@
-"""Original pixels <-> a model's square input frame, for images of any shape. Everything here is float32.
+"""Original pixels <-> a model's square input frame, for images of any shape, in float32.
 
-Frames:
-  original: pixels of the image as read, x to the right, y down, boxes half-open (x1, y1 exclusive)
+Coordinates:
+  original: pixels of the image, x to the right, y down, boxes half-open (x1, y1 exclusive)
   normalised: original divided by (width, height), in [0, 1]
   frame: pixels of the square input of side `size`; the image fills [0, resized_width] x [0, resized_height] of it
 
@@ -27,12 +27,12 @@ SAM_STD = (58.395, 57.12, 57.375)
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """How one image lies in the square input frame.
+    """Where one image is in the square input frame, in pixels.
 
     Attributes:
-        height, width: the original image, pixels.
-        size: side of the frame, pixels.
-        resized_height, resized_width: the part of the frame that the image fills, pixels; the rest is padding.
+        height, width: of the original image.
+        size: side of the frame.
+        resized_height, resized_width: the part of the frame that the image fills; the rest is padding.
     """
 
     height: int
@@ -72,16 +72,12 @@ def to_frame(image: np.ndarray, frame: Frame, pixels: Literal["sam", "minmax"]) 
 
 
 def boxes_to_frame(boxes_I4: Tensor, frames: list[Frame], scale: Literal["resized", "frame"] = "resized") -> Tensor:
-    """Maps normalised xyxy boxes (I, 4) into frame pixels.
+    """Maps normalised xyxy boxes (I, 4) into frame pixels, float32.
 
     Args:
         boxes_I4: normalised by the original image's size.
         frames: of each box's image.
-        scale: `resized`: by the image's own resized size. `frame`: by the frame's side on both axes, as the release
-            does, which misplaces the boxes of a non-square image.
-
-    Returns:
-        float32 (I, 4).
+        scale: see `Model.box_frame`.
     """
     sides = [(f.resized_width, f.resized_height) if scale == "resized" else (f.size, f.size) for f in frames]
     scale_I4 = torch.tensor([side * 2 for side in sides], dtype=torch.float32, device=boxes_I4.device)
@@ -94,10 +90,10 @@ def token_places(frame: Frame, grid: int, over: Literal["frame", "pad", "centre_
     Args:
         frame: of the image.
         grid: tokens per side.
-        over: what they divide: the seg head's frame, the image padded to a square, or its centre square.
+        over: what they divide: the seg head's frame, the image padded to a square, or its central square.
 
     Returns:
-        Normalised (cx, cy, w, h), float32 (grid^2, 4); a token of padding alone has no area.
+        Normalised (cx, cy, w, h), float32 (grid^2, 4); a token that sees only padding has no area.
     """
     if over == "frame":
         top = left = 0.0
@@ -114,9 +110,9 @@ def token_places(frame: Frame, grid: int, over: Literal["frame", "pad", "centre_
 
 
 def square_of(height: int, width: int, kind: Literal["pad", "centre_crop"]) -> tuple[int, int, int]:
-    """Returns side, top and left of the square that a vision tower sees of an image, in its pixels.
+    """Returns side, top and left of the square that a vision tower sees, in the image's pixels.
 
-    `pad`: the smallest square around it, which begins above or before it. `centre_crop`: the largest inside.
+    `pad`: the smallest square around the image, whose top or left is negative. `centre_crop`: the largest inside it.
     """
     side = max(height, width) if kind == "pad" else min(height, width)
     top, left = abs(side - height) // 2, abs(side - width) // 2
@@ -124,16 +120,13 @@ def square_of(height: int, width: int, kind: Literal["pad", "centre_crop"]) -> t
 
 
 def normalise_box(
-    box: tuple[float, float, float, float],
-    height: int,
-    width: int,
-    ends: Literal["half_open", "inclusive"] = "half_open",
+    box: tuple[float, float, float, float], height: int, width: int, *, inclusive: bool = False
 ) -> tuple[float, float, float, float]:
     """Divides a half-open xyxy box in original pixels by (width, height).
 
-    `inclusive` ends are those of the last pixels inside, as the release takes them: one pixel short.
+    `inclusive`: ends it at the last pixel inside, as the release does, which is one pixel short.
     """
-    last = 1 if ends == "inclusive" else 0
+    last = 1 if inclusive else 0
     return (box[0] / width, box[1] / height, (box[2] - last) / width, (box[3] - last) / height)
 
 
@@ -144,19 +137,13 @@ def denormalise_box(box: Tensor, height: int, width: int) -> tuple[float, float,
 
 
 def cxcywh_to_xyxy(boxes_I4: Tensor) -> Tensor:
-    """Converts normalised (cx, cy, w, h) boxes (I, 4) to (x0, y0, x1, y1); they may pass the image's border."""
+    """Converts normalised (cx, cy, w, h) boxes (I, 4) to (x0, y0, x1, y1), which may cross the image's border."""
     center, half = boxes_I4[:, :2], boxes_I4[:, 2:] / 2
     return torch.cat([center - half, center + half], dim=1)
 
 
 def logits_to_original(logits_hw: Tensor, frame: Frame, size: tuple[int, int] | None = None) -> Tensor:
-    """Takes low-resolution mask logits (h, w) of the frame back to the original image: (H, W).
-
-    Args:
-        logits_hw: of the whole frame.
-        frame: of the image.
-        size: (height, width) at which the whole image is wanted; None: its own.
-    """
+    """Resamples mask logits (h, w) of the whole frame to the image, at `size` or else its own size: (H, W)."""
     full = F.interpolate(
         logits_hw[None, None].float(), size=(frame.size, frame.size), mode="bilinear", align_corners=False
     )
@@ -166,7 +153,7 @@ def logits_to_original(logits_hw: Tensor, frame: Frame, size: tuple[int, int] | 
 
 
 def bounded_mask(mask_HW: np.ndarray, longest: int) -> Tensor:
-    """Scales a boolean mask down as `bounded_size` says: float32 coverage in [0, 1], area-averaged."""
+    """Scales a boolean mask down to its `bounded_size`: float32 coverage in [0, 1], area-averaged."""
     height, width = mask_HW.shape
     size = bounded_size(height, width, longest)
     return F.adaptive_avg_pool2d(torch.from_numpy(np.ascontiguousarray(mask_HW)).float()[None, None], size)[0, 0]
@@ -175,12 +162,12 @@ def bounded_mask(mask_HW: np.ndarray, longest: int) -> Tensor:
 def mask_to_frame(mask_HW: np.ndarray, frame: Frame, side: int) -> Tensor:
     """Resamples a boolean mask (H, W) into the frame at `side` x `side`: float32 coverage in [0, 1], 0 in the padding.
 
-    Area averaging keeps thin structures, which nearest sampling would tear apart.
+    Area averaging keeps thin structures, which nearest-neighbour sampling would break.
     """
     height = max(1, round(frame.resized_height * side / frame.size))
     width = max(1, round(frame.resized_width * side / frame.size))
     values = torch.from_numpy(np.ascontiguousarray(mask_HW)).float()[None, None]
-    # Each axis by itself: one that shrinks is averaged, one that grows is interpolated.
+    # Per axis: one that shrinks is averaged, one that grows is interpolated.
     small = F.adaptive_avg_pool2d(values, (min(height, frame.height), min(width, frame.width)))
     small = F.interpolate(small, size=(height, width), mode="bilinear", align_corners=False)
     return F.pad(small[0, 0], (0, side - width, 0, side - height))

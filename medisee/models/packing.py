@@ -1,8 +1,8 @@
-"""One language-model sequence per image: a shared prefix, then each query's own tokens, blind to the other queries.
+"""One language-model sequence per image: a shared prefix, then each query's tokens, which cannot see other queries.
 
-Positions restart behind the prefix, so every query computes what it would compute alone. The attention mask comes in two
-forms: a dense one for every kernel, and the block mask of torch's flex attention, which skips blocks of keys that no query
-of a block sees. Flex attention is for training on GPUs: torch has no backward pass of it on the CPU.
+Positions restart after the prefix, so every query computes what it would compute alone. The attention mask has two
+forms: a dense one for all kernels, and torch's block mask for flex attention, which skips blocks that nobody sees. Flex
+attention is for training on GPUs: torch has no backward pass of it on the CPU.
 
 Shapes: S sequences, L longest sequence.
 """
@@ -28,11 +28,11 @@ class Packed:
     """Packed token ids.
 
     Attributes:
-        input_ids_SL: token ids, `pad` behind each sequence's end.
-        positions_SL: rotary positions, restarting behind the prefix.
-        segments_SL: 0 in the prefix, 1.. in the queries, -1 in the padding.
-        starts: for each sequence, where each of its queries begins.
-        lengths: of each sequence, without padding but rounded up to `multiple`.
+        input_ids_SL: token ids, padded on the right.
+        positions_SL: rotary positions, which restart after the prefix.
+        segments_SL: 0 in the prefix, 1, 2, ... in the queries, -1 in the padding.
+        starts: where each query of each sequence begins.
+        lengths: of the sequences, rounded up to `multiple`.
     """
 
     input_ids_SL: Tensor
@@ -48,10 +48,10 @@ def pack(
     """Packs each prefix with its queries.
 
     Args:
-        prefixes: token ids that all queries of a sequence share.
-        queries: per sequence, the token ids of its queries.
+        prefixes: for each sequence, the token ids that its queries share.
+        queries: for each sequence, the token ids of its queries.
         pad: id of the padding token.
-        multiple: what the padded length is a multiple of.
+        multiple: the padded length is a multiple of it.
     """
     exact = [len(p) + sum(map(len, q)) for p, q in zip(prefixes, queries, strict=True)]
     lengths = tuple(-(-length // multiple) * multiple for length in exact)
@@ -61,29 +61,25 @@ def pack(
     segments = torch.full(shape, PADDING, dtype=torch.long)
     starts: list[tuple[int, ...]] = []
     for row, (prefix, own) in enumerate(zip(prefixes, queries, strict=True)):
-        end = len(prefix)
-        input_ids[row, :end] = torch.tensor(list(prefix), dtype=torch.long)
-        positions[row, :end] = torch.arange(end)
-        segments[row, :end] = PREFIX
-        begins = []
-        for number, tokens in enumerate(own, start=1):
+        end, begins = 0, []
+        for number, tokens in enumerate([prefix, *own]):
             begins.append(end)
-            stop = end + len(tokens)
+            first, stop = 0 if number == PREFIX else len(prefix), end + len(tokens)
             input_ids[row, end:stop] = torch.tensor(list(tokens), dtype=torch.long)
-            positions[row, end:stop] = torch.arange(len(prefix), len(prefix) + len(tokens))
+            positions[row, end:stop] = torch.arange(first, first + len(tokens))
             segments[row, end:stop] = number
             end = stop
-        starts.append(tuple(begins))
+        starts.append(tuple(begins[1:]))
     return Packed(input_ids, positions, segments, tuple(starts), lengths)
 
 
 def sees(segments_SL: Tensor, sequence: Tensor, query: Tensor, key: Tensor, *, full_prefix: bool) -> Tensor:
-    """Tells whether the token at `query` sees the one at `key`: causal, prefix or own query only; padding sees itself.
+    """Returns whether the token at `query` sees the one at `key`: earlier tokens of the prefix, or of its own query.
 
     Args:
         segments_SL: from `pack`.
-        sequence, query, key: indices of any shapes that broadcast.
-        full_prefix: let the prefix's tokens see those behind them too, up to its end.
+        sequence, query, key: indices, of shapes that broadcast.
+        full_prefix: the prefix's tokens see all of the prefix.
     """
     own, other = segments_SL[sequence, query], segments_SL[sequence, key]
     behind = key <= query
@@ -93,13 +89,7 @@ def sees(segments_SL: Tensor, sequence: Tensor, query: Tensor, key: Tensor, *, f
 
 
 def block_mask(segments_SL: Tensor, dtype: torch.dtype, *, full_prefix: bool = False) -> Tensor:
-    """Returns what `sees` says as an additive attention mask (S, 1, L, L).
-
-    Args:
-        segments_SL: from `pack`.
-        dtype: of the states.
-        full_prefix: see `sees`.
-    """
+    """Returns `sees` as an additive attention mask (S, 1, L, L) of the states' type."""
     sequences, tokens = (torch.arange(size, device=segments_SL.device) for size in segments_SL.shape)
     at = sequences[:, None, None], tokens[None, :, None], tokens[None, None, :]
     visible = sees(segments_SL, *at, full_prefix=full_prefix)
@@ -112,11 +102,7 @@ DEVICES = ("cuda", "xpu", "hpu")
 
 
 def check_flex(device: torch.device) -> None:
-    """Checks that a device can train with flex attention.
-
-    Raises:
-        InputError: it cannot.
-    """
+    """Raises an InputError if a device cannot train with flex attention."""
     if device.type not in DEVICES:
         raise InputError(
             f"model.mllm.attention = 'flex': torch's flex attention has no backward pass on {device.type!r}; "
@@ -125,26 +111,22 @@ def check_flex(device: torch.device) -> None:
 
 
 def use_flex(llava: LlavaForConditionalGeneration, *, training: bool) -> None:
-    """Lets the language model's layers train with flex attention, and compute with SDPA outside training.
+    """Sets the language model's attention kernel: flex attention in training, SDPA otherwise.
 
     Raises:
-        InputError: the layers have attention dropout, which flex attention lacks.
+        InputError: the layers have attention dropout, which flex attention does not support.
     """
     language = llava.model.language_model
     if dropout := language.config.attention_dropout:
         raise InputError(
-            f"model.mllm.attention = 'flex': the language model has an attention dropout of {dropout}, which flex "
-            "attention lacks; set model.mllm.size.dropout to 0, or take sdpa."
+            f"model.mllm.attention = 'flex': flex attention does not support the attention dropout of {dropout}; "
+            "set model.mllm.size.dropout to 0, or use sdpa."
         )
     language.set_attn_implementation("flex_attention" if training else "sdpa")
 
 
 def flex_mask(segments_SL: Tensor, *, full_prefix: bool = False) -> BlockMask:
-    """Returns the mask of flex attention, (S, 1, L, L), with the rule of `packing.sees`.
-
-    Args:
-        segments_SL: from `packing.pack`.
-        full_prefix: see `packing.sees`.
+    """Returns `sees` as the mask of flex attention, (S, 1, L, L).
 
     Raises:
         InputError: the segments are on a device that cannot train with it.

@@ -1,19 +1,19 @@
-"""MediSeeProcessor: images and queries -> Batch, and the model's output -> original pixels.
+"""MediSeeProcessor: images and queries -> Batch, what one forward pass reads.
 
-Shapes: B images, S sequences, I targets, J targets whose masks are decoded, K candidate tokens, Q class queries, L sequence length, N supervised tokens, T image tokens,
-F frame side, h decoder output side, H W original image.
+Shapes: B images, S sequences, I targets, J targets whose masks are decoded, K candidate tokens, Q class queries, L
+sequence length, N supervised tokens, T image tokens, C channels, G embedding grid, F frame, V vision tower, H W image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from medisee.config.model import MAX_TOKENS, Model
@@ -33,17 +33,18 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Query:
-    """One question about an image, with its truth while training.
+    """One question about an image, with its truth in training.
 
     Attributes:
-        record, target: ids, kept for predictions and messages.
-        question: the text asked.
-        answer: the true or forced answer; None when the model is to generate it.
-        history: the earlier turns of a conversation, oldest first; the model reads them and does not learn them.
-        mask: bool (H, W); box: original pixels, half-open.
+        record, target: ids, for predictions and messages.
+        question: the text.
+        answer: the true or forced answer; None if the model writes it.
+        history: the earlier turns of a conversation, oldest first; the model reads them but does not learn them.
+        mask: bool (H, W).
+        box: in original pixels, half-open; None: that of the mask.
         true_box: prompt the mask decoder with the true box instead of the predicted one.
         masked: decode this query's mask.
-        class_query: a question that names the class, whose similarity map is this query's target in L_sim; None: no target.
+        class_query: a question that names the class, whose similarity map is this query's target in L_sim.
     """
 
     record: str
@@ -60,7 +61,7 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One image with its queries. `embedding` (C, G, G) replaces the image where frozen features are cached."""
+    """One image with its queries; cached features `embedding` (C, G, G) may replace the image."""
 
     image: np.ndarray | None
     height: int
@@ -71,9 +72,27 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What one forward pass reads. A position is that of the state which predicts a token, one before the token.
+    """What one forward pass reads. The position of a token is that of the state that predicts it, one before the token.
 
-    Class queries stand behind the queries of their sequence; they are no targets and nothing of them is supervised.
+    Attributes:
+        queries: of the targets, image by image.
+        frames: of the images.
+        pixels_B3FF: the seg head's input; None if features are cached.
+        embedding_BCGG: cached features.
+        vision_B3VV: the vision tower's input; None without a vision tower.
+        input_ids_SL, positions_SL, segments_SL, lengths: the token sequences, see `Packed`. Class queries follow the
+            queries of their sequence; they are not targets, and nothing of them is supervised.
+        image_of_sequence_S, sequence_of_target_I, image_of_target_I: indices.
+        candidates_IK: positions of the candidate tokens in their sequence; -1 if the answer does not hold them.
+        supervised_N2: sequence and position of each token of the answers.
+        labels_N: those tokens.
+        boxes_I4: true boxes, normalised xyxy; None without truth, as coverage_IT.
+        masks: true masks, float32 in [0, 1], at the resolution of the mask loss; empty without truth.
+        coverage_IT: share of each image token's area that the true mask covers.
+        true_box_I: whether the true box prompts the mask decoder.
+        masked_J: the targets whose masks are decoded.
+        class_candidates_QK, class_sequence_Q: as candidates_IK and sequence_of_target_I, of the class queries.
+        target_of_class_query_Q: the target that each class query belongs to.
     """
 
     queries: tuple[Query, ...]
@@ -102,41 +121,13 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Returns the batch on another device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in moved.items()}
-        moved["masks"] = tuple(mask.to(device) for mask in self.masks)
-        return replace(self, **moved)
-
-
-@dataclass(frozen=True, slots=True)
-class _Tokens:
-    ids: list[int]
-    answer_start: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Images:
-    pixels_B3FF: Tensor | None
-    embedding_BCGG: Tensor | None
-    vision_B3VV: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Truth:
-    boxes_I4: Tensor | None
-    masks: tuple[Tensor, ...]
-    coverage_IT: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Plain:
-    candidates_QK: Tensor
-    sequence_Q: Tensor
-    target_Q: Tensor
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **moved, masks=tuple(mask.to(device) for mask in self.masks))
 
 
 class MediSeeProcessor:
-    """Turns examples into batches by the model's own rules: tokenizer, seg head's frame, vision tower's input."""
+    """Turns examples into batches by the model's rules: tokenizer, seg head's frame, vision tower's input."""
 
     def __init__(self, config: Model, tokenizer: PreTrainedTokenizerBase, spec: SegHeadSpec) -> None:
         self.config, self.tokenizer, self.spec = config, tokenizer, spec
@@ -147,14 +138,9 @@ class MediSeeProcessor:
         self.answer_end = answer_end(tokenizer)
         self.image_tokens = config.mllm.image_token_count
         self.image_grid = int(self.image_tokens**0.5)
-        self.mask_side = 4 * spec.grid
-        before = tokenizer("[INST] ", add_special_tokens=False).input_ids
-        self.prefix: list[int] = [
-            token_id(tokenizer, str(tokenizer.bos_token)),
-            *before,
-            *[self.image_id] * self.image_tokens,
-        ]
-        self.image_start = 1 + len(before)
+        before = [token_id(tokenizer, str(tokenizer.bos_token)), *self._ids("[INST] ")]
+        self.image_start = len(before)
+        self.prefix = before + [self.image_id] * self.image_tokens
 
     def frame(self, height: int, width: int) -> Frame:
         """Places an image in the seg head's frame."""
@@ -165,17 +151,26 @@ class MediSeeProcessor:
         return to_frame(image, self.frame(*image.shape[:2]), self.spec.pixels)
 
     def vision_pixels(self, image: np.ndarray) -> Tensor:
-        """Makes an image the vision tower's standardised square (3, V, V): padded in CLIP's mean colour, or its centre.
-
-        `Mllm.vision_input` says which. The centre is cut from the resized image, as CLIP's own processor does it.
-        """
-        size, rule = self.config.mllm.vision_size, self.config.mllm.vision_input
-        square = _padded(image, size) if rule == "pad" else _centre(image, size)
+        """Standardises an image (H, W, 3) for the vision tower: (3, V, V), see `Mllm.vision_input`."""
+        size, (height, width) = self.config.mllm.vision_size, image.shape[:2]
+        picture = Image.fromarray(image)
+        if self.config.mllm.vision_input == "pad":
+            side, top, left = square_of(height, width, "pad")
+            square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in CLIP_MEAN))
+            square.paste(picture, (-left, -top))
+            square = square.resize((size, size), Image.Resampling.BICUBIC)
+        else:
+            # As CLIP's own processor does it: first resized, then cut.
+            shortest = min(height, width)
+            width, height = size * width // shortest, size * height // shortest
+            left, top = (width - size) // 2, (height - size) // 2
+            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+            square = picture.crop((left, top, left + size, top + size))
         values = torch.from_numpy(np.asarray(square, dtype=np.float32) / 255).permute(2, 0, 1)
         return (values - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
 
     def answer_text(self, text: str) -> str:
-        """Rewrites "[SEG] and [BBOX]" of an answer for this model's candidate tokens."""
+        """Replaces "[SEG] and [BBOX]" in an answer with this model's candidate tokens."""
         return text.replace(candidate_text(CANDIDATE_TOKENS), candidate_text(self.config.candidate_tokens))
 
     def __call__(
@@ -183,176 +178,137 @@ class MediSeeProcessor:
         examples: Sequence[Example],
         *,
         mask_resolution: MaskResolution = "original",
-        boxes: Literal["half_open", "inclusive"] = "half_open",
+        release: bool = False,
         packed: bool = True,
     ) -> Batch:
         """Builds a batch.
 
         Args:
             examples: images with one or more queries each.
-            mask_resolution: see Loss.mask_resolution.
-            boxes: see Data.boxes.
-            packed: one sequence an image; otherwise one a query.
+            mask_resolution: see `Loss.mask_resolution`.
+            release: true boxes end at the mask's last pixel, see `Config.compat`.
+            packed: one sequence per image; otherwise one per query.
 
         Raises:
             InputError: a query without text, or one that is too long.
         """
-        images = [(index, example) for index, example in enumerate(examples)]
+        images = list(enumerate(examples))
         rows = (
             [(index, example.queries) for index, example in images]
             if packed
             else [(index, (query,)) for index, example in images for query in example.queries]
         )
-        tokens = [[self._tokens(query) for query in queries] for _, queries in rows]
-        plain = [
-            [self._tokens(_class_query(query)) for query in queries if query.class_query is not None]
-            for _, queries in rows
+        own_ids = [[self._tokens(query) for query in own] for _, own in rows]
+        class_ids = [
+            [
+                self._tokens(replace(query, question=query.class_query, answer=FORCED_ANSWER, history=()))
+                for query in own
+                if query.class_query is not None
+            ]
+            for _, own in rows
         ]
-        segments = [[t.ids for t in (*row, *behind)] for row, behind in zip(tokens, plain, strict=True)]
-        sequences = pack([self.prefix] * len(rows), segments, self.pad_id, multiple=self.config.mllm.pad_to)
-        targets = [(row, n) for row, (_, queries) in enumerate(rows) for n in range(len(queries))]
-        supervised, labels, candidates = self._supervision(tokens, sequences.starts, targets)
-        queries = tuple(rows[row][1][n] for row, n in targets)
-        image_of_target = [rows[row][0] for row, _ in targets]
+        packed_ids = [[ids for ids, _ in (*own, *behind)] for own, behind in zip(own_ids, class_ids, strict=True)]
+        sequences = pack([self.prefix] * len(rows), packed_ids, self.pad_id, multiple=self.config.mllm.pad_to)
+        supervised, labels, candidates, class_candidates = [], [], [], []
+        for row, (own, behind, starts) in enumerate(zip(own_ids, class_ids, sequences.starts, strict=True)):
+            for number, (start, (ids, answer_start)) in enumerate(zip(starts, (*own, *behind), strict=True)):
+                answer, first = ids[answer_start:], start + answer_start - 1
+                places = [first + answer.index(token) if token in answer else -1 for token in self.candidate_ids]
+                if number < len(own):
+                    candidates.append(places)
+                    labels += answer
+                    supervised += [[row, first + place] for place in range(len(answer))]
+                else:
+                    class_candidates.append(places)
+        queries = tuple(query for _, own in rows for query in own)
+        image_of_target = [index for index, own in rows for _ in own]
         frames = tuple(self.frame(example.height, example.width) for example in examples)
-        target_frames = [frames[index] for index in image_of_target]
-        behind = self._class_query_places(plain, sequences.starts, queries)
-        images, truth = self._images(examples), self._truth(queries, target_frames, mask_resolution, boxes)
+        boxes_I4, masks, coverage_IT = self._truth(
+            queries, [frames[i] for i in image_of_target], mask_resolution, release
+        )
+        features = [example.embedding for example in examples if example.embedding is not None]
+        pictures = [example.image for example in examples if example.image is not None]
+        cached, tower = len(features) == len(examples), self.config.mllm.image_tokens == "vision_tower"
         return Batch(
             queries=queries,
             frames=frames,
-            pixels_B3FF=images.pixels_B3FF,
-            embedding_BCGG=images.embedding_BCGG,
-            vision_B3VV=images.vision_B3VV,
+            pixels_B3FF=None if cached else torch.stack([self.seg_pixels(picture) for picture in pictures]),
+            # Each by itself first: under autocast on a CPU torch cannot stack float16.
+            embedding_BCGG=torch.stack([feature.float() for feature in features]) if cached else None,
+            vision_B3VV=torch.stack([self.vision_pixels(picture) for picture in pictures]) if tower else None,
             input_ids_SL=sequences.input_ids_SL,
             positions_SL=sequences.positions_SL,
             segments_SL=sequences.segments_SL,
             lengths=sequences.lengths,
             image_of_sequence_S=torch.tensor([index for index, _ in rows]),
-            sequence_of_target_I=torch.tensor([row for row, _ in targets]),
+            sequence_of_target_I=torch.tensor([row for row, (_, own) in enumerate(rows) for _ in own]),
             image_of_target_I=torch.tensor(image_of_target),
             candidates_IK=torch.tensor(candidates),
             supervised_N2=torch.tensor(supervised).reshape(-1, 2),
             labels_N=torch.tensor(labels, dtype=torch.long),
-            boxes_I4=truth.boxes_I4,
-            masks=truth.masks,
-            coverage_IT=truth.coverage_IT,
+            boxes_I4=boxes_I4,
+            masks=masks,
+            coverage_IT=coverage_IT,
             true_box_I=torch.tensor([query.true_box for query in queries]),
-            masked_J=torch.tensor([index for index, query in enumerate(queries) if query.masked], dtype=torch.long),
-            class_candidates_QK=behind.candidates_QK,
-            class_sequence_Q=behind.sequence_Q,
-            target_of_class_query_Q=behind.target_Q,
+            masked_J=_indices(query.masked for query in queries),
+            class_candidates_QK=torch.tensor(class_candidates, dtype=torch.long).reshape(-1, len(self.candidate_ids)),
+            class_sequence_Q=torch.tensor([row for row, own in enumerate(class_ids) for _ in own], dtype=torch.long),
+            target_of_class_query_Q=_indices(query.class_query is not None for query in queries),
         )
 
     def prompt_ids(self, question: str) -> list[int]:
-        """Tokenises what stands behind the image up to the answer."""
+        """Tokenises what follows the image, up to the answer."""
         return self._ids(f"\n{question.strip()} [/INST]")
-
-    def _conversation(self, query: Query) -> str:
-        """Returns `\n{q1} [/INST] {a1} </s>[INST] {q2} [/INST]`: every turn as if it were the one to learn."""
-        turns = [turn.question for turn in query.history] + [query.question]
-        text = f"\n{turns[0].strip()} [/INST]"
-        for turn, question in zip(query.history, turns[1:], strict=True):
-            text += f" {self.answer_text(turn.answer)}{self.answer_end}[INST] {question.strip()} [/INST]"
-        return text
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _tokens(self, query: Query) -> _Tokens:
+    def _tokens(self, query: Query) -> tuple[list[int], int]:
+        """Returns the tokens behind the image, and where the answer starts in them."""
         where = f"record {query.record!r}, target {query.target!r}"
         if not query.question.strip():
             raise InputError(f"{where}: the query has no text; ask something.")
-        text = self._conversation(query)
-        prompt = ids = self._ids(text)
+        # Each earlier turn is written as if it were the one to learn.
+        turns = [f"{turn.question.strip()} [/INST] {self.answer_text(turn.answer)}" for turn in query.history]
+        text = "\n" + f"{self.answer_end}[INST] ".join([*turns, f"{query.question.strip()} [/INST]"])
+        ids = prompt = self._ids(text)
         if query.answer is not None:
-            # As one text: what stands before a token decides how its space is encoded.
+            # As one text: what precedes a token decides how its space is encoded.
             ids = self._ids(f"{text} {self.answer_text(query.answer)}{self.answer_end}")
         if ids[: len(prompt)] != prompt:
             raise InputError(f"{where}: the tokenizer joins question and answer; start the answer with another letter.")
-        if len(self.prefix) + len(ids) > MAX_TOKENS + self.image_tokens:
-            raise InputError(
-                f"{where}: question and answer have {len(ids)} tokens; at most {MAX_TOKENS} fit, shorten them."
-            )
+        length = self.image_start + len(ids)
+        if length > MAX_TOKENS:
+            raise InputError(f"{where}: the text has {length} tokens; expected at most {MAX_TOKENS}; shorten it.")
         if self.image_id in ids:
-            raise InputError(f"{where}: the text holds {IMAGE_TOKEN!r}, which stands for the image; remove it.")
-        return _Tokens(ids, len(prompt))
-
-    def _supervision(
-        self, tokens: list[list[_Tokens]], starts: tuple[tuple[int, ...], ...], targets: list[tuple[int, int]]
-    ) -> tuple[list[list[int]], list[int], list[list[int]]]:
-        supervised, labels, candidates = [], [], []
-        for row, n in targets:
-            own, start = tokens[row][n], starts[row][n]
-            for place in range(own.answer_start, len(own.ids)):
-                supervised.append([row, start + place - 1])
-                labels.append(own.ids[place])
-            candidates.append(self._candidates(own, start))
-        return supervised, labels, candidates
-
-    def _candidates(self, own: _Tokens, start: int) -> list[int]:
-        answer = own.ids[own.answer_start :]
-        return [
-            start + own.answer_start + answer.index(token) - 1 if token in answer else -1
-            for token in self.candidate_ids
-        ]
-
-    def _class_query_places(
-        self, plain: list[list[_Tokens]], starts: tuple[tuple[int, ...], ...], queries: Sequence[Query]
-    ) -> _Plain:
-        candidates, sequences = [], []
-        for row, behind in enumerate(plain):
-            for own, start in zip(behind, starts[row][len(starts[row]) - len(behind) :], strict=True):
-                candidates.append(self._candidates(own, start))
-                sequences.append(row)
-        targets = [index for index, query in enumerate(queries) if query.class_query is not None]
-        return _Plain(
-            torch.tensor(candidates, dtype=torch.long).reshape(-1, len(self.candidate_ids)),
-            torch.tensor(sequences, dtype=torch.long),
-            torch.tensor(targets, dtype=torch.long),
-        )
-
-    def _images(self, examples: Sequence[Example]) -> _Images:
-        cached = all(example.embedding is not None for example in examples)
-        pixels = embedding = vision = None
-        if cached:
-            # Each by itself first: under a CPU's autocast torch stacks no float16.
-            embedding = torch.stack(
-                [example.embedding.float() for example in examples if example.embedding is not None]
-            )
-        else:
-            pixels = torch.stack([self.seg_pixels(example.image) for example in examples if example.image is not None])
-        if self.config.mllm.image_tokens == "vision_tower":
-            vision = torch.stack(
-                [self.vision_pixels(example.image) for example in examples if example.image is not None]
-            )
-        return _Images(pixels, embedding, vision)
+            raise InputError(f"{where}: the text holds {IMAGE_TOKEN!r}, which is reserved for the image; remove it.")
+        return ids, len(prompt)
 
     def _truth(
-        self,
-        queries: Sequence[Query],
-        frames: Sequence[Frame],
-        resolution: MaskResolution,
-        ends: Literal["half_open", "inclusive"],
-    ) -> _Truth:
-        if any(query.mask is None for query in queries):
-            return _Truth(None, (), None)
+        self, queries: Sequence[Query], frames: Sequence[Frame], resolution: MaskResolution, release: bool
+    ) -> tuple[Tensor | None, tuple[Tensor, ...], Tensor | None]:
+        """Returns `boxes_I4`, `masks` and `coverage_IT` of the batch."""
+        true_masks = [query.mask for query in queries if query.mask is not None]
+        if len(true_masks) < len(queries):
+            return None, (), None
         masks, boxes, coverage = [], [], []
-        for query, frame in zip(queries, frames, strict=True):
-            mask = query.mask if query.mask is not None else np.zeros((frame.height, frame.width), dtype=bool)
+        for query, mask, frame in zip(queries, true_masks, frames, strict=True):
             box = query.box or mask_box(mask)
             if box is None:
                 raise InputError(
                     f"record {query.record!r}, target {query.target!r}: the mask is empty; remove the target."
                 )
-            boxes.append(normalise_box(box, frame.height, frame.width, ends))
-            inside = mask_to_frame(mask, frame, self.mask_side)
-            masks.append(_mask_of_loss(mask, inside, resolution))
-            coverage.append(self._token_coverage(mask, frame, inside))
-        return _Truth(torch.tensor(boxes, dtype=torch.float32), tuple(masks), torch.stack(coverage))
+            boxes.append(normalise_box(box, frame.height, frame.width, inclusive=release))
+            inside = mask_to_frame(mask, frame, 4 * self.spec.grid)
+            if isinstance(resolution, int):
+                masks.append(bounded_mask(mask, resolution))
+            else:
+                masks.append(inside if resolution == "decoder" else torch.from_numpy(mask).float())
+            coverage.append(self._token_coverage(mask, inside))
+        return torch.tensor(boxes, dtype=torch.float32), tuple(masks), torch.stack(coverage)
 
-    def _token_coverage(self, mask: np.ndarray, frame: Frame, inside: Tensor) -> Tensor:
-        # Image tokens of the seg head lie on its frame, those of a vision tower on the padded square or the centre.
+    def _token_coverage(self, mask: np.ndarray, inside: Tensor) -> Tensor:
+        # The seg head's image tokens divide its frame; a vision tower's divide the padded square or the centre.
         if self.config.mllm.image_tokens == "vision_tower":
             kind, (height, width) = self.config.mllm.vision_input, mask.shape
             side, top, left = square_of(height, width, kind)
@@ -361,31 +317,8 @@ class MediSeeProcessor:
             else:
                 mask = mask[top : top + side, left : left + side]
             inside = torch.from_numpy(mask).float()
-        return torch.nn.functional.adaptive_avg_pool2d(inside[None], self.image_grid).flatten()
+        return F.adaptive_avg_pool2d(inside[None], self.image_grid).flatten()
 
 
-def _mask_of_loss(mask: np.ndarray, inside: Tensor, resolution: MaskResolution) -> Tensor:
-    if isinstance(resolution, int):
-        return bounded_mask(mask, resolution)
-    return inside if resolution == "decoder" else torch.from_numpy(mask).float()
-
-
-def _class_query(query: Query) -> Query:
-    return replace(query, question=query.class_query or "", answer=FORCED_ANSWER, history=())
-
-
-def _padded(image: np.ndarray, size: int) -> Image.Image:
-    side, top, left = square_of(image.shape[0], image.shape[1], "pad")
-    square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in CLIP_MEAN))
-    square.paste(Image.fromarray(image), (-left, -top))
-    return square.resize((size, size), Image.Resampling.BICUBIC)
-
-
-def _centre(image: np.ndarray, size: int) -> Image.Image:
-    height, width = image.shape[:2]
-    shortest = min(height, width)
-    resized = Image.fromarray(image).resize(
-        (size * width // shortest, size * height // shortest), Image.Resampling.BICUBIC
-    )
-    left, top = (resized.width - size) // 2, (resized.height - size) // 2
-    return resized.crop((left, top, left + size, top + size))
+def _indices(chosen: Iterable[bool]) -> Tensor:
+    return torch.tensor([index for index, one in enumerate(chosen) if one], dtype=torch.long)

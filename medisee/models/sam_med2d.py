@@ -1,7 +1,7 @@
 """SAM-Med2D: SAM's ViT with an adapter in every block, trained on medical images at 256 pixels (arXiv 2308.16184).
 
-Its input rule: both sides stretched to 256, SAM's mean and standard deviation. It was trained with nearest-neighbour
-resizing; images are resized bilinearly here, as for every seg head. Tensor names are those of the published weights.
+It was trained with nearest-neighbour resizing; here images are resized bilinearly, as for every seg head. Tensor names
+are those of the published weights.
 
 Shapes: B images, H W height and width in patches, C width.
 """
@@ -24,7 +24,7 @@ REDUCTION = 4
 
 
 class Adapter(nn.Module):
-    """Reweights the channels by their mean over the image, mixes neighbours at half resolution, adds and normalises."""
+    """Reweights channels by their mean over the image, mixes neighbours at half resolution, adds and normalises."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Adapter(nn.Module):
 
 
 class AdaptedBlock(nn.Module):
-    """A block of SAM's ViT with the adapter beside its MLP; takes over the parameters of the package's block."""
+    """A block of SAM's ViT with an adapter beside its MLP; takes over the parameters of the package's block."""
 
     def __init__(self, block: Block, width: int) -> None:
         super().__init__()
@@ -74,10 +74,10 @@ class AdaptedBlock(nn.Module):
 
 
 def sam_med2d_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
-    """Builds SAM-Med2D; `weights=False` leaves a random encoder for a checkpoint that is loaded next.
+    """Builds SAM-Med2D; `weights=False` leaves it random, for a checkpoint that is loaded next.
 
     Raises:
-        InputError: a size that patches and adapters do not divide; a bad weights file.
+        InputError: `size` is not a multiple of 32; a bad weights file.
     """
     if config.size % 32:
         raise InputError(
@@ -87,29 +87,29 @@ def sam_med2d_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
     encoder = image_encoder(sizes, config.size)
     for index, block in enumerate(encoder.blocks):
         encoder.blocks[index] = AdaptedBlock(block, sizes.width)  # type: ignore[arg-type]
-    # The published file holds the optimizer too, as an object.
-    with torch.serialization.safe_globals(_SET_ASIDE):
+    # The published file also holds the optimizer, as an object.
+    with torch.serialization.safe_globals(_SAFE):
         return assemble(encoder, config, weights=weights, prepare=_model_part)
 
 
 def _model_part(content: Any) -> Any:
-    return content["model"] if isinstance(content, dict) and "model" in content else content
+    return content.get("model", content) if isinstance(content, dict) else content
 
 
-class _SetAside:
-    """Stands in for an optimizer while its file is read: holds nothing and does nothing."""
+class _NoOptimizer:
+    """Takes the place of an optimizer in a file that is read."""
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
-def _plain_dict(*_: Any) -> dict[Any, Any]:
+def _empty_dict(*_: Any) -> dict[Any, Any]:
     return {}
 
 
-_SET_ASIDE: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    (_SetAside, "torch.optim.adam.Adam"),
-    (_SetAside, "torch.optim.adamw.AdamW"),
-    (_plain_dict, "collections.defaultdict"),
+_SAFE: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_NoOptimizer, "torch.optim.adam.Adam"),
+    (_NoOptimizer, "torch.optim.adamw.AdamW"),
+    (_empty_dict, "collections.defaultdict"),
     dict,
 ]

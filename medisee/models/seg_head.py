@@ -1,4 +1,4 @@
-"""The promptable segmentation model: G_enc and G_dec of the paper, on the segment-anything package.
+"""The promptable segmentation model, G_enc and G_dec of the paper, built on the segment-anything package.
 
 Shapes: B images, I targets, P prompt tokens, C channels (256), G side of the embedding grid, S frame side,
 h low-resolution mask side (4 G), U channels of the enlarged states (C / 8).
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -17,7 +17,7 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransfor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medisee.config.model import Lora, SamSizes, SegHeadConfig
+from medisee.config.model import SamSizes, SegHeadConfig
 from medisee.foundation.errors import InputError, shortened
 from medisee.models.image_encoder import PATCH, image_encoder
 from medisee.weights.sam_format import is_transformers, read_weights, transformers_name, weights_file, without_tied
@@ -25,15 +25,7 @@ from medisee.weights.sam_format import is_transformers, read_weights, transforme
 
 @dataclass(frozen=True, slots=True)
 class SegHeadSpec:
-    """The input rule that a seg head brings along.
-
-    Attributes:
-        size: side S of the square input frame, pixels.
-        resize: how an image is fitted into the frame.
-        pixels: how its values are standardised.
-        channels: C of the embedding and of prompt tokens.
-        grid: side G of the embedding.
-    """
+    """A seg head's input rule (size, resize, pixels: see `SegHeadConfig`) and embedding (channels C, side G = grid)."""
 
     size: int
     resize: Literal["longest", "stretch"]
@@ -44,7 +36,7 @@ class SegHeadSpec:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """What the mask decoder is told about each of I targets; None is left out. Order: points, box corners, text.
+    """What prompts the mask decoder for each of I targets, in this order: points, box corners, text.
 
     Attributes:
         text: (I, C) projected h_seg.
@@ -59,25 +51,10 @@ class Prompts:
     labels: Tensor | None = None
 
 
-class SegHead(Protocol):
-    """An image encoder, frozen but for LoRA, and a promptable mask decoder."""
-
-    spec: SegHeadSpec
-
-    def encode(self, pixels_B3SS: Tensor) -> Tensor:
-        """Embeds standardised images: (B, 3, S, S) -> (B, C, G, G)."""
-        ...
-
-    def decode(self, embedding_BCGG: Tensor, prompts: Prompts, image_of_target_I: Tensor) -> Tensor:
-        """Predicts low-resolution mask logits (I, h, h) of the whole frame, one mask a target."""
-        ...
-
-
 class SamHead(nn.Module):
-    """SAM, MedSAM, SAM-Med2D and LiteMedSAM: they differ by image encoder and by `spec`.
+    """SAM, MedSAM, SAM-Med2D and LiteMedSAM, which differ in image encoder and `spec`.
 
-    The encoder and the prompt encoder are frozen, the mask decoder learns (paper, section 4.3). `add_lora` lets the
-    encoder learn as well.
+    The image encoder, except for LoRA, and the prompt encoder are frozen; the mask decoder learns (paper, section 4.3).
     """
 
     def __init__(
@@ -102,13 +79,16 @@ class SamHead(nn.Module):
         return self
 
     def encode(self, pixels_B3SS: Tensor) -> Tensor:
-        """See SegHead. Without a graph where the encoder is frozen."""
+        """Embeds standardised images, (B, 3, S, S) -> (B, C, G, G); without a graph if the encoder is frozen."""
         dtype = next(self.image_encoder.parameters()).dtype
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_learns):
             return self.image_encoder(pixels_B3SS.to(dtype))
 
     def decode(self, embedding_BCGG: Tensor, prompts: Prompts, image_of_target_I: Tensor) -> Tensor:
-        """See SegHead. Batched over the targets of several images, which the package's own forward is not."""
+        """Predicts one mask per target: logits (I, h, h) of the whole frame.
+
+        Unlike the package's own forward it takes targets of several images in one batch.
+        """
         decoder = self.mask_decoder
         dtype = decoder.mask_tokens.weight.dtype
         sparse_IPC = self._sparse(prompts).to(dtype)
@@ -118,18 +98,18 @@ class SamHead(nn.Module):
         no_mask = self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
         source = (embedding_BCGG + no_mask).to(dtype)[image_of_target_I]
         grid = embedding_BCGG.shape[-1]
-        # Of the embedding's own grid, which may be coarser than the encoder's.
+        # The embedding's grid may be coarser than the encoder's.
         position = self.prompt_encoder.pe_layer((grid, grid)).to(dtype).expand(targets, -1, -1, -1)
         states, source = decoder.transformer(source, position, tokens)
-        # Token 0 predicts the mask's quality, token 1 the single mask; the other three serve multi-mask output only.
+        # Token 0 predicts the mask's quality, token 1 the single mask; the other three are for multi-mask output.
         kernel_IU = decoder.output_hypernetworks_mlps[0](states[:, 1])
         return self.upscale(source.unflatten(1, (grid, grid)), kernel_IU)
 
     def upscale(self, source_IGGC: Tensor, kernel_IU: Tensor) -> Tensor:
-        """Enlarges the image's states fourfold and weighs their channels by the kernels: mask logits (I, 4G, 4G).
+        """Upscales the image's states fourfold and weighs their channels with the kernels: mask logits (I, 4G, 4G).
 
-        It computes what `output_upscaling` does, whose transposed convolutions do not overlap: each is one matrix product
-        on channels that stay last, and every pixel is put in its place only when it is a single number.
+        Equals `output_upscaling`, but faster: its transposed convolutions do not overlap, so each is a matrix product
+        over the last dimension, and pixels are put in place only at the end, as single numbers.
         """
         layers: Any = self.mask_decoder.output_upscaling
         first, norm, _, second, _ = layers
@@ -139,15 +119,11 @@ class SamHead(nn.Module):
         return logits_IGG2222.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 6).flatten(1, 3)
 
     def _sparse(self, prompts: Prompts) -> Tensor:
-        # The package's prompt encoder embeds geometry in float32; the text token joins behind it. Autocast would round
-        # the coordinates to bf16, which moves a box by pixels.
-        encoder = self.prompt_encoder
-        points = None
-        if prompts.points is not None and prompts.labels is not None:
-            points = (prompts.points.float(), prompts.labels)
-        parts = []
-        if points is not None or prompts.boxes is not None:
-            boxes = None if prompts.boxes is None else prompts.boxes.float()
+        encoder, parts = self.prompt_encoder, []
+        points = None if prompts.points is None else (prompts.points.float(), prompts.labels)
+        boxes = None if prompts.boxes is None else prompts.boxes.float()
+        if points is not None or boxes is not None:
+            # Autocast would round coordinates to bfloat16, which moves a box by pixels.
             with torch.autocast(encoder.no_mask_embed.weight.device.type, enabled=False):
                 parts.append(encoder(points=points, boxes=boxes, masks=None)[0])
         if prompts.text is not None:
@@ -158,7 +134,7 @@ class SamHead(nn.Module):
 
 
 def _enlarge(values: Tensor, layer: nn.ConvTranspose2d) -> Tensor:
-    """Applies a transposed convolution of kernel and stride 2 to the last dimension: (..., C) -> (..., 2, 2, C')."""
+    # A transposed convolution of kernel and stride 2, over the last dimension: (..., C) -> (..., 2, 2, C').
     weight = layer.weight.permute(2, 3, 1, 0).flatten(0, 2)
     bias = None if layer.bias is None else layer.bias.repeat(4)
     return F.linear(values, weight, bias).unflatten(-1, (2, 2, -1))
@@ -199,10 +175,10 @@ def vit_sizes(config: SegHeadConfig) -> SamSizes:
 
 
 def sam_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
-    """Builds SAM or MedSAM; `weights=False` leaves a random encoder for a checkpoint that is loaded next.
+    """Builds SAM or MedSAM; `weights=False` leaves it random, for a checkpoint that is loaded next.
 
     Raises:
-        InputError: a size that the ViT's patches of 16 do not divide; a bad weights file.
+        InputError: `size` is not a multiple of 16; a bad weights file.
     """
     if config.size % PATCH:
         raise InputError(f"model.seg_head.size = {config.size}: SAM's patches are 16 pixels; use a multiple of 16.")
@@ -212,13 +188,7 @@ def sam_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
 def assemble(
     encoder: nn.Module, config: SegHeadConfig, *, weights: bool, prepare: Callable[[Any], Any] | None = None
 ) -> SamHead:
-    """Joins a ViT with SAM's decoder, and loads and adapts both as configured.
-
-    Args:
-        encoder: with patches of 16 pixels.
-        config: the seg head's.
-        weights: load `config.checkpoint` where it is set.
-        prepare: see `load_weights`.
+    """Joins a ViT with patches of 16 pixels and SAM's decoder, then loads `checkpoint` and adds LoRA as configured.
 
     Raises:
         InputError: a bad weights file.
@@ -229,27 +199,22 @@ def assemble(
     if weights and config.checkpoint is not None:
         load_weights(head, config.checkpoint, prepare)
     if config.lora is not None:
-        add_lora(head, config.lora)
+        lora = config.lora
+        adapters = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=["qkv"])
+        inject_adapter_in_model(adapters, head.image_encoder)
     return head
 
 
-def add_lora(head: SamHead, lora: Lora) -> None:
-    """Puts LoRA on the qkv of the image encoder's attention (Table 6, MedSAM with LoRA); nothing else in it learns."""
-    adapters = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=["qkv"])
-    inject_adapter_in_model(adapters, head.image_encoder)
-
-
 def load_weights(head: SamHead, source: str | Path, prepare: Callable[[Any], Any] | None = None) -> None:
-    """Loads published weights strictly, reading data only, never code.
+    """Loads published weights strictly, without running code from the file.
 
     Args:
         head: the head to fill.
-        source: what `weights_file` takes. Holds image_encoder.*, prompt_encoder.*, mask_decoder.* under the names of
-            segment_anything, or a whole transformers SamModel.
-        prepare: changes what the file holds before it is loaded.
+        source: see `weights_file`; with segment_anything's names, or a whole transformers SamModel.
+        prepare: changes the file's content before it is loaded.
 
     Raises:
-        InputError: a missing or foreign file; missing, left-over or misshapen keys.
+        InputError: a missing or foreign file; missing, left-over or misshapen tensors.
     """
     path = weights_file(source)
     content = read_weights(path)
@@ -257,14 +222,15 @@ def load_weights(head: SamHead, source: str | Path, prepare: Callable[[Any], Any
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: expected a flat state dict of tensors, found {type(state).__name__}.")
     own = head.state_dict()
-    names = {name: name for name in own}
+    names = dict(zip(own, own, strict=True))
     if is_transformers(state):
         state, names = without_tied(state, path), {name: transformers_name(name) for name in own}
     known = dict.fromkeys(names.values())
     problems = [f"{path}: missing tensor {there}" for there in known if there not in state]
     problems += [f"{path}: left-over tensor {there}" for there in state if there not in known]
     problems += [
-        f"{path}: {there} has shape {tuple(state[there].shape)}, expected {tuple(own[name].shape)}; check model.seg_head.vit and size"
+        f"{path}: {there} has shape {tuple(state[there].shape)}, expected {tuple(own[name].shape)}; "
+        "check model.seg_head.vit and size"
         for name, there in names.items()
         if there in state and state[there].shape != own[name].shape
     ]

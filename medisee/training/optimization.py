@@ -33,16 +33,16 @@ STEP = "step"
 class TrainingLoss(nn.Module):
     """Model and loss as one module: DeepSpeed's hooks need the tensor from which the backward pass starts."""
 
-    def __init__(self, model: MediSee, weights: Loss, *, dtype: torch.dtype, world: int) -> None:
-        """Args: the model; lambda of every term; what it computes in; number of ranks."""
+    def __init__(self, model: MediSee, weights: Loss, *, dtype: torch.dtype, world: int, release: bool = False) -> None:
+        """Args: the model; lambda of every term; what it computes in; number of ranks; see `end_to_end_loss`."""
         super().__init__()
-        self.model, self.weights, self.dtype, self.world = model, weights, dtype, world
+        self.model, self.weights, self.dtype, self.world, self.release = model, weights, dtype, world, release
 
     def forward(self, batch: Batch, *, masks: MaskDetail) -> tuple[Tensor, ...]:
         """Returns the values of Terms in their order; only the total has a graph."""
         with torch.autocast(batch.input_ids_SL.device.type, self.dtype, enabled=self.dtype != torch.float32):
             output = self.model(batch, masks=masks)
-            terms = end_to_end_loss(output, batch, self.weights, world=self.world)
+            terms = end_to_end_loss(output, batch, self.weights, world=self.world, release=self.release)
         others = terms.detach()
         return tuple(getattr(terms if field.name == "total" else others, field.name) for field in fields(Terms))
 
@@ -281,10 +281,17 @@ def deepspeed_config(train: Train) -> dict[str, Any]:
 
 
 def make_optimization(
-    model: MediSee, weights: Loss, train: Train, *, dtype: torch.dtype, place: Place, launched: bool
+    model: MediSee,
+    weights: Loss,
+    train: Train,
+    *,
+    dtype: torch.dtype,
+    place: Place,
+    launched: bool,
+    release: bool = False,
 ) -> Optimization:
     """Returns DeepSpeed's optimization under a launcher, and torch's own without one."""
-    loss = TrainingLoss(model, weights, dtype=dtype, world=place.world)
+    loss = TrainingLoss(model, weights, dtype=dtype, world=place.world, release=release)
     return DeepSpeedOptimization(loss, train) if launched else TorchOptimization(loss, train)
 
 

@@ -85,7 +85,7 @@ def test_a_circular_base_is_an_error(tmp_path: Path, bases: dict[str, str]) -> N
     for name, base in bases.items():
         write(tmp_path, f"base: {base}\n", name)
     problem = only_problem(tmp_path / "run.yaml")
-    assert "`base` leads back to itself" in problem
+    assert "`base` leads back to this file" in problem
     assert "run.yaml" in problem
 
 
@@ -154,7 +154,7 @@ def test_an_override_without_key_or_value_is_an_error(override: str) -> None:
 
 
 def test_an_override_that_is_no_yaml_is_an_error() -> None:
-    assert "no YAML" in only_problem(None, "train.out=[a")
+    assert "not valid YAML" in only_problem(None, "train.out=[a")
 
 
 UNKNOWN = {
@@ -287,12 +287,12 @@ def test_a_file_without_mapping_is_an_error(tmp_path: Path, content: str, kind: 
 
 @pytest.mark.parametrize("content", ["a: [1\n", "\ta: 1\n", "a: b: c\n"])
 def test_a_file_that_is_no_yaml_is_an_error(tmp_path: Path, content: str) -> None:
-    assert "no valid YAML" in only_problem(write(tmp_path, content))
+    assert "not valid YAML" in only_problem(write(tmp_path, content))
 
 
 def test_bytes_that_are_no_text_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00\x80train")
-    assert "no valid YAML" in only_problem(tmp_path / "run.yaml")
+    assert "not valid YAML" in only_problem(tmp_path / "run.yaml")
 
 
 @pytest.mark.parametrize("content", ["1: 2\n", "train: {1: 2}\n", "null: 1\n"])
@@ -302,7 +302,7 @@ def test_a_key_that_is_no_text_is_an_error(tmp_path: Path, content: str) -> None
 
 def test_yaml_cannot_run_code(tmp_path: Path) -> None:
     content = f"train: !!python/object/apply:pathlib.Path.touch [!!python/object:pathlib.Path [{tmp_path}/x]]\n"
-    assert "no valid YAML" in only_problem(write(tmp_path, content))
+    assert "not valid YAML" in only_problem(write(tmp_path, content))
     assert not (tmp_path / "x").exists()
 
 
@@ -357,6 +357,29 @@ def test_every_section_refuses_what_it_does_not_know() -> None:
 def test_the_projects_own_configs_load(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
     assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+FOLLOWS_COMPAT = [
+    ("loss.degenerate_giou", "finite", "constant"),
+    ("data.boxes", "half_open", "inclusive"),
+    ("data.draws", "epochs", "unseeded"),
+    ("eval.decoding", "routed", "plain"),
+]
+
+
+@pytest.mark.parametrize(("key", "ours", "theirs"), FOLLOWS_COMPAT)
+def test_old_keys_must_agree_with_compat(key: str, ours: str, theirs: str, tmp_path: Path) -> None:
+    """Those of earlier files and saved runs; wherever `compat` comes from."""
+    assert load_config(None, [f"{key}={ours}"]) == Config()
+    assert load_config(None, [f"{key}={theirs}", "compat=release"]) == load_config(None, ["compat=release"])
+    section, name = key.split(".")
+    write(tmp_path, f"{section}: {{{name}: {theirs}}}\n", "base.yaml")
+    assert load_config(write(tmp_path, "base: base.yaml\ncompat: release\n")).release
+    assert only_problem(None, f"{key}={theirs}") == f"overrides: {key} now follows compat; set compat: release."
+    problem = only_problem(None, f"{key}={ours}", "compat=release")
+    assert problem == f"overrides: {key} now follows compat; set compat: none."
+    assert only_problem(None, f"{key}=odd") == f"overrides: {key} now follows compat; remove it."
+    assert len(problems(None, f"{key}={theirs}", "train.lr=0")) == 2
 
 
 def test_the_old_name_of_unpadded_still_works() -> None:

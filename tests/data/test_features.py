@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from medisee.config.model import Lora, Model, SegHeadConfig
 from medisee.data import features
-from medisee.data.features import INDEX, FeatureCache, encoder_key, fill_cache
+from medisee.data.features import OLD_INDEX, FeatureCache, encoder_key, fill_cache
 from medisee.foundation.errors import InputError
 from medisee.models.processing import MediSeeProcessor
 from medisee.models.seg_head import SamHead, sam_head
@@ -183,7 +185,7 @@ def test_an_interruption_keeps_complete_shards(
     (shard,) = shards(folder)
     kept = FeatureCache(shard.parent)
     assert [image in kept for image in images] == [True] * 3 + [False] * 4
-    assert {path.name for path in shard.parent.iterdir()} == {shard.name, INDEX}
+    assert [path.name for path in shard.parent.iterdir()] == [shard.name]
     cache = fill(images, head, folder)
     assert len(shards(folder)) == 3
     assert all(image in cache for image in images)
@@ -192,7 +194,7 @@ def test_an_interruption_keeps_complete_shards(
 def test_an_interruption_while_writing_leaves_no_half_shard(
     images: list[Path], head: SamHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half_written(_: object, path: str) -> None:
+    def half_written(_: object, path: str, **__: object) -> None:
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
@@ -211,6 +213,46 @@ def test_a_lost_shard_is_computed_again(images: list[Path], head: SamHead, tmp_p
     after = fill(images, head, tmp_path / "cache")
     for image, value in zip(images, expected, strict=True):
         torch.testing.assert_close(after.read(image), value)
+
+
+def test_a_damaged_shard_is_computed_again(images: list[Path], head: SamHead, tmp_path: Path) -> None:
+    expected = fill(images, head, tmp_path / "cache").read(images[0]).clone()
+    for shard in shards(tmp_path / "cache"):
+        shard.write_bytes(shard.read_bytes()[:100])
+    assert torch.equal(fill(images, head, tmp_path / "cache").read(images[0]), expected)
+
+
+def without_metadata(cache: FeatureCache) -> None:
+    """Writes a cache in its old form: shards that do not name their images, and one index."""
+    for shard in cache.folder.glob("*.safetensors"):
+        features = {name: value.clone() for name, value in load_file(shard).items()}
+        shard.unlink()
+        save_file(features, shard)
+    (cache.folder / OLD_INDEX).write_text(json.dumps(cache._rows))
+
+
+def test_an_old_cache_is_read(
+    images: list[Path], head: SamHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = fill(images[:5], head, tmp_path / "cache")
+    expected = [new.read(image) for image in images[:5]]
+    without_metadata(new)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(head.image_encoder), "forward", never)
+        old = fill(images[:5], head, tmp_path / "cache")
+    more = fill(images, head, tmp_path / "cache")
+    for cache in (old, more, FeatureCache(more.folder)):
+        assert all(torch.equal(cache.read(image), one) for image, one in zip(images[:5], expected, strict=True))
+    assert all(image in FeatureCache(more.folder) for image in images)
+
+
+def test_an_old_cache_without_its_index_is_made_again(images: list[Path], head: SamHead, tmp_path: Path) -> None:
+    cache = fill(images, head, tmp_path / "cache")
+    without_metadata(cache)
+    (cache.folder / OLD_INDEX).unlink()
+    assert not any(image in FeatureCache(cache.folder) for image in images)
+    fill(images, head, tmp_path / "cache")
+    assert all(image in FeatureCache(cache.folder) for image in images)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

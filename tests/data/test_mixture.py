@@ -258,6 +258,13 @@ def test_workers_change_nothing(manifests: list[Manifest], processor: MediSeePro
     assert_same(batches(data_run(manifests, workers=2), manifests, processor), alone)
 
 
+def test_the_release_reads_other_batches_in_every_run(manifests: list[Manifest], processor: MediSeeProcessor) -> None:
+    config = data_run(manifests, steps=6).model_copy(update={"compat": "release"})
+    runs = [batches(config, manifests, processor) for _ in range(2)]
+    one, other = ([query.record for batch in run for query in batch.queries] for run in runs)
+    assert one != other
+
+
 def test_a_resumed_run_reads_the_same_batches(manifests: list[Manifest], processor: MediSeeProcessor) -> None:
     config = data_run(manifests)
     whole = batches(config, manifests, processor)

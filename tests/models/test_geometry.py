@@ -126,7 +126,7 @@ def test_inclusive_ends_are_those_of_the_last_pixels(placed: tuple[int, int, Box
     height, width, box = placed
     rows, columns = np.nonzero(rectangle(height, width, box))
     expected = (columns.min() / width, rows.min() / height, columns.max() / width, rows.max() / height)
-    assert normalise_box(box, height, width, "inclusive") == pytest.approx(expected)
+    assert normalise_box(box, height, width, inclusive=True) == pytest.approx(expected)
     assert normalise_box(box, height, width) == pytest.approx(
         (*expected[:2], expected[2] + 1 / width, expected[3] + 1 / height)
     )

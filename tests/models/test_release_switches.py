@@ -18,8 +18,9 @@ from medisee.config.run import RELEASE, Config, Loss
 from medisee.data.dataset import MicroBatchReader
 from medisee.foundation.errors import InputError
 from medisee.models.losses import end_to_end_loss, giou_loss, giou_loss_of_release
-from medisee.models.medisee import Decoding, Generated, MediSee
+from medisee.models.medisee import Generated, MediSee
 from medisee.models.processing import CLIP_MEAN, CLIP_STD, Example, Query
+from medisee.train import train
 from medisee.weights.tokenizer import IMAGE_TOKEN, add_candidate_tokens, train_tokenizer
 
 ANSWER = "It is [SEG] and [BBOX]."
@@ -179,9 +180,9 @@ class Given:
         return self.example
 
 
-@pytest.mark.parametrize(("ends", "last"), [("half_open", (60, 30)), ("inclusive", (59, 29))])
-def test_true_boxes_end_behind_or_at_the_last_pixel(ends: str, last: tuple[int, int]) -> None:
-    data: Any = Given(load_config(None, [f"data.boxes={ends}"]), example((20, 10, 60, 30)))
+@pytest.mark.parametrize(("compat", "last"), [("none", (60, 30)), ("release", (59, 29))])
+def test_true_boxes_end_behind_or_at_the_last_pixel(compat: str, last: tuple[int, int]) -> None:
+    data: Any = Given(load_config(None, [f"compat={compat}"]), example((20, 10, 60, 30)))
     batch = MicroBatchReader(data, tiny().processor)[[None]].batch  # type: ignore[list-item]
     assert batch is not None and batch.boxes_I4 is not None
     assert batch.boxes_I4.tolist() == [pytest.approx([20 / 80, 10 / 40, last[0] / 80, last[1] / 40])]
@@ -229,20 +230,38 @@ def test_without_such_a_box_both_are_equal() -> None:
     assert torch.equal(giou_loss_of_release(boxes, TRUTH, images), giou_loss(boxes, TRUTH))
 
 
-@pytest.mark.parametrize(("setting", "learns"), [("finite", True), ("constant", False)])
-def test_the_whole_loss_follows_the_switch(setting: str, learns: bool) -> None:
+@pytest.mark.parametrize("release", [False, True])
+def test_the_whole_loss_follows_the_switch(release: bool) -> None:
     """A target one pixel wide has no area when its box is inclusive, and no GIoU gradient with the release's rule."""
     model = tiny()
     model.box_decoder = Says((0.3, 0.3, 0.2, 0.2), (0.6, 0.6, 0.2, 0.2))  # type: ignore[assignment]
-    batch = model.processor([example((20, 10, 21, 30), (40, 10, 60, 30))], boxes="inclusive")
-    weights = Loss.model_validate({"text": 0, "bce": 0, "dice": 0, "l1": 0, "degenerate_giou": setting})
-    terms = end_to_end_loss(model(batch), batch, weights)
+    batch = model.processor([example((20, 10, 21, 30), (40, 10, 60, 30))], release=True)
+    weights = Loss(text=0, bce=0, dice=0, l1=0)
+    terms = end_to_end_loss(model(batch), batch, weights, release=release)
     assert torch.isfinite(terms.total)
     terms.total.backward()
     gradient = model.box_decoder.boxes_I4.grad  # type: ignore[union-attr]
     assert isinstance(gradient, Tensor)
-    assert bool((gradient.abs().sum(1) > 0).all()) == learns
-    assert terms.giou.item() == pytest.approx(1) or learns
+    assert bool((gradient.abs().sum(1) > 0).all()) != release
+    assert (terms.giou.item() == pytest.approx(1)) == release
+
+
+@pytest.mark.parametrize("compat", ["none", "release"])
+def test_a_run_computes_the_loss_of_its_compat(
+    compat: str, tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def stop(*_: object, release: bool, **__: object) -> None:
+        seen.append(release)
+        raise RuntimeError("enough seen")
+
+    monkeypatch.setattr("medisee.train.make_optimization", stop)
+    data = {**tiny_config["data"], "select": "val"}
+    values = {**tiny_config, "compat": compat, "data": data, "train": {**tiny_config["train"], "out": str(tmp_path)}}
+    with pytest.raises(RuntimeError, match="enough seen"):
+        train(config_from(values, where="test"))
+    assert seen == [compat == "release"]
 
 
 class Prefers(nn.Module):
@@ -281,11 +300,11 @@ def test_the_image_token_is_never_written() -> None:
     assert written.texts[0].replace(" ", "") == "[SEG]" * 3
 
 
-def written(model: MediSee, decoding: Decoding = "routed") -> Generated:
-    """Lets a model ask about two images of another size; it writes both candidate tokens in turn."""
+def written(model: MediSee, *, release: bool = False) -> Generated:
+    """Asks about two images of different sizes; the model writes both candidate tokens in turn."""
     asked = [replace(example((20, 10, 40, 30), height=height), queries=(QUESTION,)) for height in (40, 60)]
     model.mllm.set_output_embeddings(Alternates(model))
-    return model.generate(model.processor(asked, packed=False), max_new_tokens=4, decoding=decoding)
+    return model.generate(model.processor(asked, packed=False), max_new_tokens=4, release=release)
 
 
 class Alternates(nn.Module):
@@ -303,32 +322,33 @@ class Alternates(nn.Module):
 
 
 def test_written_answers_are_decoded_as_trained_or_as_the_release_does() -> None:
-    """`plain` is a model with hard fusion and no box prompt; `routed` has the routers' states and both prompts."""
+    """The release decodes as a model with hard fusion and no box prompt; ours has the routers' states and both
+    prompts."""
     torch.manual_seed(1)
     states = tiny().state_dict()
     nn.init.normal_(states["box_decoder.layers.4.weight"])
     shared = {name: value for name, value in states.items() if "router" not in name}
     results: dict[str, Generated] = {}
-    cases: dict[str, tuple[dict[str, Any], Decoding]] = {
-        "routed": ({}, "routed"),
-        "plain": ({}, "plain"),
-        "hard": ({"fusion": "hard", "prompts": ["text"]}, "routed"),
-        "hard with box": ({"fusion": "hard"}, "routed"),
+    cases: dict[str, dict[str, Any]] = {
+        "ours": {},
+        "release": {},
+        "hard": {"fusion": "hard", "prompts": ["text"]},
+        "hard with box": {"fusion": "hard"},
     }
-    for name, (changes, decoding) in cases.items():
+    for name, changes in cases.items():
         model = tiny(**changes)
         model.load_state_dict(shared, strict=False)
-        results[name] = written(model, decoding)
+        results[name] = written(model, release=name == "release")
         assert results[name].emitted == (True, True)
-    assert torch.equal(results["plain"].boxes_I4, results["hard"].boxes_I4)
-    assert torch.equal(results["plain"].masks_Jhh, results["hard"].masks_Jhh)
-    assert not torch.equal(results["plain"].boxes_I4, results["routed"].boxes_I4)
-    assert not torch.equal(results["plain"].masks_Jhh, results["hard with box"].masks_Jhh)
+    assert torch.equal(results["release"].boxes_I4, results["hard"].boxes_I4)
+    assert torch.equal(results["release"].masks_Jhh, results["hard"].masks_Jhh)
+    assert not torch.equal(results["release"].boxes_I4, results["ours"].boxes_I4)
+    assert not torch.equal(results["release"].masks_Jhh, results["hard with box"].masks_Jhh)
 
 
-def test_plain_decoding_needs_the_text_prompt() -> None:
-    with pytest.raises(InputError, match=r"eval.decoding plain .* needs text in model.prompts"):
-        config_from({"model": {"prompts": ["box"]}, "eval": {"decoding": "plain"}}, where="test")
+def test_the_releases_decoding_needs_the_text_prompt() -> None:
+    with pytest.raises(InputError, match=r"compat release needs text in model.prompts"):
+        config_from({"model": {"prompts": ["box"]}, "compat": "release"}, where="test")
 
 
 def test_the_best_checkpoint_is_chosen_on_val_or_on_the_test_file() -> None:
@@ -337,7 +357,7 @@ def test_the_best_checkpoint_is_chosen_on_val_or_on_the_test_file() -> None:
     assert config_from({"data": data, "compat": "release"}, where="test").data.selection == "test.jsonl"
     own = {**data, "select": "val"}
     assert config_from({"data": own, "compat": "release"}, where="test").data.selection == "val.jsonl"
-    with pytest.raises(InputError, match=r"select test .* needs data.test to name a manifest, or data.select=val"):
+    with pytest.raises(InputError, match=r"select test .* needs data.test, or set data.select=val"):
         config_from({"data": {"train": data["train"], "val": "val.jsonl"}, "compat": "release"}, where="test")
 
 

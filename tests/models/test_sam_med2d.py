@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medisee.config.load import load_config
-from medisee.config.model import Model, SegHeadConfig
+from medisee.config.model import SegHeadConfig
 from medisee.foundation.errors import InputError
-from medisee.models.medisee import build_seg_head
+from medisee.models.medisee import MediSee
 from medisee.models.sam_med2d import AdaptedBlock, sam_med2d_head
 from medisee.models.seg_head import Prompts, SamHead, sam_head
 
@@ -154,7 +155,7 @@ def test_code_beside_the_model_executes_nothing(tmp_path: Path, zipped: bool) ->
 
 
 def test_its_input_rule() -> None:
-    head = build_seg_head(Model.model_validate({"seg_head": {"kind": "sam_med2d", "vit": "micro"}}))
+    head = sam_med2d_head(SegHeadConfig.model_validate({"kind": "sam_med2d", "vit": "micro"}))
     assert (head.spec.size, head.spec.resize, head.spec.pixels, head.spec.grid) == (256, "stretch", "sam", 16)
     own = SegHeadConfig.model_validate({"kind": "sam_med2d", "size": 512, "pixels": "minmax"})
     assert (own.size, own.resize, own.pixels) == (512, "stretch", "minmax")
@@ -164,6 +165,11 @@ def test_its_input_rule() -> None:
         plain = SegHeadConfig.model_validate({"kind": kind})
         assert (plain.size, plain.resize, plain.pixels) == rule
     assert SegHeadConfig() == SegHeadConfig.model_validate({"kind": "medsam"})
+
+
+def test_the_model_builds_the_head_of_its_kind(build_tiny: Callable[..., MediSee]) -> None:
+    adapted = [build_tiny(seg_head={"kind": kind}).seg_head.image_encoder for kind in ("sam_med2d", "sam", "medsam")]
+    assert [any(isinstance(part, AdaptedBlock) for part in one.modules()) for one in adapted] == [True, False, False]
 
 
 def test_a_size_that_adapters_do_not_divide_is_refused() -> None:
