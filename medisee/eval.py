@@ -37,20 +37,14 @@ from medisee.models.medisee import MediSee
 from medisee.records.manifest import Manifest
 from medisee.weights.checkpoints import load_checkpoint
 
-_DECODED: dict[str, tuple[Mode, ...]] = {
-    "forced": ("forced",),
-    "generate": ("generated",),
-    "both": ("forced", "generated"),
-}
+_MODES: dict[str, Sequence[Mode]] = {"forced": ["forced"], "generate": ["generated"], "both": ["forced", "generated"]}
 
 
 def load_model(folder: Path, expected: Config | None) -> MediSee:
     """Loads a checkpoint for evaluation, on the GPU if there is one.
 
-    Args:
-        folder: the checkpoint.
-        expected: a run whose model section must equal the checkpoint's, except for `bits` and `device_map`, which are
-            the run's where it sets them; None takes the checkpoint's own.
+    The model section of an `expected` run must equal the checkpoint's, except for `bits` and `device_map`, which are the
+    run's where it sets them.
 
     Raises:
         InputError: a bad checkpoint, or one of another model.
@@ -80,12 +74,7 @@ def _flat(section: Mapping[str, Any], prefix: str = "model") -> dict[str, Any]:
     return flat
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
-    """Runs the parsed command line; nothing is written before all of it is complete.
-
-    Raises:
-        InputError: bad input of any kind.
-    """
+def _evaluate(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     check_out(arguments.out)
     config = load_config(arguments.config, arguments.overrides)
@@ -106,8 +95,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
             images = [split.manifest.image_path(one.record) for split in splits for one in split.asked]
             dtype = compute_dtype(config.data.cache_dtype, device)
             cache = fill_cache(images, model.seg_head, model.processor, Path(config.data.cache), dtype)
-        modes = _DECODED[arguments.decode or "both"]
-        answers = [answers_from_model(model, split, config, modes, cache) for split in splits]
+        modes = _MODES[arguments.decode or "both"]
+        answers = [answers_from_model(model, split, modes, config.eval, cache) for split in splits]
     facts = run_facts(config.model_dump(mode="json"), config.train.seed, device)
     references = learn_references(train) if train is not None else None
     results = [score_split(s, a, references, categories) for s, a in zip(splits, answers, strict=True)]
@@ -132,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--root", type=Path, help="folder that paths in the manifests are relative to (default: the manifest's folder)")
     add("--out", type=Path, required=True, help="folder for the results; an earlier evaluation there is replaced")
     add("--config", help="YAML run; the references learn from its data.train, data.categories names the categories")
-    add("--decode", choices=_DECODED, help="which answers of a checkpoint to score (default: both)")
+    add("--decode", choices=_MODES, help="which answers of a checkpoint to score (default: both)")
     add("--limit", type=int, help="score only this many records of each manifest, spread evenly over it")
     add("overrides", nargs="*", help="dotted overrides, such as eval.batch_size=4, or with --config model.mllm.bits=4")
     arguments = parser.parse_intermixed_args(argv)
@@ -142,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("--decode: a predictions file has its own modes; leave --decode out.")
     if arguments.limit is not None and arguments.limit < 1:
         raise InputError(f"--limit {arguments.limit}: expected 1 or more; leave it out to score every record.")
-    evaluate(arguments)
+    _evaluate(arguments)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,8 +56,6 @@ MASK, OVERLAY, PREDICTION, RUN = "mask.png", "overlay.png", "prediction.json", "
 _MODES: dict[Decode, Mode] = {"generate": "generated", "forced": "forced"}
 _KEPT_BYTES = 1 << 28
 """Pixels of checked images that are kept until they are asked about; images beyond it are read again."""
-
-_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -191,7 +189,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings |= {"bits": arguments.bits, "device_map": arguments.device_map}
     facts = run_facts(settings, seed=0, device=device)
     tokens = candidate_text(model.config.candidate_tokens)
-    no_region = f"No region: the model did not write {tokens}, so {MASK} is all zero. Use --decode forced to force one."
+    no_region = (
+        f"No region: the model did not write {tokens}, so {MASK} is all zero. With --decode forced there is always one."
+    )
     marked = 0
     disable = None if len(images) > 1 else True  # None: a progress bar on a terminal only
     progress = tqdm(images, desc="images", unit="image", disable=disable)
@@ -214,8 +214,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--image", type=Path, required=True, action="append", metavar="F", help=image_help)
     add("--query", required=True, action="append", metavar="TEXT", help="question; repeat for more questions")
     add("--out", type=Path, required=True, metavar="OUT", help="folder for the results; earlier results are replaced")
-    add("--decode", choices=get_args(Decode), default="generate", help="whether the model writes the answer (default)")
-    add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help=f"default: {MAX_NEW_TOKENS}")
+    add("--decode", choices=get_args(Decode), default="generate", help="how answers are made (default: generate)")
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=MAX_NEW_TOKENS,
+        metavar="N",
+        help=f"longest answer (default: {MAX_NEW_TOKENS})",
+    )
     add("--device", help="such as cpu or cuda:1 (default: the first GPU, or the CPU where there is none)")
     published = "for checkpoints that build on published weights (default: as in training)"
     bits_help = f"hold the language model in 4 or 8 bits, on an NVIDIA GPU; {published}"
@@ -251,19 +257,20 @@ def _checked(
     if arguments.max_new_tokens < 1:
         problems.append(f"--max-new-tokens is {arguments.max_new_tokens}; expected 1 or more.")
 
-    def found(look: Callable[[], _Found]) -> _Found | None:
+    @contextmanager
+    def collected() -> Iterator[None]:
         try:
-            return look()
+            yield
         except InputError as error:
             problems.extend(error.problems)
-            return None
 
     images: list[Path | NDArray[np.uint8]] = []
     size = 0
     for path in arguments.image:
-        pixels = found(partial(read_image, path))
-        size += pixels.nbytes if pixels is not None else 0
-        images.append(path if pixels is None or size > _KEPT_BYTES else pixels)
+        with collected():
+            pixels = read_image(path)
+            size += pixels.nbytes
+            images.append(pixels if size <= _KEPT_BYTES else path)
     existing = {next((path for path in (folder, *folder.parents) if path.exists()), folder) for folder in folders}
     files = sorted(path for path in existing if path.exists() and not path.is_dir())
     problems += [f"--out: {path} is a file; expected a folder; choose another." for path in files]
@@ -273,14 +280,17 @@ def _checked(
         for image in arguments.image
         if image.resolve() in written
     ]
-    device = found(partial(_device, arguments.device)) if arguments.device is not None or not problems else None
-    # With other problems nothing is fetched from the hub, and what reads a checkpoint, which takes long to import, is
-    # imported only where there obviously is none.
-    checkpoint = None
+    checkpoint = device = None
+    if arguments.device is not None or not problems:
+        with collected():
+            device = _device(arguments.device)
+    # What reads a checkpoint takes seconds to import. With other problems it is imported only where there obviously is
+    # no checkpoint, and nothing is fetched from the hub.
     if not problems or not ((Path(arguments.checkpoint) / "config.json").is_file() or is_hub_id(arguments.checkpoint)):
         from medisee.weights.checkpoints import local_checkpoint
 
-        checkpoint = found(partial(local_checkpoint, arguments.checkpoint))
+        with collected():
+            checkpoint = local_checkpoint(arguments.checkpoint)
     if problems or checkpoint is None or device is None:
         raise InputError(problems)
     return checkpoint, device, images

@@ -222,7 +222,7 @@ SMALL = encode_mask(np.ones((3, 5), dtype=bool))
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"record": "r00"}, "unknown record; expected one with targets of"),
+        ({"record": "r00"}, "unknown record; expected one that has targets in"),
         (
             {"target": "c"},
             "record 'r0', target 'c', mode 'generated', question 'Which organ makes bile?': unknown target",

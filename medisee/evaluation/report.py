@@ -166,13 +166,12 @@ def _parts(summaries: Mapping[str, SplitSummary], system: str) -> dict[str, list
             rows[f"{category} (n = {count})"] = [*figures, one.named_by_category[category]]
         return Table(title, [*(f"{mode} {figure}" for mode in one.modes for figure in FIGURES), "named"], rows)
 
-    lengths = {name: one.groups["by_length"] for name, one in summaries.items()}
-    perspectives = {name: one.groups["by_perspective"] for name, one in summaries.items()}
-    parts = {
-        "By length of the query": [side_by_side(f"By length, {n}", of) for n, of in lengths.items() if len(of) > 1],
-        "By perspective": [side_by_side(f"By perspective, {n}", of) for n, of in perspectives.items()],
-        "By category": [by_category(f"By category, {name}", one) for name, one in summaries.items()],
-    }
+    parts: dict[str, list[Table]] = {"By length of the query": [], "By perspective": [], "By category": []}
+    for name, one in summaries.items():
+        if len(one.groups["by_length"]) > 1:
+            parts["By length of the query"].append(side_by_side(f"By length, {name}", one.groups["by_length"]))
+        parts["By perspective"].append(side_by_side(f"By perspective, {name}", one.groups["by_perspective"]))
+        parts["By category"].append(by_category(f"By category, {name}", one))
     return {heading: tables for heading, tables in parts.items() if tables}
 
 
@@ -206,23 +205,13 @@ def _remark(name: str, summary: SplitSummary) -> str:
 
 
 def _write_scores(path: Path, results: Sequence[Results]) -> None:
-    about = ["record", "target", "category", "plane", "perspective", "length", "question"]
+    header = ["split", "mode", "record", "target", "category", "plane", "perspective", "length", "question"]
     with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as handle:
         writer = csv.writer(handle, lineterminator="\n")
-        writer.writerow(["split", "mode", *about, "Dice", "IoU", "box IoU", "emitted", "named"])
-        for split in results:
-            for mode, scored in split.modes.items():
-                for one in scored:
-                    record, target, qa, score = one.case.record, one.case.target, one.case.qa, one.score
-                    emitted = one.prediction is not None and one.prediction.emitted
-                    about = [
-                        record.id,
-                        target.id,
-                        target.category,
-                        record.plane,
-                        qa.perspective,
-                        qa.length,
-                        qa.question,
-                    ]
-                    figures = [score.dice, score.iou, score.box_iou]
-                    writer.writerow([split.split, mode, *about, *figures, emitted, one.named])
+        writer.writerow([*header, "Dice", "IoU", "box IoU", "emitted", "named"])
+        for split, mode, one in ((r.split, m, one) for r in results for m, scored in r.modes.items() for one in scored):
+            case, emitted = one.case, one.prediction is not None and one.prediction.emitted
+            about = [case.record.id, case.target.id, case.target.category, case.record.plane]
+            about += [case.qa.perspective, case.qa.length, case.qa.question]
+            figures = [one.score.dice, one.score.iou, one.score.box_iou]
+            writer.writerow([split, mode, *about, *figures, emitted, one.named])

@@ -1,4 +1,4 @@
-"""From manifests and a system's answers to scores. The system is our model, or any that wrote a predictions file."""
+"""Scores a system's answers to a manifest's questions. The system is our model, or any that wrote a predictions file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from tqdm import tqdm
 
-from medisee.config import Config
+from medisee.config import Eval
 from medisee.data.features import FeatureCache
 from medisee.evaluation.metrics import Score, score
 from medisee.evaluation.prediction import Mode, QueryAnswer, RecordQuestions, all_questions, predict, shuffled_questions
@@ -189,7 +189,7 @@ def _problem(prediction: Prediction, splits: Sequence[Split], *, repeated: bool,
     if split is None:
         files = ", ".join(str(split.manifest.path) for split in splits)
         hint = nearest(prediction.record, (record for split in splits for record in split.known)) if hints else ""
-        return f"unknown record; expected one with targets of {files}.{hint}"
+        return f"unknown record; expected one that has targets in {files}.{hint}"
     asked = split.known[prediction.record]
     targets = {target.id: target for target, _ in asked.questions}
     if prediction.target not in targets:
@@ -203,25 +203,23 @@ def _problem(prediction: Prediction, splits: Sequence[Split], *, repeated: bool,
         return None
     size = split.manifest.image_size(asked.record)
     size = size or split.manifest.mask(asked.record, targets[prediction.target]).shape
-    if prediction.mask.size != size:
-        return (
-            f"the mask is {list(prediction.mask.size)} ([height, width]), but the image is {list(size)}; "
-            "write masks in the pixels of the original image."
-        )
-    return None
+    if prediction.mask.size == size:
+        return None
+    found = f"{list(prediction.mask.size)} ([height, width]), but the image is {list(size)}"
+    return f"the mask is {found}; write masks in the pixels of the original image."
 
 
 def answers_from_model(
-    model: MediSee, split: Split, config: Config, modes: Sequence[Mode], cache: FeatureCache | None
+    model: MediSee, split: Split, modes: Sequence[Mode], settings: Eval, cache: FeatureCache | None
 ) -> Answers:
     """Asks the model all questions of a split in each mode, batch by batch; with forced answers also shuffled ones."""
-
-    def ask(asked: Sequence[RecordQuestions], mode: Mode) -> Iterator[QueryAnswer]:
-        return predict(model, split.manifest, asked, mode, settings=config.eval, cache=cache)
-
-    streams: dict[str, Iterator[QueryAnswer]] = {mode: ask(split.asked, mode) for mode in modes}
+    asked: dict[str, tuple[Mode, Sequence[RecordQuestions]]] = {mode: (mode, split.asked) for mode in modes}
     if "forced" in modes:
-        streams["shuffled"] = ask(shuffled_questions(split.asked), "forced")
+        asked["shuffled"] = "forced", shuffled_questions(split.asked)
+    streams = {
+        name: predict(model, split.manifest, questions, mode, settings=settings, cache=cache)
+        for name, (mode, questions) in asked.items()
+    }
     for case, *answers in zip(split.cases, *streams.values(), strict=True):
         yield {
             name: (answer, None if name == "shuffled" else _prediction(case, name, answer))
@@ -249,10 +247,8 @@ def answers_from_references(references: References, split: Split) -> Answers:
         image = read_image(split.manifest.image_path(one.record))
         masks = {category: references.masks(image, one.record, category) for category in _categories([one])}
         for target, _ in one.questions:
-            yield {
-                name: (QueryAnswer(emitted=mask is not None, mask=mask), None)
-                for name, mask in masks[target.category].items()
-            }
+            of_target = masks[target.category]
+            yield {name: (QueryAnswer(emitted=mask is not None, mask=mask), None) for name, mask in of_target.items()}
 
 
 def score_split(
