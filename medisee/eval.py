@@ -43,8 +43,8 @@ _MODES: dict[str, Sequence[Mode]] = {"forced": ["forced"], "generate": ["generat
 def load_model(folder: Path, expected: Config | None) -> MediSee:
     """Loads a checkpoint for evaluation, on the GPU if there is one.
 
-    The model section of an `expected` run must equal the checkpoint's, except for `bits` and `device_map`, which are the
-    run's where it sets them.
+    The model section of an `expected` run must equal the checkpoint's, except for `bits` and `device_map`, which are
+    the run's where it sets them.
 
     Raises:
         InputError: a bad checkpoint, or one of another model.

@@ -189,9 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings |= {"bits": arguments.bits, "device_map": arguments.device_map}
     facts = run_facts(settings, seed=0, device=device)
     tokens = candidate_text(model.config.candidate_tokens)
-    no_region = (
-        f"No region: the model did not write {tokens}, so {MASK} is all zero. With --decode forced there is always one."
-    )
+    no_region = f"No region: the model did not write {tokens}, so {MASK} is all zero; --decode forced always marks one."
     marked = 0
     disable = None if len(images) > 1 else True  # None: a progress bar on a terminal only
     progress = tqdm(images, desc="images", unit="image", disable=disable)

@@ -73,8 +73,8 @@ def score(
 ) -> Score:
     """Scores one prediction; the module's docstring decides the empty cases.
 
-    Masks are boolean (height, width), boxes half-open, both in pixels of the original image. A predicted mask of None is
-    empty; a box of None is the smallest one around the mask.
+    Masks are boolean (height, width), boxes half-open, both in pixels of the original image. A predicted mask of None
+    is empty; a box of None is the smallest one around the mask.
 
     Raises:
         InputError: the masks are not of one size, or a box is not finite.

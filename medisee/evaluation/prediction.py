@@ -38,21 +38,13 @@ class RecordQuestions:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class QueryAnswer:
-    """The answer to one query, in memory; `Prediction` is its form on disk. Without values it is an empty answer.
-
-    Attributes:
-        text: the answer.
-        emitted: whether all candidate tokens were written, so that there is a mask.
-        mask: (H, W) bool, in pixels of the original image; None is empty.
-        box: half-open xyxy in the same pixels; None is the smallest box around the mask.
-        scores: our model's `mask_confidence`, the mean probability inside the mask.
-    """
+    """The answer to one query, in memory; `Prediction` is its form on disk. Without values it is an empty answer."""
 
     text: str = ""
-    emitted: bool = False
-    mask: NDArray[np.bool_] | None = None
-    box: Box | None = None
-    scores: dict[str, float] = field(default_factory=dict)
+    emitted: bool = False  # whether all candidate tokens were written, so that there is a mask
+    mask: NDArray[np.bool_] | None = None  # (H, W), in pixels of the original image; None is empty
+    box: Box | None = None  # half-open xyxy in the same pixels; None is the smallest box around the mask
+    scores: dict[str, float] = field(default_factory=dict)  # `mask_confidence`: mean probability inside the mask
 
 
 def all_questions(manifest: Manifest, limit: int | None = None, seed: int = 0) -> list[RecordQuestions]:

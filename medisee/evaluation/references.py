@@ -48,20 +48,13 @@ class MeanMask:
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """Both references, learned from one training manifest.
-
-    Attributes:
-        slices: for each distinct image, the indices of the records that show it.
-        thumbnails: (slices, THUMBNAIL * THUMBNAIL), grey values of 0 to 255.
-        means: by (category, plane).
-        showing: indices of slices by (category, plane, modality).
-    """
+    """Both references, learned from one training manifest."""
 
     train: Manifest
-    slices: Sequence[Sequence[int]]
-    thumbnails: NDArray[np.uint8]
-    means: Mapping[tuple[str, str | None], MeanMask]
-    showing: Mapping[tuple[str, str | None, str], Sequence[int]]
+    slices: Sequence[Sequence[int]]  # for each distinct image, the indices of the records that show it
+    thumbnails: NDArray[np.uint8]  # (slices, THUMBNAIL * THUMBNAIL), grey values
+    means: Mapping[tuple[str, str | None], MeanMask]  # by (category, plane)
+    showing: Mapping[tuple[str, str | None, str], Sequence[int]]  # indices of slices, by (category, plane, modality)
 
     def masks(self, image: NDArray[np.uint8], record: Record, category: str) -> dict[str, Mask | None]:
         """Returns both masks (H, W) of the true category for an image (H, W, 3), by the reference's name.
@@ -127,7 +120,7 @@ def mean_mask(coverage: Sequence[NDArray[np.uint8]]) -> MeanMask:
         inside = share >= cut
         overlaps = covered[:, inside].sum(axis=1, dtype=np.float64) / 255
         dice[cut] = float(np.mean(2 * overlaps / (areas + np.count_nonzero(inside))))
-    # Of equal thresholds the one nearest to 0.5: in a larger image a low one widens the outline and a high one narrows it.
+    # Of equal thresholds the one nearest to 0.5: in a larger image a low one widens the outline, a high one narrows it.
     return MeanMask(share, max(CUTS, key=lambda cut: (dice[cut], -abs(cut - 0.5))))
 
 

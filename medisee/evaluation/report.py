@@ -22,19 +22,15 @@ FILES = ("predictions.jsonl", "scores.csv", "summary.json", "table.md", "table.t
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitSummary:
-    """The figures of one split; `groups` are by the keys of `GROUPS`, then by group, then by mode.
-
-    `emission` and `named` are shares of the answers that the system wrote itself: of those that ask for a mask, and of
-    those that name the target's category.
-    """
+    """The figures of one split."""
 
     modes: dict[str, Summary]
-    emission: float | None
-    named: float | None
+    emission: float | None  # share of the answers written by the system that ask for a mask
+    named: float | None  # share of them that name the target's category
     shuffled: Summary | None
     references: dict[str, Summary | None]
     missing: int
-    groups: dict[str, dict[str, dict[str, Summary]]]
+    groups: dict[str, dict[str, dict[str, Summary]]]  # by the keys of GROUPS, then by group, then by mode
     named_by_category: dict[str, float | None]
 
     def to_json(self) -> dict[str, Any]:
@@ -108,18 +104,25 @@ def check_out(out: Path) -> None:
     foreign = sorted(path.name for path in out.iterdir() if path.name not in FILES) if out.exists() else []
     if foreign:
         raise InputError(
-            f"{out}: holds {foreign[0]!r}, which is not a file of an evaluation and would be lost; choose another --out."
+            f"{out}: holds {foreign[0]!r}, which is not from an evaluation and would be lost; choose another --out."
         )
 
 
 def write_report(folder: Path, results: Sequence[Results], summaries: Mapping[str, SplitSummary], system: str) -> None:
-    """Writes everything but run.json into an empty folder; the gallery shows the first split, `system` names the rows."""
+    """Writes everything but run.json into an empty folder; the gallery shows the first split, `system` names rows."""
     scored = [one for split in results for mode in split.modes.values() for one in mode]
     write_predictions(folder / "predictions.jsonl", (one.prediction for one in scored if one.prediction is not None))
     _write_scores(folder / "scores.csv", results)
     write_json(folder / "summary.json", {"splits": {name: split.to_json() for name, split in summaries.items()}})
     parts = _parts(summaries, system)
-    write_text(folder / "table.md", _markdown(summaries, system, parts))
+    blocks = [
+        "# Evaluation\n",
+        "Percentages; 95% intervals in brackets, from a bootstrap over images.\n",
+        to_markdown(main_table(summaries, system, intervals=True)),
+        "".join(f"- {_remark(name, summary)}\n" for name, summary in summaries.items()),
+        *(block for heading, tables in parts.items() for block in (f"## {heading}\n", *map(to_markdown, tables))),
+    ]
+    write_text(folder / "table.md", "\n".join(blocks))
     tables = [main_table(summaries, system), *(table for tables in parts.values() for table in tables)]
     write_text(folder / "table.tex", "\n".join(map(to_latex, tables)))
     write_gallery(folder / "gallery.html", results[0], f"{system} on {results[0].split}")
@@ -179,19 +182,6 @@ def _figures(summary: Summary | None) -> list[Figure | None]:
     if summary is None:
         return [None] * len(FIGURES)
     return [summary.dice, summary.giou, summary.ciou, summary.iou, summary.acc]
-
-
-def _markdown(summaries: Mapping[str, SplitSummary], system: str, parts: Mapping[str, Sequence[Table]]) -> str:
-    remarks = "\n".join(f"- {_remark(name, summary)}" for name, summary in summaries.items())
-    blocks = [
-        "# Evaluation\n",
-        "Percentages; 95% intervals in brackets, from a bootstrap over images.\n",
-        to_markdown(main_table(summaries, system, intervals=True)),
-        f"{remarks}\n",
-    ]
-    for heading, tables in parts.items():
-        blocks += [f"## {heading}\n", *map(to_markdown, tables)]
-    return "\n".join(blocks)
 
 
 def _remark(name: str, summary: SplitSummary) -> str:

@@ -1,4 +1,4 @@
-"""Scores a system's answers to a manifest's questions. The system is our model, or any that wrote a predictions file."""
+"""Scores a system's answers to a manifest's questions. The system is our model, or wrote a predictions file."""
 
 from __future__ import annotations
 
@@ -55,29 +55,24 @@ RESERVED = (*REFERENCES, "shuffled", "emission", "named", "missing", *GROUPS)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """A system's score on one case.
-
-    `prediction` is None where it is missing, which is scored as empty, and for references and shuffled questions, whose
-    answers are not kept. `named`: whether the text names the target's category; None where the system did not write it.
-    """
+    """A system's score on one case; `prediction` is None where it is missing or, as for references, not kept."""
 
     case: Case
     prediction: Prediction | None
     score: Score
-    named: bool | None = None
+    named: bool | None = None  # whether the text names the target's category; None where the system did not write it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
-    """All scores on one split: of the system by mode, of its forced answers to questions about other categories
-    (`shuffled`), and of the references by name. `written` is the mode whose answers the system wrote itself, if any."""
+    """All scores on one split."""
 
     split: str
     manifest: Manifest
     modes: Mapping[str, Sequence[Scored]]
-    written: str | None
-    shuffled: Sequence[Scored] = ()
-    references: Mapping[str, Sequence[Scored]]
+    written: str | None  # the mode whose answers the system wrote itself, if there is one
+    shuffled: Sequence[Scored] = ()  # forced answers to questions about other categories
+    references: Mapping[str, Sequence[Scored]]  # by the keys of REFERENCES; empty without training manifests
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from medisee.evaluation.metrics import Figure
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of figures by name, each with a figure per column, None where there is none; `intervals`: print those too."""
+    """Rows by name with a figure per column, None where there is none; `intervals` prints those of figures too."""
 
     title: str
     columns: Sequence[str]
