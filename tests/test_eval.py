@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import yaml
 
-from medisee import eval as evaluation
 from medisee.eval import main
 from medisee.evaluation.metrics import score
 from medisee.evaluation.report import FIGURES, FILES
+from medisee.evaluation.scoring import open_splits
 from medisee.foundation.errors import InputError, exit_code
 from medisee.records.manifest import Manifest
 from medisee.records.masks import Rle, decode_mask, encode_mask
@@ -200,7 +200,7 @@ def test_targets_without_questions_are_asked_by_name(tmp_path: Path, manifest: M
     wrong = Prediction(record="r0", target="a", question="liver?", text="", emitted=False)
     write_predictions(tmp_path / "p.jsonl", [wrong])
     (problem,) = problems_of(lambda: main(["--predictions", str(tmp_path / "p.jsonl"), *arguments]))
-    asked = problem.split("expected one of ")[1].split(", to the letter")[0].strip("'")
+    asked = problem.split("expected one of ")[1].split("; copy it exactly")[0].strip("'")
     assert "liver" in asked
     write_predictions(tmp_path / "p.jsonl", [replace(wrong, question=asked)])
     main(["--predictions", str(tmp_path / "p.jsonl"), *arguments])
@@ -212,7 +212,7 @@ def test_repeated_questions_are_asked_once(tmp_path: Path, manifest: Manifest) -
     first = manifest[0]
     twice = replace(first, targets=tuple(replace(t, qa=(*t.qa, t.qa[0])) for t in first.targets))
     write_records(tmp_path / "twice.jsonl", [twice])
-    (split,) = evaluation.open_splits([tmp_path / "twice.jsonl"], manifest.root, None)
+    (split,) = open_splits([tmp_path / "twice.jsonl"], manifest.root, None)
     assert [case.qa for case in split.cases] == [qa for target in first.targets for qa in target.qa]
 
 
@@ -222,7 +222,7 @@ SMALL = encode_mask(np.ones((3, 5), dtype=bool))
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"record": "r00"}, "unknown record; expected one with targets of"),
+        ({"record": "r00"}, "unknown record; expected one that has targets in"),
         (
             {"target": "c"},
             "record 'r0', target 'c', mode 'generated', question 'Which organ makes bile?': unknown target",
@@ -232,8 +232,8 @@ SMALL = encode_mask(np.ones((3, 5), dtype=bool))
             {"question": "Why?"},
             "question 'Why?': unknown question; expected one of 'Which organ makes bile?', 'Which large",
         ),
-        ({"mask": SMALL}, "the mask is [3, 5] ([height, width]); expected the image's [48, 64]"),
-        ({"mode": "named"}, "mode 'named' is a key of summary.json already"),
+        ({"mask": SMALL}, "the mask is [3, 5] ([height, width]), but the image is [48, 64]"),
+        ({"mode": "named"}, "mode 'named' is already a key of summary.json"),
     ],
 )
 def test_refuses_bad_predictions(
@@ -263,7 +263,7 @@ def test_refuses_a_file_without_predictions(run: Run) -> None:
     assert "no prediction" in problems_of(lambda: run([]))[0]
 
 
-def test_all_problems_of_all_manifests_are_told_at_once(tmp_path: Path, manifest: Manifest) -> None:
+def test_all_problems_of_all_manifests_are_reported_at_once(tmp_path: Path, manifest: Manifest) -> None:
     no_image, no_mask = replace(manifest[0], image="none.png"), manifest[1].targets[0]
     no_mask = replace(manifest[1], targets=(replace(no_mask, mask="gone.png"),))
     write_records(tmp_path / "one.jsonl", [no_image])
@@ -280,24 +280,24 @@ def test_refuses_manifests_that_cannot_be_told_apart(tmp_path: Path, manifest: M
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "sub" / "a.jsonl"]
     for path, part in zip(paths, (manifest[:2], manifest[1:], manifest[2:]), strict=True):
         write_records(path, part)
-    (problem,) = problems_of(lambda: evaluation.open_splits(paths[:2], manifest.root, None))
-    assert "1 record ids are in more than one manifest, as 'r1'" in problem
-    (problem,) = problems_of(lambda: evaluation.open_splits(paths[::2], manifest.root, None))
+    (problem,) = problems_of(lambda: open_splits(paths[:2], manifest.root, None))
+    assert "1 record ids are in more than one manifest, such as 'r1'" in problem
+    (problem,) = problems_of(lambda: open_splits(paths[::2], manifest.root, None))
     assert "2 manifests are called 'a'" in problem
 
 
 def test_refuses_a_manifest_without_targets(tmp_path: Path, manifest: Manifest) -> None:
     write_records(tmp_path / "none.jsonl", [replace(manifest[0], targets=())])
-    (problem,) = problems_of(lambda: evaluation.open_splits([tmp_path / "none.jsonl"], manifest.root, None))
+    (problem,) = problems_of(lambda: open_splits([tmp_path / "none.jsonl"], manifest.root, None))
     assert "no record has a target" in problem
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected either --checkpoint or --predictions"),
-        (["--checkpoint", "c", "--predictions", "p.jsonl"], "expected either --checkpoint or --predictions"),
-        (["--predictions", "p.jsonl", "--decode", "both"], "--decode: a predictions file says its modes itself"),
+        ([], "give either --checkpoint or --predictions"),
+        (["--checkpoint", "c", "--predictions", "p.jsonl"], "give either --checkpoint or --predictions"),
+        (["--predictions", "p.jsonl", "--decode", "both"], "--decode: a predictions file has its own modes"),
         (["--predictions", "p.jsonl", "--limit", "0"], "--limit 0: expected 1 or more"),
         (["--predictions", "none.jsonl"], "none.jsonl: cannot be read"),
         (["--predictions", "p.jsonl", "eval.resample=3"], "Did you mean 'resamples'?"),

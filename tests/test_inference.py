@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from medisee import MediSee, ask, ask_all, inference, overlay
 from medisee.foundation.errors import InputError, exit_code
 from medisee.inference import main, plain_text
 from medisee.records.masks import Rle, decode_mask
-from medisee.weights import hub
+from medisee.weights import checkpoints, hub
 
 Capture = pytest.CaptureFixture[str]
 Say = Callable[..., None]
@@ -50,11 +52,12 @@ def model(tiny_checkpoint: Path) -> MediSee:
 
 @pytest.fixture
 def say(model: MediSee, monkeypatch: pytest.MonkeyPatch) -> Say:
-    """Scripts the model's answers, also where a command loads it."""
+    """Scripts the model's answers, also where a command or `from_pretrained` loads it."""
 
     def script(*texts: str) -> None:
         monkeypatch.setitem(model.mllm._modules, "lm_head", Scripted(model, texts))
         monkeypatch.setattr(MediSee, "from_pretrained", lambda *_, **__: model)
+        monkeypatch.setattr(checkpoints, "load_checkpoint", lambda *_, **__: model)
 
     return script
 
@@ -159,8 +162,8 @@ def test_queries_are_checked(model: MediSee, images: dict[str, Path]) -> None:
     for queries, message in (
         ([], "no query"),
         (["Where?", " \n"], "query 2 ' .n' has no text"),
-        (["a\udcff"], "no Unicode text"),
-        (["word " * 3000], "query 1.* has .* tokens; expected at most 1024; shorten it"),
+        (["a\udcff"], "not valid Unicode"),
+        (["word " * 3000], "'query 1': the text has .* tokens; expected at most 1024; shorten it"),
     ):
         with pytest.raises(InputError, match=message):
             ask_all(model, images["grey"], queries)
@@ -203,7 +206,7 @@ def test_one_answer_goes_into_the_folder_itself(
     assert printed.splitlines()[-1] == f"done: 1 answer(s), 1 with a region, in {out}"
 
 
-def test_nothing_emitted_is_told_and_no_error(
+def test_nothing_emitted_is_reported_and_is_not_an_error(
     tiny_checkpoint: Path, images: dict[str, Path], tmp_path: Path, say: Say, capsys: Capture
 ) -> None:
     say(NOTHING)
@@ -258,10 +261,10 @@ def test_no_folder_name_is_kept_in_what_is_written(
     assert (run["settings"]["images"], run["settings"]["queries"]) == (["grey.png"], ["Where?"])
 
 
-def test_all_bad_input_is_told_together_and_nothing_is_written(
+def test_all_bad_input_is_reported_together_and_nothing_is_written(
     tmp_path: Path, images: dict[str, Path], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MediSee, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(checkpoints, "load_checkpoint", lambda *_, **__: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("")
     cut = tmp_path / "cut.png"
     cut.write_bytes(images["grey"].read_bytes()[:60])
@@ -285,7 +288,7 @@ def test_all_bad_input_is_told_together_and_nothing_is_written(
     assert files(tmp_path) == before
 
 
-def test_nothing_is_fetched_for_other_bad_input_but_a_missing_folder_is_told(
+def test_nothing_is_fetched_for_other_bad_input_but_a_missing_folder_is_reported(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
@@ -313,7 +316,7 @@ def test_an_image_is_not_replaced_by_its_own_mask(
     assert "mask.png: would be replaced by the result" in said
 
 
-def test_a_file_in_the_place_of_an_answers_folder_is_told(
+def test_a_file_in_the_place_of_an_answers_folder_is_reported(
     tiny_checkpoint: Path, images: dict[str, Path], tmp_path: Path, capsys: Capture
 ) -> None:
     (tmp_path / "out").mkdir()
@@ -335,6 +338,35 @@ def test_a_failure_leaves_no_half_written_file(
     with pytest.raises(OSError, match="No space"):
         main(command(tiny_checkpoint, out, [images["grey"]], "Where?"))
     assert files(out) == set()
+
+
+def test_an_image_is_read_once(
+    tiny_checkpoint: Path, images: dict[str, Path], tmp_path: Path, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_paths: list[Path] = []
+    read_image = inference.read_image
+    monkeypatch.setattr(inference, "read_image", lambda path: read_paths.append(path) or read_image(path))
+    say(ANSWER)
+    main(command(tiny_checkpoint, tmp_path / "kept", [images["grey"], images["deep"]], "Where?"))
+    assert read_paths == [images["grey"], images["deep"]]
+    read_paths.clear()
+    monkeypatch.setattr(inference, "_KEPT_BYTES", 40 * 64 * 3)
+    main(command(tiny_checkpoint, tmp_path / "again", [images["grey"], images["deep"]], "Where?"))
+    assert read_paths == [images["grey"], images["deep"], images["deep"]]
+
+
+def test_bad_arguments_are_refused_before_anything_heavy_is_imported(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    argv = ["--checkpoint", str(tiny_checkpoint), "--image", "no.png", "--query", " ", "--out", str(tmp_path)]
+    code = f"""
+import sys
+from medisee.foundation.errors import exit_code
+from medisee.inference import main
+assert exit_code(main, {argv}) == 2
+print([name for name in ("torch", "transformers", "peft") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert "query 1 ' ' has no text" in done.stderr and "no.png: expected an image file" in done.stderr
 
 
 def test_help_teaches(capsys: Capture) -> None:

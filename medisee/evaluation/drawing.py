@@ -15,10 +15,10 @@ from medisee.records.masks import Box
 Color = tuple[int, int, int]
 
 PREDICTION: Color = (230, 159, 0)
-"""Orange; with the blue of `TRUTH` it can be told apart in every kind of colour blindness (Okabe and Ito)."""
+"""Orange; it differs from the blue of `TRUTH` in every kind of colour blindness (Okabe and Ito)."""
 TRUTH: Color = (86, 180, 233)
 
-_SHORTEST_SIDE_SHOWN = 512
+_SHOWN_SIDE = 512
 _NARROWEST_LEGEND = 384
 _FILL = 0.35
 _LINE = 2
@@ -40,15 +40,15 @@ def overlay(
 ) -> Image.Image:
     """Draws masks and boxes on an image: the prediction filled and with solid lines, the truth with dashed lines.
 
-    A small image is enlarged by a whole number, until its longest side has 512 pixels or more.
+    A small image is enlarged by a whole factor, so that its longer side has 512 pixels or more.
 
     Args:
         image: (H, W, 3) uint8, RGB.
         mask: (H, W) predicted mask.
-        box: predicted half-open xyxy box in pixels of the image; what lies outside is not drawn.
-        legend: text to set below the image, wrapped; its line breaks are kept.
+        box: predicted half-open xyxy box in pixels of the image; what is outside the image is not drawn.
+        legend: text below the image, wrapped; its line breaks are kept.
         truth: (H, W) true mask.
-        truth_box: true box, as `box`.
+        truth_box: true box, like `box`.
 
     Returns:
         The picture with its legend strip, RGB.
@@ -58,7 +58,7 @@ def overlay(
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         raise ValueError(f"expected an image (H, W, 3) of uint8, got {image.shape} of {image.dtype}")
-    scale = max(1, math.ceil(_SHORTEST_SIDE_SHOWN / max(image.shape[:2])))
+    scale = max(1, math.ceil(_SHOWN_SIDE / max(image.shape[:2])))
     size = image.shape[1] * scale, image.shape[0] * scale
     canvas = np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
     if mask is not None:
@@ -84,7 +84,7 @@ def _enlarged(mask: NDArray[np.bool_], image: NDArray[np.uint8], scale: int) -> 
 
 
 def _contour(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The outermost `_LINE` pixels of the mask, also along the image's border."""
+    """Returns the outermost `_LINE` pixels of the mask, also along the image's border."""
     inner = np.pad(mask, _LINE)
     for _ in range(_LINE):
         eroded = inner.copy()
@@ -95,7 +95,7 @@ def _contour(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _frame(box: Box, scale: int, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """A line of `_LINE` pixels just inside the box; a box without area still shows as a dot or a line."""
+    """Returns a line of `_LINE` pixels just inside the box; a box without area still shows as a dot or a line."""
     frame = np.zeros(shape, np.bool_)
     if not all(map(math.isfinite, box)):
         return frame
@@ -108,7 +108,7 @@ def _frame(box: Box, scale: int, shape: tuple[int, ...]) -> NDArray[np.bool_]:
 
 
 def _dashes(shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Stripes across the image that cut any line into dashes; their steep slope suits upright and diagonal lines."""
+    """Returns steep stripes across the image, which cut upright, level and diagonal lines into dashes."""
     rows, columns = np.ogrid[: shape[0], : shape[1]]
     return (columns + 2 * rows) // _DASH % 2 == 0
 
@@ -154,7 +154,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
 
 @cache
 def _font() -> ImageFont.FreeTypeFont:
-    # Pillow's own font knows ASCII only; answers hold dashes, accents and Greek letters.
+    # Pillow's own font has ASCII only; answers contain dashes, accents and Greek letters.
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), 14)

@@ -1,44 +1,21 @@
-"""A gallery of predictions: one HTML page that holds its pictures and needs no script, no network and no other file."""
+"""A gallery of scored cases: one HTML page that contains its pictures and needs no script, network or other file."""
 
 from __future__ import annotations
 
 import base64
 import io
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from PIL import Image
+from tqdm import tqdm
 
+from medisee.evaluation.drawing import overlay
+from medisee.evaluation.scoring import Results, Scored
 from medisee.foundation.files import write_text
+from medisee.records.images import read_image
+from medisee.records.masks import decode_mask, mask_box
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GalleryCase:
-    """One answered query.
-
-    Attributes:
-        section: the heading it stands under, as "best", "median" or "worst".
-        image: the picture, as `medisee.evaluation.drawing.overlay` makes it.
-        question: the query as it was asked.
-        answer: the system's text.
-        category: the true class in plain words.
-        dice: of the mask, 0 to 1; None or NaN when there is none.
-        box_iou: of the box, 0 to 1; None or NaN when there is none.
-        note: anything else in a few words, as the mode of the answer.
-    """
-
-    section: str
-    image: Image.Image
-    question: str
-    answer: str
-    category: str
-    dice: float | None
-    box_iou: float | None
-    note: str = ""
-
+_SHOWN = 4
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882; }
@@ -54,22 +31,22 @@ dl { display: grid; grid-template-columns: auto 1fr; gap: .15rem .75rem; margin:
      background: var(--soft); border-radius: 6px; font-size: .9rem; }
 dt { opacity: .7; } dd { margin: 0; font-variant-numeric: tabular-nums; }
 """
-# Even if a text slipped through the escaping, the browser would run and load nothing.
+# Even if a text were not escaped, the browser would run and load nothing.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def write_gallery(path: Path | str, cases: Sequence[GalleryCase], title: str) -> None:
-    """Writes the page atomically; sections stand in the order in which the cases name them first.
+def write_gallery(path: Path | str, results: Results, title: str) -> None:
+    """Writes a page of one split's best, median and worst cases, atomically.
 
     The page contains the pictures themselves: share it only with those who may see them.
-
-    Args:
-        path: the HTML file.
-        cases: what to show, in order.
-        title: heading of the page.
     """
-    sections = dict.fromkeys(case.section for case in cases)
-    body = "\n".join(_section(name, [case for case in cases if case.section == name]) for name in sections)
+    sections: dict[str, list[str]] = {}
+    for section, one in tqdm(gallery_cases(results), desc="gallery"):
+        sections.setdefault(section, []).append(_article(one, results))
+    body = "\n".join(
+        "\n".join(["<section>", f"<h2>{name}</h2>", '<div class="cases">', *articles, "</div>", "</section>"])
+        for name, articles in sections.items()
+    )
     write_text(
         path,
         f"""<!doctype html>
@@ -83,42 +60,51 @@ def write_gallery(path: Path | str, cases: Sequence[GalleryCase], title: str) ->
 </head>
 <body>
 <h1>{escape(title)}</h1>
-{body or "<p>There is no case to show.</p>"}
+{body}
 </body>
 </html>
 """,
     )
 
 
-def _section(name: str, cases: Sequence[GalleryCase]) -> str:
-    articles = "\n".join(map(_article, cases))
-    return f'<section>\n<h2>{escape(name)}</h2>\n<div class="cases">\n{articles}\n</div>\n</section>'
+def gallery_cases(results: Results) -> list[tuple[str, Scored]]:
+    """Returns the best, median and worst cases by Dice, each once, of the written answers, else of the first mode."""
+    ranked = sorted(results.modes[results.written or next(iter(results.modes))], key=lambda one: -one.score.dice)
+    count = len(ranked)
+    shown = min(_SHOWN, (count + 2) // 3)
+    middle = (count - shown) // 2
+    best, worst = ranked[:shown], ranked[max(shown, count - shown) :]
+    median = ranked[max(shown, middle) : min(middle + shown, count - len(worst))]
+    return [(name, one) for name, few in (("best", best), ("median", median), ("worst", worst)) for one in few]
 
 
-def _article(case: GalleryCase) -> str:
+def _article(one: Scored, results: Results) -> str:
+    case, prediction, manifest = one.case, one.prediction, results.manifest
+    truth = manifest.mask(case.record, case.target)
+    picture = overlay(
+        read_image(manifest.image_path(case.record)),
+        decode_mask(prediction.mask) if prediction and prediction.mask else None,
+        prediction.box if prediction else None,
+        truth=truth,
+        truth_box=case.target.box or mask_box(truth),
+    )
+    jpeg = io.BytesIO()
+    # Full colour resolution: the lines of an overlay are two pixels wide and would fade.
+    picture.save(jpeg, "JPEG", quality=90, subsampling=0)
+    named = {None: "", True: ", names the target", False: ", does not name the target"}[one.named]
     facts = {
-        "Truth": case.category,
-        "Dice": _score(case.dice),
-        "Box IoU": _score(case.box_iou),
-        **({"Note": case.note} if case.note else {}),
+        "Truth": case.target.category,
+        "Dice": f"{one.score.dice:.3f}",
+        "Box IoU": f"{one.score.box_iou:.3f}",
+        "Note": f"{prediction.mode}{named}" if prediction else "no prediction",
     }
     rows = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     return f"""<article>
-<img src="{_data_url(case.image)}" alt="{escape(f"Prediction and truth for: {case.category}")}">
+<img src="data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode("ascii")}" \
+alt="{escape(f"Prediction and truth for: {case.target.category}")}">
 <div class="words">
-<p class="question">{escape(case.question)}</p>
-<p class="answer">{escape(case.answer) or "(no answer)"}</p>
+<p class="question">{escape(case.qa.question)}</p>
+<p class="answer">{escape(prediction.text if prediction else "") or "(no answer)"}</p>
 <dl>{rows}</dl>
 </div>
 </article>"""
-
-
-def _score(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:.3f}"
-
-
-def _data_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    # Full colour resolution: the lines of an overlay are two pixels wide and would fade.
-    image.convert("RGB").save(buffer, "JPEG", quality=90, subsampling=0)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,65 +1,77 @@
-"""Our model's predictions: from a manifest's questions to Prediction lines. Nothing here scores.
+"""Our model's answers to a manifest's questions, as arrays. Nothing here scores or writes.
 
-Shapes: I targets, h decoder output side.
+Shapes: I targets, H W original image.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
+from numpy.typing import NDArray
 
 from medisee.config import Eval
 from medisee.data.dataset import asked_questions, record_example
 from medisee.data.features import FeatureCache
 from medisee.models.geometry import denormalise_box, logits_to_original
 from medisee.models.medisee import MediSee
-from medisee.models.processing import Batch, Example
+from medisee.models.processing import Example
 from medisee.records.manifest import Manifest
-from medisee.records.masks import encode_mask
+from medisee.records.masks import Box
 from medisee.records.prompts import candidate_text
-from medisee.records.records import QA, Prediction, Record, Target
+from medisee.records.records import QA, Record, Target
 
 Mode = Literal["forced", "generated"]
 
 
 @dataclass(frozen=True, slots=True)
 class RecordQuestions:
-    """One record and the questions asked about it, each for a target."""
+    """One record and its questions, each about one of its targets."""
 
     record: Record
     questions: tuple[tuple[Target, QA], ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class QueryAnswer:
+    """The answer to one query, in memory; `Prediction` is its form on disk. Without values it is an empty answer."""
+
+    text: str = ""
+    emitted: bool = False  # whether all candidate tokens were written, so that there is a mask
+    mask: NDArray[np.bool_] | None = None  # (H, W), in pixels of the original image; None is empty
+    box: Box | None = None  # half-open xyxy in the same pixels; None is the smallest box around the mask
+    scores: dict[str, float] = field(default_factory=dict)  # `mask_confidence`: mean probability inside the mask
+
+
 def all_questions(manifest: Manifest, limit: int | None = None, seed: int = 0) -> list[RecordQuestions]:
-    """Lists every question of every target; targets without one get a class-name question, drawn by the seed."""
+    """Lists all questions of a manifest's records, or of `limit` records spread evenly over the file.
+
+    A target without questions gets a class-name question, drawn by the seed.
+    """
     count = len(manifest) if limit is None else min(limit, len(manifest))
-    # A limit takes records evenly over the file, so that no plane or case is left out.
-    records = [manifest[index * len(manifest) // count] for index in range(count)]
-    asked = []
-    for record in records:
+    listed = []
+    for record in (manifest[index * len(manifest) // count] for index in range(count)):
         rng = random.Random(f"{seed}/{record.id}")
         questions = tuple((t, qa) for t in record.targets for qa in asked_questions(t, t.category, rng))
-        asked.append(RecordQuestions(record, questions))
-    return asked
+        listed.append(RecordQuestions(record, questions))
+    return listed
 
 
 def shuffled_questions(asked: Sequence[RecordQuestions], seed: int = 0) -> list[RecordQuestions]:
-    """Gives every target a question about another category: what scores then is not understood but guessed."""
+    """Gives every target a question about another category, so that a high score means guessing, not understanding."""
     rng = random.Random(seed)
-    pool: dict[str, list[QA]] = {}
+    by_category: dict[str, list[QA]] = {}
     for target, qa in (pair for one in asked for pair in one.questions):
-        pool.setdefault(target.category, []).append(qa)
+        by_category.setdefault(target.category, []).append(qa)
 
     def foreign(target: Target, own: QA) -> QA:
-        others = [category for category in pool if category != target.category]
-        counts = [len(pool[category]) for category in others]
-        return rng.choice(pool[rng.choices(others, counts)[0]]) if others else own
+        others = [category for category in by_category if category != target.category]
+        counts = [len(by_category[category]) for category in others]
+        return rng.choice(by_category[rng.choices(others, counts)[0]]) if others else own
 
     return [RecordQuestions(one.record, tuple((t, foreign(t, qa)) for t, qa in one.questions)) for one in asked]
 
@@ -72,83 +84,57 @@ def predict(
     *,
     settings: Eval,
     cache: FeatureCache | None = None,
-    quiet: bool = False,
     release: bool = False,
-) -> Iterator[Prediction]:
-    """Answers every question.
+) -> Iterator[QueryAnswer]:
+    """Answers every question, in order, with a model in evaluation mode; holds one batch at a time.
 
-    Args:
-        model: in evaluation mode.
-        manifest: where images come from.
-        asked: the questions.
-        mode: `forced`: the answer is given and read in one pass; `generated`: the model writes it.
-        settings: forced answer, longest answer, images per pass.
-        cache: frozen features.
-        quiet: no progress bar.
-        release: decode generated answers as the release does, see `MediSee.locate`.
+    `forced`: the answer is given and read in one pass; `generated`: the model writes it. `release` decodes generated
+    answers as the authors' release does, see `MediSee.generate`.
     """
-    size = settings.batch_size
-    for first in tqdm(range(0, len(asked), size), desc=mode, unit="batch", disable=quiet):
-        part = asked[first : first + size]
+    for first in range(0, len(asked), settings.batch_size):
+        part = asked[first : first + settings.batch_size]
         examples = [record_example(manifest, one.record, one.questions, cache, truth=False) for one in part]
-        yield from answer(model, examples, mode, settings, release=release)
+        yield from answer_examples(model, examples, mode, settings, release=release)
 
 
-# Not inference_mode: weights that ZeRO 3 gathers in it could not be trained on.
+# Not inference_mode: weights that ZeRO 3 gathers in it could not be trained afterwards.
 @torch.no_grad()
-def answer(
+def answer_examples(
     model: MediSee, examples: Sequence[Example], mode: Mode, settings: Eval, *, release: bool = False
-) -> list[Prediction]:
-    """Answers the queries of a few images in one pass, in order.
+) -> list[QueryAnswer]:
+    """Answers the queries of a few images in one pass, in order; answers, masks and boxes of the examples are not read.
 
-    The answer that an example brings is never shown to the model: `forced` gives the same words to every query.
+    In mode `forced` every query is given `settings.forced_answer`.
     """
-    device = next(model.parameters()).device
     forced = settings.forced_answer.format(candidates=candidate_text(model.config.candidate_tokens))
-    given = forced if mode == "forced" else None
+    only_asked = {"answer": forced if mode == "forced" else None, "mask": None, "box": None}
     examples = [
-        replace(
-            one,
-            queries=tuple(
-                replace(q, answer=given, mask=None, box=None, true_box=False, masked=True) for q in one.queries
-            ),
-        )
+        replace(one, queries=tuple(replace(q, **only_asked, true_box=False, masked=True) for q in one.queries))
         for one in examples
     ]
-    batch = model.processor(examples, packed=mode == "forced").to(device)
+    batch = model.processor(examples, packed=mode == "forced").to(next(model.parameters()).device)
     if mode == "forced":
         output = model(batch)
-        return _predictions(batch, output.boxes_I4, output.masks_Jhh, mode, [forced] * len(batch.queries), None)
-    written = model.generate(batch, max_new_tokens=settings.max_new_tokens, release=release)
-    return _predictions(batch, written.boxes_I4, written.masks_Jhh, mode, written.texts, written.emitted)
-
-
-def _predictions(
-    batch: Batch,
-    boxes_I4: Tensor,
-    masks_Jhh: Tensor,
-    mode: Mode,
-    texts: Sequence[str],
-    emitted: Sequence[bool] | None,
-) -> list[Prediction]:
-    predictions = []
-    for index, query in enumerate(batch.queries):
+        texts, emitted = [forced] * len(batch.queries), [True] * len(batch.queries)
+    else:
+        output = model.generate(batch, max_new_tokens=settings.max_new_tokens, release=release)
+        texts, emitted = output.texts, output.emitted
+    answers = []
+    for index, text in enumerate(texts):
+        if not emitted[index]:
+            answers.append(QueryAnswer(text=text))
+            continue
         frame = batch.frames[int(batch.image_of_target_I[index])]
-        shown = emitted is None or emitted[index]
-        logits = logits_to_original(masks_Jhh[index], frame)
+        logits = logits_to_original(output.masks_Jhh[index], frame)
         mask = logits > 0
         confidence = float(logits.sigmoid()[mask].mean()) if bool(mask.any()) else 0.0
-        predictions.append(
-            Prediction(
-                record=query.record,
-                target=query.target,
-                question=query.question,
-                mode=mode,
-                text=texts[index],
-                emitted=shown,
-                mask=encode_mask(mask.cpu().numpy()) if shown else None,
-                box=denormalise_box(boxes_I4[index], frame.height, frame.width) if shown else None,
-                scores={"mask_confidence": confidence} if shown else {},
+        answers.append(
+            QueryAnswer(
+                text=text,
+                emitted=True,
+                mask=mask.cpu().numpy(),
+                box=denormalise_box(output.boxes_I4[index], frame.height, frame.width),
+                scores={"mask_confidence": confidence},
             )
         )
-    return predictions
+    return answers

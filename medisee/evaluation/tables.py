@@ -1,90 +1,50 @@
-"""Tables of figures as text: terminal, markdown, LaTeX, CSV. Values are fractions of 1 and are printed as percentages.
+"""Tables of figures as text, for the terminal, markdown and LaTeX. Values are fractions of 1, printed as percentages.
 
-The best value of a column (the highest, as it is printed) is bold wherever at least two can be compared.
+The highest value of a column, as it is printed, is bold where the column has at least two values.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from medisee.foundation.errors import InputError
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One system's figures: a value a column, None where there is none; `ci` is empty or (low, high) a column."""
-
-    name: str
-    values: Sequence[float | None]
-    ci: Sequence[tuple[float, float] | None] = ()
+from medisee.evaluation.metrics import Figure
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of figures under named columns.
-
-    Raises:
-        InputError: a row is not as long as `columns`, or holds NaN or infinity.
-    """
+    """Rows by name with a figure per column, None where there is none; `intervals` prints those of figures too."""
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Row]
-
-    def __post_init__(self) -> None:
-        problems: list[str] = []
-        for row in self.rows:
-            where = f"table {self.title!r}, row {row.name!r}"
-            if len(row.values) != len(self.columns) or len(row.ci) not in (0, len(self.columns)):
-                problems.append(
-                    f"{where}: {len(row.values)} values and {len(row.ci)} intervals; expected {len(self.columns)}, "
-                    "one a column (intervals may be left out); fill in None."
-                )
-            numbers = [*row.values, *(end for ci in row.ci if ci for end in ci)]
-            if not all(math.isfinite(number) for number in numbers if number is not None):
-                problems.append(
-                    f"{where}: {list(row.values)}; expected finite numbers; write None where there is none."
-                )
-        if problems:
-            raise InputError(problems)
+    rows: Mapping[str, Sequence[Figure | float | None]]
+    intervals: bool = False
 
 
-def to_markdown(table: Table, percent: bool = True, digits: int = 1) -> str:
-    """Returns a GitHub table under its title.
-
-    Args:
-        table: fractions of 1.
-        percent: print 0.567 as 56.7.
-        digits: digits after the point.
-    """
-    escape = _escaper(_MARKDOWN)
-    rows = _cells(table, percent, digits, "**{}**")
+def to_markdown(table: Table) -> str:
+    """Returns a GitHub table under its title."""
     lines = [
-        ["", *map(escape, table.columns)],
+        ["", *(_escaped(column, _MARKDOWN) for column in table.columns)],
         [":--", *("--:" for _ in table.columns)],
-        *([escape(row.name), *cells] for row, cells in zip(table.rows, rows, strict=True)),
+        *([_escaped(name, _MARKDOWN), *_with_bold(cells, "**{}**")] for name, cells in _cells(table)),
     ]
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"**{escape(table.title)}**\n\n{body}\n"
+    return f"**{_escaped(table.title, _MARKDOWN)}**\n\n{body}\n"
 
 
-def to_latex(table: Table, percent: bool = True, digits: int = 1) -> str:
-    """Returns a table environment for the booktabs package; the arguments are those of `to_markdown`."""
-    escape = _escaper(_LATEX)
-    rows = _cells(table, percent, digits, r"\textbf{{{}}}")
+def to_latex(table: Table) -> str:
+    """Returns a table environment for the booktabs package."""
+    header = ["", *(_escaped(column, _LATEX) for column in table.columns)]
+    rows = [[_escaped(name, _LATEX), *_with_bold(cells, r"\textbf{{{}}}")] for name, cells in _cells(table)]
     lines = [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{escape(table.title)}}}",
+        rf"\caption{{{_escaped(table.title, _LATEX)}}}",
         rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}",
         r"\toprule",
-        " & ".join(["", *map(escape, table.columns)]) + r" \\",
+        " & ".join(header) + r" \\",
         r"\midrule",
-        *(" & ".join([escape(row.name), *cells]) + r" \\" for row, cells in zip(table.rows, rows, strict=True)),
+        *(" & ".join(row) + r" \\" for row in rows),
         r"\bottomrule",
         r"\end{tabular}",
         r"\end{table}",
@@ -92,87 +52,51 @@ def to_latex(table: Table, percent: bool = True, digits: int = 1) -> str:
     return "\n".join(lines) + "\n"
 
 
-def to_csv(table: Table, percent: bool = True, digits: int = 1) -> str:
-    """Returns comma-separated values without the title; a column with intervals is followed by its low and high.
-
-    The arguments are those of `to_markdown`.
-    """
-    has_ci = [any(row.ci and row.ci[index] for row in table.rows) for index in range(len(table.columns))]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    header = [
-        name
-        for column, wide in zip(table.columns, has_ci, strict=True)
-        for name in ([column, f"{column} low", f"{column} high"] if wide else [column])
-    ]
-    writer.writerow(["name", *header])
-    for row in table.rows:
-        cells: list[str] = []
-        for index, wide in enumerate(has_ci):
-            low, high = (row.ci[index] if row.ci else None) or (None, None)
-            numbers = [row.values[index], low, high] if wide else [row.values[index]]
-            cells.extend(_number(number, percent, digits) for number in numbers)
-        writer.writerow([row.name, *cells])
-    return text.getvalue()
-
-
-def to_terminal(table: Table, percent: bool = True, digits: int = 1, *, width: int | None = None) -> str:
-    """Returns a table for the terminal, with colours only where stdout is one.
-
-    Args:
-        table: fractions of 1.
-        percent: print 0.567 as 56.7.
-        digits: digits after the point.
-        width: columns of text; None is the terminal's own.
-    """
+def to_terminal(table: Table, *, width: int | None = None) -> str:
+    """Returns a table for the terminal, with colours only where stdout is one; `width` None is the terminal's width."""
     from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    # Text, not str: rich would read the [SEG] in a name as its markup.
+    # Text, not str: rich would read the [SEG] in a name as markup.
     rich_table = RichTable(title=Text(table.title))
     rich_table.add_column("")
     for column in table.columns:
         rich_table.add_column(Text(column), justify="right")
-    best = _best(table, percent, digits)
-    for row, cells in zip(table.rows, _cells(table, percent, digits, "{}"), strict=True):
-        values = [_number(value, percent, digits) for value in row.values]
-        styles = ["bold" if value == top else "" for value, top in zip(values, best, strict=True)]
-        rich_table.add_row(Text(row.name), *(Text(cell, style=s) for cell, s in zip(cells, styles, strict=True)))
+    for name, cells in _cells(table):
+        shown = [Text(number + interval, "bold" if is_best else "") for number, interval, is_best in cells]
+        rich_table.add_row(Text(name), *shown)
     console = Console(width=width)
     with console.capture() as capture:
         console.print(rich_table)
     return capture.get()
 
 
-def _cells(table: Table, percent: bool, digits: int, bold: str) -> list[list[str]]:
-    best = _best(table, percent, digits)
-    rows: list[list[str]] = []
-    for row in table.rows:
-        cells: list[str] = []
-        for value, ci, top in zip(row.values, row.ci or [None] * len(table.columns), best, strict=True):
-            text = _number(value, percent, digits)
-            cell = bold.format(text) if text == top else text
-            interval = ", ".join(_number(end, percent, digits) for end in ci or ())
-            cells.append(f"{cell} [{interval}]" if interval else cell)
-        rows.append(cells)
+def _cells(table: Table) -> list[tuple[str, list[tuple[str, str, bool]]]]:
+    """Returns each row's name and cells: number, interval, and whether the number is its column's best as printed."""
+    values = {name: [c.value if isinstance(c, Figure) else c for c in cells] for name, cells in table.rows.items()}
+    best: list[str | None] = []
+    for _, *column in zip(table.columns, *values.values(), strict=True):
+        known = [value for value in column if value is not None]
+        best.append(_percentage(max(known)) if len(known) > 1 else None)
+    rows = []
+    for name, cells in table.rows.items():
+        shown = []
+        for cell, value, top in zip(cells, values[name], best, strict=True):
+            interval = ""
+            if table.intervals and isinstance(cell, Figure):
+                interval = f" [{_percentage(cell.low)}, {_percentage(cell.high)}]"
+            shown.append((_percentage(value), interval, _percentage(value) == top))
+        rows.append((name, shown))
     return rows
 
 
-def _best(table: Table, percent: bool, digits: int) -> list[str | None]:
-    """Returns each column's highest value as it is printed, so that values that print alike are all bold."""
-    best: list[str | None] = []
-    for column in zip(*(row.values for row in table.rows), strict=True) if table.rows else ():
-        values = [value for value in column if value is not None]
-        best.append(_number(max(values), percent, digits) if len(values) > 1 else None)
-    return best
+def _with_bold(cells: Sequence[tuple[str, str, bool]], bold: str) -> list[str]:
+    return [(bold.format(number) if is_best else number) + interval for number, interval, is_best in cells]
 
 
-def _number(value: float | None, percent: bool, digits: int) -> str:
-    if value is None:
-        return "-"
-    rounded = round(100 * value if percent else value, digits)
-    return f"{rounded + 0.0:.{digits}f}"  # + 0.0 turns -0.0 into 0.0
+def _percentage(value: float | None) -> str:
+    return "-" if value is None else f"{round(100 * value, 1) + 0.0:.1f}"  # + 0.0 turns -0.0 into 0.0
 
 
 _LATEX = {
@@ -188,6 +112,5 @@ _LATEX = {
 _MARKDOWN = {sign: "\\" + sign for sign in "\\|*_`<"}
 
 
-def _escaper(signs: dict[str, str]) -> Callable[[str], str]:
-    table = str.maketrans(signs)
-    return lambda text: " ".join(text.split()).translate(table)
+def _escaped(text: str, signs: Mapping[str, str]) -> str:
+    return " ".join(text.split()).translate(str.maketrans(dict(signs)))

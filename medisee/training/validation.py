@@ -13,7 +13,7 @@ from medisee.evaluation.prediction import RecordQuestions, all_questions, predic
 from medisee.foundation.hardware import compute_dtype, is_mixed
 from medisee.models.medisee import MediSee
 from medisee.records.manifest import Manifest
-from medisee.records.masks import decode_mask, mask_box
+from medisee.records.masks import mask_box
 from medisee.training.ranks import Place, gather
 
 
@@ -53,14 +53,9 @@ def selection_figure(summary: Summary) -> float:
 def _scores(
     model: MediSee, val: Manifest, asked: Sequence[RecordQuestions], *, config: Config, cache: FeatureCache | None
 ) -> list[Score]:
-    predictions = predict(model, val, asked, "forced", settings=config.eval, cache=cache, quiet=True)
+    answers = predict(model, val, asked, "forced", settings=config.eval, cache=cache)
     truths = [(val.mask(one.record, target), target) for one in asked for target, _ in one.questions]
     return [
-        score(
-            decode_mask(prediction.mask) if prediction.mask else None,
-            mask,
-            prediction.box,
-            target.box or mask_box(mask),
-        )
-        for prediction, (mask, target) in zip(predictions, truths, strict=True)
+        score(answer.mask, mask, answer.box, target.box or mask_box(mask))
+        for answer, (mask, target) in zip(answers, truths, strict=True)
     ]

@@ -17,7 +17,7 @@ from data_gen.core.items import Decision
 from data_gen.export import main
 from data_gen.ledger.ledger import Ledger
 from medisee.data.dataset import record_example
-from medisee.evaluation.naming import read_categories
+from medisee.evaluation.scoring import read_categories
 from medisee.foundation.errors import exit_code
 from medisee.foundation.files import sha256
 from medisee.records.manifest import Manifest

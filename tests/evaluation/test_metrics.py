@@ -98,7 +98,7 @@ def test_boxes_without_area() -> None:
 
 
 def test_bad_input_is_named() -> None:
-    with pytest.raises(InputError, match=r"predicted mask is .* = \(8, 6\); expected the truth's \(6, 8\)"):
+    with pytest.raises(InputError, match=r"predicted mask is .* = \(8, 6\), but the truth is \(6, 8\)"):
         score(SQUARE.T, SQUARE)
     with pytest.raises(InputError, match="expected finite coordinates"):
         box_iou((0, 0, float("nan"), 1), (0, 0, 1, 1))

@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from medisee.evaluation import references
+from medisee.evaluation.prediction import RecordQuestions
 from medisee.evaluation.references import GRID, learn_references, mean_mask
+from medisee.evaluation.scoring import Split, answers_from_references
 from medisee.records.manifest import Manifest
-from medisee.records.masks import decode_mask, encode_mask
+from medisee.records.masks import encode_mask
 from medisee.records.records import QA, Record, Target, write_records
 
 SIZE = (40, 60)
@@ -61,7 +63,7 @@ def image(grey: int, size: tuple[int, int] = SIZE) -> NDArray[np.uint8]:
     return np.full((*size, 3), grey, dtype=np.uint8)
 
 
-def asked(plane: str | None = "axial", modality: str = "ct") -> Record:
+def other_record(plane: str | None = "axial", modality: str = "ct") -> Record:
     return Record(id="new", image="x.png", modality=modality, source="s", case="c", targets=(), plane=plane)
 
 
@@ -73,9 +75,9 @@ def test_the_mean_of_equal_masks_is_the_mask(training: Training) -> None:
     mask = block(8, 20)
     training.add(10, {"liver": mask})
     training.add(20, {"liver": mask})
-    found = learn_references(training.open()).masks(image(0), asked(), "liver")["mean_mask"]
+    found = learn_references(training.open()).masks(image(0), other_record(), "liver")["mean_mask"]
     assert dice(found, mask) > 0.95
-    other = learn_references(training.open()).masks(image(0, (80, 30)), asked(), "liver")["mean_mask"]
+    other = learn_references(training.open()).masks(image(0, (80, 30)), other_record(), "liver")["mean_mask"]
     assert dice(other, block(16, 10, 20, 6, (80, 30))) > 0.95
 
 
@@ -97,7 +99,7 @@ def test_the_cut_never_sees_the_test_image(training: Training) -> None:
     training.add(10, {"liver": block(8, 20)})
     found = learn_references(training.open())
     before = found.means["liver", "axial"].cut
-    found.masks(image(200), asked(), "liver")
+    found.masks(image(200), other_record(), "liver")
     assert found.means["liver", "axial"].cut == before
 
 
@@ -107,7 +109,7 @@ def test_each_plane_is_its_own_group_and_no_plane_is_one_too(training: Training)
         training.add(10 * grey, {"liver": mask}, plane=plane)
     found = learn_references(training.open())
     for plane, mask in places.items():
-        for answer in found.masks(image(0), asked(plane), "liver").values():
+        for answer in found.masks(image(0), other_record(plane), "liver").values():
             assert dice(answer, mask) > 0.9
 
 
@@ -116,9 +118,9 @@ def test_nearest_slice_is_the_most_similar_one_that_shows_the_category(training:
     training.add(140, {"liver": block(5, 30)})
     training.add(200, {"liver": block(20, 10)})
     found = learn_references(training.open())
-    assert dice(found.masks(image(100), asked(), "liver")["nearest_slice"], block(5, 30)) == 1
-    assert dice(found.masks(image(190), asked(), "liver")["nearest_slice"], block(20, 10)) == 1
-    small = found.masks(image(190, (20, 30)), asked(), "liver")["nearest_slice"]
+    assert dice(found.masks(image(100), other_record(), "liver")["nearest_slice"], block(5, 30)) == 1
+    assert dice(found.masks(image(190), other_record(), "liver")["nearest_slice"], block(20, 10)) == 1
+    small = found.masks(image(190, (20, 30)), other_record(), "liver")["nearest_slice"]
     assert dice(small, block(10, 5, 5, 6, (20, 30))) == 1
 
 
@@ -126,16 +128,16 @@ def test_nearest_slice_is_of_the_same_modality(training: Training) -> None:
     training.add(100, {"liver": block(2, 2)}, modality="mr")
     training.add(200, {"liver": block(20, 10)}, modality="ct")
     found = learn_references(training.open())
-    assert dice(found.masks(image(100), asked(), "liver")["nearest_slice"], block(20, 10)) == 1
-    assert found.masks(image(100), asked(modality="us"), "liver")["nearest_slice"] is None
+    assert dice(found.masks(image(100), other_record(), "liver")["nearest_slice"], block(20, 10)) == 1
+    assert found.masks(image(100), other_record(modality="us"), "liver")["nearest_slice"] is None
 
 
 def test_what_training_never_showed_is_empty(training: Training) -> None:
     training.add(100, {"liver": block(2, 2)})
     found = learn_references(training.open())
     nothing = {"mean_mask": None, "nearest_slice": None}
-    assert found.masks(image(100), asked(), "spleen") == nothing
-    assert found.masks(image(100), asked("sagittal"), "liver") == nothing
+    assert found.masks(image(100), other_record(), "spleen") == nothing
+    assert found.masks(image(100), other_record("sagittal"), "liver") == nothing
 
 
 def test_an_image_in_several_records_counts_once(training: Training) -> None:
@@ -145,7 +147,7 @@ def test_an_image_in_several_records_counts_once(training: Training) -> None:
     found = learn_references(training.open())
     assert len(found.slices) == len(found.thumbnails) == 1
     assert found.showing == {("liver", "axial", "ct"): [0], ("spleen", "axial", "ct"): [0]}
-    both = found.masks(image(100), asked(), "liver")["nearest_slice"]
+    both = found.masks(image(100), other_record(), "liver")["nearest_slice"]
     assert dice(both, block(2, 2) | block(2, 30)) == 1
 
 
@@ -153,17 +155,21 @@ def test_large_training_sets_are_read_evenly(training: Training, monkeypatch: py
     monkeypatch.setattr(references, "MOST_IMAGES", 2)
     for grey in range(4):
         training.add(grey, {"liver": block(2, 2)})
-    assert [one.records for one in learn_references(training.open()).slices] == [(0,), (2,)]
+    assert learn_references(training.open()).slices == [[0], [2]]
 
 
-def test_predictions_do_not_depend_on_the_words_of_a_question(training: Training) -> None:
+def test_answers_do_not_depend_on_the_words_of_a_question(training: Training) -> None:
     record = training.add(100, {"liver": block(2, 2)})
     manifest = training.open()
-    found = learn_references(manifest)
     (target,) = record.targets
-    told = QA("Show the liver.", "It is the liver.", "class", "short")
-    asked_otherwise = QA("Show the spleen.", "", "location", "long")
-    for mode, (one, other) in found.predict(manifest, record, [(target, told), (target, asked_otherwise)]).items():
-        assert one.mode == other.mode == mode and one.mask == other.mask and one.text == "" and one.emitted
-        assert (one.question, other.question) == (told.question, asked_otherwise.question)
-        assert one.mask is not None and one.box is None and dice(decode_mask(one.mask), block(2, 2)) > 0.9
+    named = QA("Show the liver.", "It is the liver.", "class", "short")
+    otherwise = QA("Show the spleen.", "", "location", "long")
+    asked = RecordQuestions(record, ((target, named), (target, otherwise)))
+    split = Split(manifest, {record.id: asked}, (asked,))
+    first, second = answers_from_references(learn_references(manifest), split)
+    assert set(first) == set(second) == {"mean_mask", "nearest_slice"}
+    for mode, (one, prediction) in first.items():
+        other = second[mode][0]
+        assert prediction is None and one.mask is not None and other.mask is not None
+        assert np.array_equal(one.mask, other.mask)
+        assert one.text == "" and one.emitted and one.box is None and dice(one.mask, block(2, 2)) > 0.9

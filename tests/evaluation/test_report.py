@@ -1,4 +1,4 @@
-"""Summaries, tables, rows and gallery of scored predictions."""
+"""Summaries, tables and rows of scored predictions."""
 
 from __future__ import annotations
 
@@ -9,20 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from medisee.evaluation.metrics import Score
-from medisee.evaluation.report import (
-    FIGURES,
-    FILES,
-    Case,
-    Results,
-    Scored,
-    check_out,
-    gallery_cases,
-    main_table,
-    summarise_split,
-    to_text,
-    write_report,
-)
+from medisee.evaluation.metrics import Figure, Score
+from medisee.evaluation.report import FIGURES, FILES, check_out, main_table, summarise_split, to_text, write_report
+from medisee.evaluation.scoring import Case, Results, Scored
+from medisee.evaluation.tables import to_markdown
 from medisee.foundation.errors import InputError
 from medisee.records.manifest import Manifest
 from medisee.records.records import QA, Prediction
@@ -64,8 +54,10 @@ def test_a_split_is_summarised_as_a_whole_and_by_groups(manifest: Manifest, case
     summary = summarise_split(results(manifest, all_scored), resamples=20)
     assert summary.modes["generated"].dice.value == pytest.approx(0.6) and summary.modes["generated"].n == 16
     assert (summary.emission, summary.named, summary.missing) == (1.0, 0.5, 0)
-    assert list(summary.by_length) == ["short", "long"] and list(summary.by_perspective) == ["attribute", "location"]
-    assert {name: of["generated"].dice.value for name, of in summary.by_category.items()} == pytest.approx(
+    groups = summary.groups
+    assert list(groups["by_length"]) == ["short", "long"]
+    assert list(groups["by_perspective"]) == ["attribute", "location"]
+    assert {name: of["generated"].dice.value for name, of in groups["by_category"].items()} == pytest.approx(
         {"left kidney": 0.4, "liver": 0.8}
     )
     assert summary.named_by_category == {"left kidney": 0.5, "liver": 0.5}
@@ -92,53 +84,25 @@ def test_the_main_table_has_systems_and_splits(manifest: Manifest, cases: list[C
     summary = summarise_split(full, 5)
     table = main_table({"val": summary, "test": summary}, "Ours", intervals=True)
     assert list(table.columns) == [f"{split} {figure}" for split in ("val", "test") for figure in FIGURES]
-    values = {row.name: list(row.values) for row in table.rows}
+    values = {
+        name: [cell.value if isinstance(cell, Figure) else cell for cell in cells] for name, cells in table.rows.items()
+    }
     assert values == {
         "Ours (generated)": [0.75, 0.75, 0.75, 0.75, 1.0] * 2,
         "mean mask of category and plane": [0.25, 0.25, 0.25, 0.25, 0.0] * 2,
         "nearest training slice": [0.25, 0.25, 0.25, 0.25, 0.0] * 2,
         "Ours, shuffled queries (Dice only)": [0.25, None, None, None, None] * 2,
     }
-    assert table.rows[0].ci[0] == (0.75, 0.75)
+    assert table.rows["Ours (generated)"][0] == Figure(0.75, 0.75, 0.75)
+    assert "**75.0** [75.0, 75.0]" in to_markdown(table)
     plain = main_table({"test": summarise_split(results(manifest, good), 5)}, "Ours")
-    assert list(plain.columns) == list(FIGURES) and [row.name for row in plain.rows] == ["Ours (generated)"]
-
-
-@pytest.mark.parametrize(
-    ("count", "expected"),
-    [
-        (1, {"best": 1}),
-        (2, {"best": 1, "worst": 1}),
-        (3, {"best": 1, "median": 1, "worst": 1}),
-        (5, {"best": 2, "median": 1, "worst": 2}),
-        (12, {"best": 4, "median": 4, "worst": 4}),
-        (16, {"best": 4, "median": 4, "worst": 4}),
-    ],
-)
-def test_the_gallery_shows_best_median_and_worst_once(
-    manifest: Manifest, cases: list[Case], count: int, expected: dict[str, int]
-) -> None:
-    shown = gallery_cases(results(manifest, [scored(case, i / 16) for i, case in enumerate(cases[:count])]))
-    sections = [case.section for case in shown]
-    assert {section: sections.count(section) for section in dict.fromkeys(sections)} == expected
-    dice = [case.dice or 0.0 for case in shown]
-    assert dice == sorted(set(dice), reverse=True)
-    assert max(dice) == (count - 1) / 16 and (count == 1 or min(dice) == 0)
-    if count == 16:
-        assert [one for one in dice if 4 <= 16 * one < 12] == [9 / 16, 8 / 16, 7 / 16, 6 / 16]
-
-
-def test_gallery_notes_say_mode_and_name(manifest: Manifest, cases: list[Case]) -> None:
-    three = [scored(cases[0], 0.9), scored(cases[1], 0.5, named=False), scored(cases[2], 0.1, named=None)]
-    three[2] = replace(three[2], missing=True)
-    notes = [case.note for case in gallery_cases(results(manifest, three))]
-    assert notes == ["generated, names the target", "generated, does not name the target", "no prediction"]
+    assert list(plain.columns) == list(FIGURES) and list(plain.rows) == ["Ours (generated)"]
 
 
 def test_a_report_is_written(tmp_path: Path, manifest: Manifest, cases: list[Case]) -> None:
     odd = QA('=1+1, "quoted"\nand a line', "", "attribute", "short")
     all_scored = [scored(replace(cases[0], qa=odd), 0.5), *(scored(case, 0.5, named=False) for case in cases[1:])]
-    all_scored[1] = replace(all_scored[1], missing=True)
+    all_scored[1] = replace(all_scored[1], prediction=None)
     split = results(manifest, all_scored)
     summary = summarise_split(split, 5)
     write_report(tmp_path, [split], {"tiny": summary}, "a_system")

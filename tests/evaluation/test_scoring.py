@@ -1,4 +1,4 @@
-"""Which category an answer names, and the file that lists what counts as naming it."""
+"""Which category an answer names, and the file that lists the names of categories."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from medisee.evaluation.naming import named_category, read_categories
+from medisee.evaluation.scoring import named_category, read_categories
 from medisee.foundation.errors import InputError
 
 CATEGORIES = {
@@ -60,11 +60,11 @@ def test_reads_categories(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "not JSON"),
-        ('["liver"]', "holds list; expected {"),
+        ('["liver"]', "holds a list; expected {"),
         ('{"liver": "liver"}', "category 'liver' has the names 'liver'; expected a list"),
         ('{"liver": []}', "category 'liver' has the names []"),
         ('{"liver": [" "]}', "category 'liver' has the names [' ']"),
-        ('{"liver": ["hepar"], "spleen": ["He  par", "hepar"]}', "'hepar' stands for 'liver' and for 'spleen'"),
+        ('{"liver": ["hepar"], "spleen": ["He  par", "hepar"]}', "'hepar' belongs to 'liver' and 'spleen'"),
     ],
 )
 def test_refuses_other_forms(tmp_path: Path, content: str, message: str) -> None:
