@@ -1,6 +1,6 @@
 """Prints how much memory training steps of a run take on the CPU: a process of its own, asked by test_plan_memory.py.
 
-  python tests/peak_memory.py run.json
+  python tests/planning/peak_memory.py run.json
 
 Bytes of resident memory at the peak, above what the process held before the model was built.
 """
