@@ -20,7 +20,7 @@ from medisee.models.medisee import MediSee
 from medisee.planning.parameters import stand_in_tokenizer
 from medisee.planning.workload import OURS, add_pixels, make_batch, training_workload
 from medisee.training.layers import recompute_layers
-from medisee.training.optimization import TorchOptimization, TrainingLoss
+from medisee.training.optimization import Optimization, TrainingLoss
 
 WARM: dict[str, Any] = {
     "model": {
@@ -44,7 +44,7 @@ def steps(config: Config, number: int) -> None:
     if config.train.recompute_layers:
         recompute_layers(model.mllm, config.train.recompute_layers)
     loss = TrainingLoss(model, config.loss, dtype=torch.float32, world=1)
-    optimization = TorchOptimization(loss, config.train)
+    optimization = Optimization(loss, config.train)
     workload = training_workload(config)
     for _ in range(number):
         for _ in range(config.train.accumulation):
