@@ -1,6 +1,6 @@
 """How the language model's layers run in training: compiled by torch.compile, or recomputed in the backward pass.
 
-Layers are compiled one by one: they share their code, so that the first step compiles one layer, not the whole model.
+Layers are compiled separately: they share their code, so the first step compiles one layer, not the whole model.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from medisee.foundation.errors import InputError
 
 
 def check_compiler(device: torch.device) -> None:
-    """Checks that torch.compile can build kernels for a device, by building one; the first time takes seconds.
+    """Checks that torch.compile can build kernels for a device by building one, which takes seconds the first time.
 
     Raises:
-        InputError: it cannot: no C++ compiler or no headers of Python on a CPU, no Triton for a GPU.
+        InputError: it cannot: no C++ compiler or no Python headers on a CPU, no Triton for a GPU.
     """
     probe = torch.compile(lambda values: (values.sin() + 1).sum())
     try:
@@ -26,16 +26,15 @@ def check_compiler(device: torch.device) -> None:
     except (RuntimeError, OSError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
-            f"train.compile_layers = true: torch.compile cannot build kernels for {device.type!r} here ({reason}); a CPU "
-            "needs g++, or what the variable CXX names, and Python's headers (python3-dev), a GPU needs Triton. Install "
-            "them, or set train.compile_layers=false, which computes the same more slowly."
+            f"train.compile_layers = true: torch.compile cannot build kernels for {device.type!r} here ({reason}). Install "
+            "g++ (or set CXX) and Python's headers (python3-dev) for a CPU, Triton for a GPU, or set train.compile_layers=false."
         ) from error
 
 
 def compile_layers(llava: LlavaForConditionalGeneration) -> None:
     """Lets the language model's layers run as compiled kernels.
 
-    Results stay the same but for rounding, and for the values that a dropout drops: kernels draw numbers of their own.
+    Results stay the same except for rounding and for what dropout drops, since kernels draw other random numbers.
     The first length of a batch is compiled, then one kernel for all others.
     """
     for layer in llava.model.language_model.layers:
@@ -43,7 +42,7 @@ def compile_layers(llava: LlavaForConditionalGeneration) -> None:
 
 
 def uncompiled(compiled: bool) -> AbstractContextManager[object]:
-    """Returns a context in which compiled layers run as if they were not: where shapes or modes would be compiled anew.
+    """Returns a context in which compiled layers run uncompiled: where shapes or modes would be compiled again.
 
     Args:
         compiled: whether there are any.
@@ -52,11 +51,11 @@ def uncompiled(compiled: bool) -> AbstractContextManager[object]:
 
 
 def recompute_layers(llava: LlavaForConditionalGeneration, count: bool | int = True) -> None:
-    """Lets the language model's layers compute again what the backward pass needs; results stay the same.
+    """Lets the language model's layers recompute what the backward pass needs; results stay the same.
 
     Args:
-        llava: whose language model it is.
-        count: how many layers, the first ones; True: all.
+        llava: the model that contains them.
+        count: how many layers, counted from the first; True: all.
     """
     language: Any = llava.model.language_model
     # transformers renamed it on the way to version 6.
