@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from medisee.config import Config, Train
@@ -40,10 +41,11 @@ from medisee.training.initial_model import build_model, read_images_and_texts
 from medisee.training.interruption import Stopped, StopRequest
 from medisee.training.layers import check_compiler, compile_layers, recompute_layers, uncompiled
 from medisee.training.optimization import (
+    DeepSpeedOptimization,
     Optimization,
+    TrainingLoss,
     describe_batch,
     effective_batch,
-    make_optimization,
     split_batch,
     warmup_decay,
 )
@@ -69,12 +71,11 @@ from medisee.training.resume import (
     disk_errors,
     find_last_on_all_ranks,
     remove_states,
-    restore_weights,
     save_state,
 )
 from medisee.training.run_log import RunLog, Throughput
 from medisee.training.validation import figures, selection_figure, validate
-from medisee.weights.checkpoints import save_checkpoint
+from medisee.weights.checkpoints import WEIGHTS, load_trained, save_checkpoint
 from medisee.weights.missing import check_files, with_missing_weights
 
 
@@ -183,7 +184,15 @@ def _prepare(
         model = build_model(config, texts).placed(place.device)
     except InputError as error:
         raise with_missing_weights(error, config.model) from error
-    cache = _features(config, model, images, place)
+    cache = None
+    if config.data.cache is not None:
+        if place.rank > 0:
+            wait_for_ranks()
+        folder, cache_dtype = Path(config.data.cache), compute_dtype(config.data.cache_dtype, place.device)
+        skip = config.data.skip_corrupt
+        cache = fill_cache(images, model.seg_head, model.processor, folder, cache_dtype, skip_corrupt=skip)
+        if place.rank == 0:
+            wait_for_ranks()
     dtype = compute_dtype(settings.dtype, place.device)
     to_training_precision(model, dtype)
     if settings.recompute_layers:
@@ -192,8 +201,10 @@ def _prepare(
     if settings.compile_layers:
         compile_layers(model.mllm)
     if saved is not None:
-        restore_weights(saved, model)
-    optimization = make_optimization(model, config.loss, settings, dtype=dtype, place=place, launched=is_launched())
+        # Before the optimization is made, which may cut the parameters into parts.
+        load_trained(model, load_file(saved.folder / WEIGHTS), saved.folder / WEIGHTS)
+    loss = TrainingLoss(model, config.loss, dtype=dtype, world=place.world)
+    optimization = (DeepSpeedOptimization if is_launched() else Optimization)(loss, settings)
     start = Progress()
     if saved is not None:
         start = saved.progress
@@ -302,19 +313,6 @@ def _read_batch(run: Run, problems: list[str]) -> Batch:
     if run.batch is None:
         raise ValueError("there is neither a batch nor a problem")
     return run.batch
-
-
-def _features(config: Config, model: MediSee, images: Sequence[Path], place: Place) -> FeatureCache | None:
-    if config.data.cache is None:
-        return None
-    dtype = compute_dtype(config.data.cache_dtype, place.device)
-    if place.rank > 0:
-        wait_for_ranks()
-    folder, skip = Path(config.data.cache), config.data.skip_corrupt
-    cache = fill_cache(images, model.seg_head, model.processor, folder, dtype, skip_corrupt=skip)
-    if place.rank == 0:
-        wait_for_ranks()
-    return cache
 
 
 def _seed_step(seed: int, step: int, rank: int) -> None:

@@ -350,7 +350,7 @@ def _deepspeed(run: Run, path: Path, *arguments: str) -> None:
     environment["PATH"] = f"{launcher.parent}{os.pathsep}{environment['PATH']}"
     port = str(free_port())
     command = [sys.executable, str(launcher), "--num_gpus", "2", "--master_port", port, str(script)]
-    # Into a file and in a session of its own: ranks that hang would outlive the launcher and hold a pipe open for ever.
+    # Into a file and in a separate session: ranks that hang would outlive the launcher and hold a pipe open for ever.
     with path.with_suffix(".txt").open("w") as output:
         process = subprocess.Popen(
             [*command, "--config", str(path), *arguments],

@@ -72,15 +72,7 @@ def cost_on_line(at_0: StepCost, at_1: StepCost, place: float) -> StepCost:
 def training_cost(
     config: Config, workload: Workload, mode: ComputeMode, *, dtype: torch.dtype, recompute: bool = False
 ) -> StepCost:
-    """Measures a micro-batch's forward and backward pass.
-
-    Args:
-        config: of the run.
-        workload: its questions.
-        mode: how it computes.
-        dtype: compute precision.
-        recompute: the language model's layers keep only their inputs.
-    """
+    """Measures a micro-batch's forward and backward pass; with `recompute` the layers keep only their inputs."""
 
     def measure(model: MediSee) -> StepCost:
         if recompute:
@@ -233,13 +225,7 @@ def _learns(module: nn.Module) -> bool:
 
 
 class Tally(TorchDispatchMode):
-    """Counts, operator by operator.
-
-    Attributes:
-        now: bytes of all storages that live and are not ignored.
-        peak: the most of them so far.
-        flops: floating-point operations so far.
-    """
+    """Counts, operator by operator: bytes that live `now` and are not ignored, their `peak`, and `flops` so far."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -66,11 +66,8 @@ class PartCount:
 def meta_model(config: Model, *, dtype: torch.dtype = torch.bfloat16, layers: int | None = None) -> MediSee:
     """Builds a model without weights, stored as training stores it.
 
-    Args:
-        config: of the model; `mllm.source` may be missing.
-        dtype: compute precision of the run.
-        layers: layers of the language model; None: all. Flex attention is replaced by SDPA, since it does not run on
-            tensors without memory; it does the same arithmetic and keeps no mask.
+    `config.mllm.source` may be missing. Flex attention is replaced by SDPA, since it does not run on tensors without
+    memory. The language model has its first `layers` only, if given.
 
     Raises:
         InputError: sizes that do not fit together; a language model whose config.json cannot be read.
@@ -81,10 +78,17 @@ def meta_model(config: Model, *, dtype: torch.dtype = torch.bfloat16, layers: in
         mllm = mllm.model_copy(update={"attention": "sdpa"})
     if layers is not None:
         mllm = mllm.model_copy(update={"size": mllm.size.model_copy(update={"layers": layers})})
-    with torch.device("meta"):
-        model = MediSee(config.model_copy(update={"mllm": mllm}), stand_in_tokenizer(config), weights=False)
-    for parameter in model.mllm.parameters():
-        parameter.data = parameter.data.to(planned.dtype)
+    # The language model adapts what trains to the type that it is built in, so casting it afterwards is not the same.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(planned.dtype)
+    try:
+        with torch.device("meta"):
+            model = MediSee(config.model_copy(update={"mllm": mllm}), stand_in_tokenizer(config), weights=False)
+    finally:
+        torch.set_default_dtype(before)
+    for name, part in model.named_children():
+        if name != "mllm":
+            part.float()
     to_training_precision(model, dtype)
     return model
 

@@ -68,8 +68,6 @@ class Memory:
     """Bytes on each GPU under one ZeRO stage, without activations.
 
     Attributes:
-        weights: as stored: trainable ones in float32, frozen ones in the type of their file.
-        gradients: float32.
         optimizer: AdamW's moments, and ZeRO's copy of the trainable weights.
         buffers: ZeRO's bucket for gradients, and the weights that ZeRO 3 gathers.
         host: what is offloaded to the CPU's memory, per process; not part of the total.
@@ -102,17 +100,12 @@ class TrainingPlan:
 
     Attributes:
         config: of the run, with the accumulation that this number of GPUs needs.
-        gpu, gpus: type and number of GPUs.
-        dtype: compute precision.
-        workload: its micro-batch.
-        parts: parameters.
         memory: for each ZeRO stage.
         stored: bytes of all weights with the language model's layers unchanged (16), and in 8 and 4 bits.
         kept_all, recomputed: activations' peak in bytes with every layer's kept, and with every layer recomputed.
         recompute: share of the layers that are recomputed in the modes below: as configured, or all where the GPU is
             too small otherwise.
         modes: the release's compute mode and ours.
-        missing: what is not on this machine.
     """
 
     config: Config
@@ -141,11 +134,9 @@ class InferencePlan:
     """Planned inference, one query at a time.
 
     Attributes:
-        gpu, parts, stored, missing: see TrainingPlan.
-        cache: bytes of the language model's keys and values for the longest answer.
+        cache: bytes of the language model's keys and values for the longest answer, of `max_new_tokens`.
         read: cost of the image, the question and the decoders.
         token_flops: floating-point operations of each further token of the answer.
-        max_new_tokens: of the longest answer.
     """
 
     gpu: Gpu
@@ -159,12 +150,7 @@ class InferencePlan:
 
 
 def plan_training(config: Config, *, gpu: str = GPU, gpus: int = GPUS) -> TrainingPlan:
-    """Plans a training run under DeepSpeed.
-
-    Args:
-        config: of the run; its files may be missing.
-        gpu: name of a GPU, see medisee/planning/gpus.py.
-        gpus: number of GPUs.
+    """Plans a training run under DeepSpeed, whose files may be missing.
 
     Raises:
         InputError: an unknown GPU or none; sizes that do not fit together; a manifest that cannot be read.
@@ -218,12 +204,7 @@ def plan_training(config: Config, *, gpu: str = GPU, gpus: int = GPUS) -> Traini
 def stage_memory(parts: Sequence[PartCount], train: Train, *, stage: int, gpus: int, weights: float) -> Memory:
     """Returns what each GPU holds under a ZeRO stage (Rajbhandari et al. 2020): 1 cuts optimizer state, 2 gradients, 3 weights.
 
-    Args:
-        parts: the model's.
-        train: for offloading and DeepSpeed's own settings.
-        stage: of ZeRO; 0 is also plain torch.
-        gpus: number of GPUs.
-        weights: bytes of all weights.
+    Stage 0 is also plain torch; `weights` are the bytes of all weights.
     """
     learning, everything = sum(part.trainable for part in parts), sum(part.total for part in parts)
     share = [gpus if stage >= first else 1 for first in (1, 2, 3)]

@@ -136,11 +136,7 @@ def _tokens(text: str) -> int:
 def make_batch(model: MediSee, workload: Workload, config: Config, mode: ComputeMode) -> Batch:
     """Builds the micro-batch with the model's own processor; `add_pixels` gives it its images.
 
-    Args:
-        model: whose tokenizer has one token per word.
-        workload: the questions.
-        config: of the run, for the size of true masks.
-        mode: how they become sequences.
+    The model's tokenizer has one token per word.
     """
     mask = np.zeros((IMAGE_SIDE, IMAGE_SIDE), dtype=bool)
     mask[: IMAGE_SIDE // 4, : IMAGE_SIDE // 4] = True

@@ -14,11 +14,7 @@ BY_FILE = 1
 
 
 class Stopped(Exception):
-    """A run was asked to stop before its last step, and its state is saved.
-
-    Attributes:
-        code: the process's exit code: 0 by the file, 143 by SIGTERM, 130 by Ctrl-C.
-    """
+    """A run was stopped before its last step, and its state is saved; `code` is the exit code: 0, 143 (SIGTERM) or 130."""
 
     def __init__(self, step: int, folder: Path, request: int) -> None:
         self.code = 0 if request == BY_FILE else request

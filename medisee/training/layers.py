@@ -42,21 +42,12 @@ def compile_layers(llava: LlavaForConditionalGeneration) -> None:
 
 
 def uncompiled(compiled: bool) -> AbstractContextManager[object]:
-    """Returns a context in which compiled layers run uncompiled: where shapes or modes would be compiled again.
-
-    Args:
-        compiled: whether there are any.
-    """
+    """Returns a context in which layers, if compiled, run uncompiled: where other shapes would be compiled again."""
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def recompute_layers(llava: LlavaForConditionalGeneration, count: bool | int = True) -> None:
-    """Lets the language model's layers recompute what the backward pass needs; results stay the same.
-
-    Args:
-        llava: the model that contains them.
-        count: how many layers, counted from the first; True: all.
-    """
+    """Lets the first `count` layers (True: all) recompute what the backward pass needs; results stay the same."""
     language: Any = llava.model.language_model
     # transformers renamed it on the way to version 6.
     enable = getattr(language, "activation_checkpointing_enable", None) or language.gradient_checkpointing_enable

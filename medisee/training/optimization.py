@@ -23,7 +23,7 @@ from medisee.foundation.errors import InputError
 from medisee.models.losses import Terms, end_to_end_loss
 from medisee.models.medisee import MaskDetail, MediSee
 from medisee.models.processing import Batch
-from medisee.training.ranks import Place, world_from_environment
+from medisee.training.ranks import world_from_environment
 from medisee.weights.checkpoints import trained_state
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -256,14 +256,6 @@ def deepspeed_config(train: Train) -> dict[str, Any]:
         "steps_per_print": 10**9,
     }
     return _merged(own, train.deepspeed)
-
-
-def make_optimization(
-    model: MediSee, weights: Loss, train: Train, *, dtype: torch.dtype, place: Place, launched: bool
-) -> Optimization:
-    """Returns DeepSpeed's optimization under a launcher, and torch's own without one."""
-    loss = TrainingLoss(model, weights, dtype=dtype, world=place.world)
-    return DeepSpeedOptimization(loss, train) if launched else Optimization(loss, train)
 
 
 def _merged(own: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:

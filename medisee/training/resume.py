@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from medisee.config import Config
@@ -29,7 +29,7 @@ from medisee.foundation.files import replace_folder, sha256, write_json
 from medisee.models.medisee import MediSee
 from medisee.training.optimization import Optimization
 from medisee.training.ranks import Place, errors_on_all_ranks, gather, raise_on_all_ranks
-from medisee.weights.checkpoints import WEIGHTS, load_trained, trained_state
+from medisee.weights.checkpoints import WEIGHTS, trained_state
 
 CHECKPOINT = "checkpoint"
 """Folder of the best checkpoint, next to the saved states."""
@@ -136,16 +136,8 @@ def save_state(
 ) -> None:
     """Saves all that an exact resume needs; every rank calls it, the first one writes.
 
-    Args:
-        states: where it goes.
-        progress: how far the run has come.
-        config: the run as the user gave it.
-        effective_batch: images per optimizer step.
-        model, optimization: whose state is saved.
-        place: among the ranks.
-
     Raises:
-        InputError: it cannot be written, on every rank; the older states are untouched.
+        InputError: it cannot be written; raised on every rank, and the older states are untouched.
     """
     moments = optimization.moments()
     with optimization.whole_parameters():
@@ -261,15 +253,6 @@ def check_same_run(saved: Saved, config: Config, effective_batch: int) -> None:
         )
     if problems:
         raise InputError(problems)
-
-
-def restore_weights(saved: Saved, model: MediSee) -> None:
-    """Loads the trainable tensors; call it before making the optimization, which may cut them into parts.
-
-    Raises:
-        InputError: they are another model's.
-    """
-    load_trained(model, load_file(saved.folder / WEIGHTS), saved.folder / WEIGHTS)
 
 
 def saved_folders(out: Path) -> list[Path]:

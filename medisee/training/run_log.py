@@ -91,14 +91,7 @@ class RunLog:
         print(f"model: {total / 1e6:.1f}M parameters, {trained / 1e6:.1f}M of them trainable", flush=True)
 
     def losses(self, step: int, mean: Terms, progress: tqdm, *, more: Mapping[str, float]) -> None:
-        """Logs the mean of the terms since the last line, and more figures.
-
-        Args:
-            step: the last one.
-            mean: of the terms, over all ranks.
-            progress: the bar that shows some of the figures.
-            more: `learning_rate` and what `Throughput.over_ranks` returns, and others.
-        """
+        """Logs the mean of the terms since the last line, and `more`: `learning_rate`, all of `Throughput.over_ranks`, others."""
         if not self.active:
             return
         values = {field.name: float(getattr(mean, field.name)) for field in fields(Terms)}

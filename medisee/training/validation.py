@@ -20,12 +20,7 @@ from medisee.training.ranks import Place, gather
 def validate(model: MediSee, val: Manifest, config: Config, *, cache: FeatureCache | None, place: Place) -> Summary:
     """Scores val; every rank calls it and gets the same summary, which is also that of a single rank.
 
-    Args:
-        model: left in training mode.
-        val: what `data.select` names; the test file only where a run does as the release does.
-        config: `train.val_limit`, `train.dtype` and `eval`.
-        cache: frozen features.
-        place: which parts of val this rank reads.
+    The model is left in training mode. `val` is the test file only in runs that reproduce the release (`data.select`).
     """
     questions, size = all_questions(val, config.train.val_limit), config.eval.batch_size
     # The batches of a single rank, dealt out: what shares a batch, and so is padded together, stays the same.

@@ -1,4 +1,4 @@
-"""Prints how much memory training steps of a run take on the CPU: a process of its own, asked by test_plan_memory.py.
+"""Prints how much memory training steps of a run take on the CPU: a separate process, started by test_plan_memory.py.
 
   python tests/planning/peak_memory.py run.json
 

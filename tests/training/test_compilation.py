@@ -66,7 +66,7 @@ def test_a_compiled_training_is_the_same(
 
 
 def test_a_machine_without_a_compiler_is_told(tiny_config: dict[str, Any], tiny_manifest: Path, tmp_path: Path) -> None:
-    """In a process of its own: torch reads CXX when it is imported."""
+    """In a separate process: torch reads CXX when it is imported."""
     values = compiled_values(tiny_config, tiny_manifest, tmp_path / "run", compile_layers=True)
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(values), encoding="utf-8")
