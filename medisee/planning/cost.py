@@ -110,7 +110,9 @@ class _Rehearsal:
     def __init__(self, model: MediSee, config: Config, dtype: torch.dtype) -> None:
         self.model, self.config, self.dtype = model, config, dtype
         self.mode, self.tally = FakeTensorMode(allow_non_fake_inputs=True), Tally()
-        self.forward = dict.fromkeys(("language_model", "lm_head", "vision_tower", "image_encoder"), 0.0)
+        self.forward: dict[str, float] = dict.fromkeys(
+            ("language_model", "lm_head", "vision_tower", "image_encoder"), 0.0
+        )
         self.backward: dict[str, float] = {}
         self.early = 0
 
