@@ -2,7 +2,7 @@
 
   python scripts/train.py --config configs/demo.yaml [--resume | --fresh] [train.lr=1e-4]  one GPU, or the CPU
   deepspeed scripts/train.py --config configs/medisee_7b.yaml                            all GPUs of a machine
-  python scripts/train.py --config configs/medisee_7b.yaml --plan --gpu a6000 --gpus 4   what it needs, before it starts
+  python scripts/train.py --config configs/medisee_7b.yaml --plan --gpu a6000 --gpus 4   what it needs, without starting it
 
 Writes <train.out>/: checkpoint/ (best on val), last-<step>/ (for --resume), log.jsonl, tensorboard/, run.json.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from medisee.config import Config, Train
@@ -35,19 +37,22 @@ from medisee.models.processing import Batch
 from medisee.planning.plan import GPU, GPUS, plan_training
 from medisee.planning.plan_tables import render_plan
 from medisee.records.manifest import Manifest
-from medisee.training.initial_model import build_model
+from medisee.training.initial_model import build_model, read_images_and_texts
 from medisee.training.interruption import Stopped, StopRequest
 from medisee.training.layers import check_compiler, compile_layers, recompute_layers, uncompiled
 from medisee.training.optimization import (
+    DeepSpeedOptimization,
     Optimization,
+    TrainingLoss,
     describe_batch,
     effective_batch,
-    make_optimization,
     split_batch,
+    warmup_decay,
 )
 from medisee.training.ranks import (
     Place,
     errors_on_all_ranks,
+    gather,
     is_launched,
     join_ranks,
     raise_on_all_ranks,
@@ -66,23 +71,29 @@ from medisee.training.resume import (
     disk_errors,
     find_last_on_all_ranks,
     remove_states,
-    restore_weights,
     save_state,
 )
-from medisee.training.run_log import RunLog
-from medisee.training.validation import selection_figure, validate
-from medisee.weights.checkpoints import save_checkpoint
+from medisee.training.run_log import RunLog, Throughput
+from medisee.training.validation import figures, selection_figure, validate
+from medisee.weights.checkpoints import WEIGHTS, load_trained, save_checkpoint
 from medisee.weights.missing import check_files, with_missing_weights
 
 
 @dataclass(slots=True)
 class Run:
-    """What the loop works with; `best` and `skipped` change on the way."""
+    """What the loop works with.
+
+    Attributes:
+        given: the configuration as the user wrote it.
+        config: the same with the accumulation that this number of ranks needs.
+        start: progress of the state that the run continues from.
+        best: the best figure on val so far.
+        batch: the last micro-batch that could be read.
+        named: records that were reported as skipped.
+    """
 
     given: Config
-    """As the user wrote it."""
     config: Config
-    """With the accumulation that this number of ranks needs."""
     place: Place
     model: MediSee
     optimization: Optimization
@@ -93,6 +104,7 @@ class Run:
     log: RunLog
     start: Progress
     best: float
+    batch: Batch | None = None
     named: set[str] = field(default_factory=set)
 
     @property
@@ -106,23 +118,27 @@ def train(config: Config, *, resume: bool = False, fresh: bool = False) -> Path:
 
     Args:
         config: the run.
-        resume: continue from the newest state in <train.out> that is whole.
-        fresh: begin anew even where <train.out> holds a run, which the new one replaces as it saves.
+        resume: continue from the newest undamaged state in <train.out>.
+        fresh: start again even if <train.out> holds a run, which the new one replaces as it saves.
 
     Raises:
         InputError: bad data, a run folder of another configuration, nothing to resume, a run that would be replaced
             without `fresh`, a loss that is not finite, a full disk.
-        Stopped: the run was asked to end; its state is saved.
+        Stopped: the run was asked to stop; its state is saved.
     """
     out = Path(config.train.out)
     if not (resume or fresh):
-        # Before the ranks join: none can have written here while another still looks.
+        # Before the ranks connect: none can have written here while another still looks.
         with rank_zero_errors():
             check_no_run(out)
     place = join_ranks()
     with errors_on_all_ranks(place):
         check_files(config)
-        manifests = _training_manifests(config)
+        if not config.data.train:
+            raise InputError(
+                "data.train: no training manifest; name at least one, such as data/demo/train_class.jsonl."
+            )
+        manifests = [Manifest(source.records, source.root) for source in config.data.train]
         val = Manifest(config.data.selection, config.data.root) if config.data.selection else None
         if config.model.mllm.attention == "flex":
             check_flex(place.device)
@@ -160,12 +176,23 @@ def _prepare(
         recover_folder(out / CHECKPOINT)
     if place.device.type == "cpu":
         keep_freed_memory()
-    _seed(settings.seed)
+    random.seed(settings.seed)
+    np.random.seed(settings.seed)
+    torch.manual_seed(settings.seed)
+    images, texts = read_images_and_texts(config, manifests, val)
     try:
-        model = build_model(config, manifests).placed(place.device)
+        model = build_model(config, texts).placed(place.device)
     except InputError as error:
         raise with_missing_weights(error, config.model) from error
-    cache = _features(config, model, [*manifests, *([val] if val else [])], place)
+    cache = None
+    if config.data.cache is not None:
+        if place.rank > 0:
+            wait_for_ranks()
+        folder, cache_dtype = Path(config.data.cache), compute_dtype(config.data.cache_dtype, place.device)
+        skip = config.data.skip_corrupt
+        cache = fill_cache(images, model.seg_head, model.processor, folder, cache_dtype, skip_corrupt=skip)
+        if place.rank == 0:
+            wait_for_ranks()
     dtype = compute_dtype(settings.dtype, place.device)
     to_training_precision(model, dtype)
     if settings.recompute_layers:
@@ -174,29 +201,27 @@ def _prepare(
     if settings.compile_layers:
         compile_layers(model.mllm)
     if saved is not None:
-        restore_weights(saved, model)
-    optimization = make_optimization(
-        model, config.loss, settings, dtype=dtype, place=place, launched=is_launched(), release=config.release
-    )
-    start = saved.progress if saved is not None else Progress()
+        # Before the optimization is made, which may cut the parameters into parts.
+        load_trained(model, load_file(saved.folder / WEIGHTS), saved.folder / WEIGHTS)
+    loss = TrainingLoss(model, config.loss, dtype=dtype, world=place.world, release=config.release)
+    optimization = (DeepSpeedOptimization if is_launched() else Optimization)(loss, settings)
+    start = Progress()
     if saved is not None:
+        start = saved.progress
         optimization.load(saved.folder / OPTIMIZER, start.step)
-    log = RunLog(out, config=given, model=model, first_step=start.step, active=place.rank == 0)
-    batches = training_batches(
-        config, manifests, model.processor, cache, first_step=start.step, rank=place.rank, world=place.world
-    )
-    states = LastStates(out, settings.keep_last, saved.folder if saved is not None else None)
     return Run(
         given=given,
         config=config,
         place=place,
         model=model,
         optimization=optimization,
-        batches=batches,
+        batches=training_batches(
+            config, manifests, model.processor, cache, first_step=start.step, rank=place.rank, world=place.world
+        ),
         val=val,
         cache=cache,
-        states=states,
-        log=log,
+        states=LastStates(out, settings.keep_last, saved.folder if saved is not None else None),
+        log=RunLog(out, config=given, model=model, first_step=start.step, active=place.rank == 0),
         start=start,
         best=start.best,
     )
@@ -209,20 +234,18 @@ def _steps(run: Run, stop: StopRequest) -> None:
     numbers = range(first + 1, settings.steps + 1)
     progress = tqdm(numbers, desc="training", disable=place.rank > 0, initial=first, total=settings.steps)
     since_log: list[Terms] = []
+    throughput = Throughput()
     for step in progress:
-        _seed_step(settings.seed, step, place.rank)
-        for _ in range(settings.accumulation):
-            batch = _next_batch(run).to(place.device)
-            terms = run.optimization.losses(batch, masks=_mask_detail(settings, step))
-            _check_finite(terms, batch, step, place)
-            run.optimization.backward(terms.total)
-            since_log.append(terms.detach())
-        norm = run.optimization.step()
+        norm = _step(run, step, since_log, throughput)
         last = step == settings.steps
         if last or step % settings.log_every == 0:
+            more = {"gradient_norm": norm, "learning_rate": settings.lr * warmup_decay(settings, step - 1)}
+            if skipped := _skipped(run):
+                more["skipped"] = skipped
             mean = mean_terms(since_log, world=place.world)
-            run.log.losses(step, mean, norm, progress, skipped=_skipped(run))
+            run.log.losses(step, mean, progress, more={**more, **throughput.over_ranks(place)})
             since_log.clear()
+            throughput = Throughput()
         if run.val is not None and (last or step % settings.val_every == 0):
             _validate(run, run.val, step)
         request = 0 if last else stop.request(place)
@@ -233,30 +256,63 @@ def _steps(run: Run, stop: StopRequest) -> None:
             raise Stopped(step, run.out, request)
 
 
-def _training_manifests(config: Config) -> list[Manifest]:
-    if not config.data.train:
-        raise InputError("data.train: no training manifest; name at least one, such as data/demo/train_class.jsonl.")
-    return [Manifest(source.records, source.root) for source in config.data.train]
+def _step(run: Run, step: int, since_log: list[Terms], throughput: Throughput) -> float:
+    """Takes one optimizer step and returns the gradient norm.
+
+    The host waits for the device and for the other ranks once, before the weights change: a problem in any micro-batch
+    then stops every rank.
+    """
+    settings = run.config.train
+    started = time.perf_counter()
+    _seed_step(settings.seed, step, run.place.rank)
+    problems: list[str] = []
+    records: list[list[str]] = []
+    for _ in range(settings.accumulation):
+        waiting_since = time.perf_counter()
+        batch = _read_batch(run, problems)
+        throughput.waiting += time.perf_counter() - waiting_since
+        terms = run.optimization.losses(batch, masks=_mask_detail(settings, step))
+        run.optimization.backward(terms.total)
+        since_log.append(terms.detach())
+        records.append(sorted({query.record for query in batch.queries}))
+        throughput.images += len(batch.frames)
+        throughput.tokens += sum(batch.lengths) if run.model.unpadded else batch.input_ids_SL.numel()
+    totals = torch.stack([terms.total for terms in since_log[-settings.accumulation :]])
+    for finite, ids in zip(totals.isfinite().tolist(), records, strict=True):
+        if not finite:
+            problems.append(
+                f"step {step}: the loss is not finite on records {', '.join(ids)}; look at them, or lower train.lr."
+            )
+    raise_on_all_ranks(problems, run.place)
+    norm = run.optimization.step()
+    throughput.seconds += time.perf_counter() - started
+    return norm
 
 
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def _read_batch(run: Run, problems: list[str]) -> Batch:
+    """Returns this rank's next micro-batch on its device; the last one again after a problem, which it adds to the list.
 
+    Without a batch the other ranks would wait for this one in the model's collective operations.
 
-def _features(config: Config, model: MediSee, manifests: Sequence[Manifest], place: Place) -> FeatureCache | None:
-    if config.data.cache is None:
-        return None
-    images = [manifest.image_path(record) for manifest in manifests for record in manifest]
-    dtype = compute_dtype(config.data.cache_dtype, place.device)
-    if place.rank > 0:
-        wait_for_ranks()
-    folder, skip = Path(config.data.cache), config.data.skip_corrupt
-    cache = fill_cache(images, model.seg_head, model.processor, folder, dtype, skip_corrupt=skip)
-    if place.rank == 0:
-        wait_for_ranks()
-    return cache
+    Raises:
+        InputError: a rank cannot read its first micro-batch, or the only rank cannot read one.
+    """
+    previous = run.batch
+    if previous is not None and problems:
+        return previous
+    try:
+        run.batch = next(run.batches).to(run.place.device)
+    except InputError as error:
+        problems += error.problems
+    for one in run.batches.skipped:
+        if one not in run.named:
+            run.named.add(one)
+            tqdm.write(f"skipped: {one}", file=sys.stderr)
+    if previous is None or run.place.world == 1:
+        raise_on_all_ranks(problems, run.place)
+    if run.batch is None:
+        raise ValueError("there is neither a batch nor a problem")
+    return run.batch
 
 
 def _seed_step(seed: int, step: int, rank: int) -> None:
@@ -264,26 +320,9 @@ def _seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
 
 
-def _next_batch(run: Run) -> Batch:
-    """Returns this rank's next micro-batch; a record that cannot be read ends every rank, or is named and replaced."""
-    batch = None
-    with errors_on_all_ranks(run.place):
-        batch = next(run.batches)
-    for one in run.batches.skipped:
-        if one not in run.named:
-            run.named.add(one)
-            tqdm.write(f"skipped: {one}", file=sys.stderr)
-    if batch is None:
-        raise ValueError("the mixture has ended before the last step")
-    return batch
-
-
 def _skipped(run: Run) -> int:
     """Counts the draws that all ranks have replaced since the run's first start."""
-    own = torch.tensor(len(run.batches.skipped), device=run.place.device)
-    if run.place.world > 1:
-        torch.distributed.all_reduce(own)
-    return run.start.skipped + int(own)
+    return run.start.skipped + sum(gather(len(run.batches.skipped), run.place))
 
 
 def _mask_detail(settings: Train, step: int) -> MaskDetail:
@@ -292,25 +331,15 @@ def _mask_detail(settings: Train, step: int) -> MaskDetail:
     return "coarse" if step <= settings.coarse_masks_until else "full"
 
 
-def _check_finite(terms: Terms, batch: Batch, step: int, place: Place) -> None:
-    problems = []
-    if not bool(torch.isfinite(terms.total)):
-        ids = sorted({query.record for query in batch.queries})
-        problems = [
-            f"step {step}: the loss is not finite on records {', '.join(ids)}; look at them, or lower train.lr."
-        ]
-    raise_on_all_ranks(problems, place)
-
-
 def _validate(run: Run, val: Manifest, step: int) -> None:
-    """Scores what chooses the checkpoint, and keeps it if it is the best so far."""
+    """Scores val (or what `data.select` names), and saves the checkpoint if it is the best so far."""
     split = run.config.data.select
     with uncompiled(run.config.train.compile_layers):
         summary = validate(run.model, val, run.config, cache=run.cache, place=run.place)
     run.log.validation(step, summary, split)
     if selection_figure(summary) > run.best:
         run.best = selection_figure(summary)
-        _save_best(run, {"step": step, split: summary.to_json()})
+        _save_best(run, {"step": step, split: figures(summary)})
 
 
 def _save_best(run: Run, facts: dict[str, object]) -> None:
@@ -335,14 +364,20 @@ def _save(run: Run, step: int) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML run, such as configs/demo.yaml")
+    parser.add_argument("--config", required=True, help="YAML file of the run, such as configs/demo.yaml")
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true", help="continue from the newest whole state in train.out")
-    start.add_argument("--fresh", action="store_true", help="begin anew, replacing the run that train.out holds")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved run and end")
-    parser.add_argument("--plan", action="store_true", help="print memory, time and missing files (a minute), and end")
-    parser.add_argument("--gpu", default=GPU, metavar="NAME", help=f"of --plan, such as rtx4090 (default: {GPU})")
-    parser.add_argument("--gpus", type=int, default=GPUS, metavar="N", help=f"of --plan (default: {GPUS})")
+    start.add_argument("--resume", action="store_true", help="continue from the newest undamaged state in train.out")
+    start.add_argument("--fresh", action="store_true", help="start again, replacing the run in train.out")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument(
+        "--plan", action="store_true", help="print memory, time and missing files, and exit (takes a minute)"
+    )
+    parser.add_argument(
+        "--gpu", default=GPU, metavar="NAME", help=f"GPU type for --plan, such as rtx4090 (default: {GPU})"
+    )
+    parser.add_argument(
+        "--gpus", type=int, default=GPUS, metavar="N", help=f"number of GPUs for --plan (default: {GPUS})"
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="dotted overrides, such as train.lr=1e-4")
     arguments = parser.parse_args(argv)

@@ -1,14 +1,13 @@
-"""Times a training step in the release's way of computing and in ours: the same model, images and questions in one run.
+"""Times a training step in the release's compute mode and in ours: the same model, images and questions in one run.
 
   python scripts/bench_train.py                                          the middle size, float32: minutes
   python scripts/bench_train.py --size small --repeats 1                 seconds
 
-A step is forward, backward, clipping and AdamW. Each way runs in a process of its own, whose peak memory is taken above
+A step is forward, backward, clipping and AdamW. Each mode runs in a separate process, whose peak memory is measured above
 what the process holds once the model is built. Prints a table, and as the last line the same as JSON. `step_ratio` and
-`lm_ratio` above 1 mean that ours is quicker, a `memory_ratio` below 1 that ours needs less.
+`lm_ratio` above 1 mean that ours is faster, a `memory_ratio` below 1 that ours needs less.
 
-Shapes: B images, S sequences, L sequence length, D hidden width, I targets, K candidate tokens, N positions, V vocabulary,
-C channels of the image encoder's features, G their side.
+Shapes: S sequences, L sequence length, D hidden width, N supervised positions.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 from compute_modes import (
     MASK_RESOLUTION,
-    WAYS,
+    MODES,
     ModeLoss,
     all_labels,
     all_logits,
@@ -37,9 +36,6 @@ from compute_modes import (
     make_batch,
     use_package,
 )
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers import models as tokenizer_models
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from medisee.config import Config
 from medisee.config.load import config_from, load_config
@@ -48,21 +44,22 @@ from medisee.foundation.hardware import keep_freed_memory
 from medisee.models.losses import Terms, text_loss
 from medisee.models.medisee import MediSee
 from medisee.models.processing import Batch, Example, Query
+from medisee.planning.parameters import word_tokenizer
 from medisee.planning.plan import plan_training
 from medisee.planning.workload import TEMPLATE_TOKENS, ComputeMode, Lengths, training_workload
 from medisee.records.prompts import CANDIDATE_TOKENS, candidate_text
-from medisee.training.optimization import TorchOptimization
-from medisee.weights.tokenizer import SPECIAL, add_candidate_tokens
+from medisee.training.optimization import Optimization
+from medisee.weights.tokenizer import SPECIAL
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 IMAGES = 4
 PAPER = Path(__file__).parents[1] / "configs" / "medisee_7b.yaml"
 COMPARED = (
-    "release's way: one sequence a query in a padded batch, causal attention without a mask, the vision tower once a query, "
-    "segment-anything's own image encoder and upscaling, the output layer and the cross-entropy at every position. Ours: "
-    "one packed sequence an image, read without padding, the vision tower once an image, the output layer at supervised "
-    "positions only. Both: image encoder once an image, masks' losses at the images' size (in the last way at the "
-    "decoder's), freed memory kept by the allocator."
+    "release's mode: one sequence per query in a padded batch, causal attention without a mask, the vision tower once per "
+    "query, segment-anything's own image encoder and upscaling, the output layer and the cross-entropy at every position. "
+    "Ours: one packed sequence per image, read without padding, the vision tower once per image, the output layer at "
+    "supervised positions only. Both: image encoder once per image, masks' losses at the images' size (in the last mode at "
+    "the decoder's), freed memory kept by the allocator."
 )
 
 
@@ -72,7 +69,7 @@ class Size:
 
     Attributes:
         model: values of the configuration's model.
-        vocabulary: words of the tokenizer; candidate tokens and `<image>` come on top.
+        vocabulary: words of the tokenizer, without candidate tokens and `<image>`.
         image: side of the square images, pixels.
         plan: whether the paper's run is projected, which takes a minute or more.
     """
@@ -125,16 +122,16 @@ SIZES = {
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one way of computing takes.
+    """What one compute mode takes.
 
     Attributes:
-        way: its name.
+        way: name of the mode.
         step_s: median seconds of a step.
         lm_s: median seconds of the language model alone: layers, logits and cross-entropy, forward and backward.
-        head_s: the share of `lm_s` that logits and cross-entropy take.
+        head_s: the part of `lm_s` that logits and cross-entropy take.
         encoders_s: median seconds of both image encoders, which compute forward only.
         memory: bytes at the steps' peak above the built model.
-        positions: that the language model computes, padding included.
+        positions: computed by the language model, padding included.
         total_loss, text_loss, gradient_norm: of the first step, before it changes anything.
     """
 
@@ -150,21 +147,8 @@ class Figures:
     gradient_norm: float
 
 
-def word_tokenizer(words: int) -> PreTrainedTokenizerBase:
-    """Makes a tokenizer of `words` entries, for which every word is one token, and adds the candidate tokens."""
-    vocabulary = {name: number for number, name in enumerate(SPECIAL)}
-    vocabulary |= {f"word{number}": number for number in range(len(SPECIAL), words)}
-    model = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token="<unk>"))
-    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=model, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
-    )
-    add_candidate_tokens(tokenizer, CANDIDATE_TOKENS)
-    return tokenizer
-
-
 def random_examples(config: Config, size: Size) -> list[Example]:
-    """Makes random images with the questions that a plan assumes of the paper's run, of random words."""
+    """Makes random images with questions of random words, as many and as long as a plan assumes for the paper's run."""
     rng = np.random.default_rng(0)
 
     def words(count: int) -> str:
@@ -187,15 +171,8 @@ def random_examples(config: Config, size: Size) -> list[Example]:
     return examples
 
 
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    encoders_s: float
-    head_s: float
-    lm_s: float
-
-
-def time_parts(model: MediSee, batch: Batch, way: ComputeMode, dtype: torch.dtype) -> _Parts:
-    """Times the image encoders, and the language model alone on inputs that are there already."""
+def time_parts(model: MediSee, batch: Batch, mode: ComputeMode, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Returns the seconds of the image encoders, of the language model on ready inputs, and of logits and loss in it."""
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         started = time.perf_counter()
         with torch.no_grad():
@@ -203,10 +180,10 @@ def time_parts(model: MediSee, batch: Batch, way: ComputeMode, dtype: torch.dtyp
         encoders = time.perf_counter() - started
         inputs_SLD.requires_grad_()  # the embedding learns
         started = time.perf_counter()
-        hidden_SLD = language_states(model, inputs_SLD, batch, way)
+        hidden_SLD = language_states(model, inputs_SLD, batch, mode)
         head_started = time.perf_counter()
         states_SLD = hidden_SLD.detach().requires_grad_()
-        if way.all_logits:
+        if mode.all_logits:
             values_N = text_loss(all_logits(model, states_SLD), all_labels(batch))
         else:
             states_ND = states_SLD[batch.supervised_N2[:, 0], batch.supervised_N2[:, 1]]
@@ -217,12 +194,12 @@ def time_parts(model: MediSee, batch: Batch, way: ComputeMode, dtype: torch.dtyp
     hidden_SLD.backward(states_SLD.grad)
     lm = time.perf_counter() - started
     model.zero_grad()
-    return _Parts(encoders, head, lm)
+    return encoders, lm, head
 
 
 def measure(size: Size, name: str, *, repeats: int, dtype: torch.dtype) -> Figures:
-    """Takes one step to warm up and `repeats` timed ones of a way, then times the parts as often."""
-    way, masks = WAYS[name], MASK_RESOLUTION.get(name)
+    """Takes one warm-up step and `repeats` timed ones in a mode, then times the parts as often."""
+    mode, masks = MODES[name], MASK_RESOLUTION.get(name)
     config = config_from(
         {
             "model": size.model,
@@ -232,14 +209,14 @@ def measure(size: Size, name: str, *, repeats: int, dtype: torch.dtype) -> Figur
         where=str(Path(__file__).name),
     )
     torch.manual_seed(0)
-    model = MediSee(config.model, word_tokenizer(size.vocabulary), weights=False).train()
+    model = MediSee(config.model, word_tokenizer(size.vocabulary, CANDIDATE_TOKENS), weights=False).train()
     if name == "release":
         use_package(model)
-    model.unpadded = way.packed
-    batch = make_batch(model, random_examples(config, size), way, config.loss)
-    optimization = TorchOptimization(ModeLoss(model, config.loss, way, dtype=dtype), config.train)
+    model.unpadded = mode.packed
+    batch = make_batch(model, random_examples(config, size), mode, config.loss)
+    optimization = Optimization(ModeLoss(model, config.loss, mode, dtype=dtype), config.train)
     base = _resident()
-    # Not before: memory that the features took would be kept, and be missing from the peak.
+    # Not earlier: memory that the features took would be kept, and be missing from the peak.
     keep_freed_memory()
     terms, norm = _step(optimization, batch)
     seconds = []
@@ -248,30 +225,31 @@ def measure(size: Size, name: str, *, repeats: int, dtype: torch.dtype) -> Figur
         _step(optimization, batch)
         seconds.append(time.perf_counter() - started)
     memory = _resident(peak=True) - base
-    parts = [time_parts(model, batch, way, dtype) for _ in range(repeats)]
+    parts = [time_parts(model, batch, mode, dtype) for _ in range(repeats)]
+    encoders, lm, head = (statistics.median(values) for values in zip(*parts, strict=True))
     return Figures(
-        way=way.name,
+        way=mode.name,
         step_s=statistics.median(seconds),
-        lm_s=statistics.median(part.lm_s for part in parts),
-        head_s=statistics.median(part.head_s for part in parts),
-        encoders_s=statistics.median(part.encoders_s for part in parts),
+        lm_s=lm,
+        head_s=head,
+        encoders_s=encoders,
         memory=memory,
-        positions=sum(batch.lengths) if way.packed else batch.input_ids_SL.numel(),
+        positions=sum(batch.lengths) if mode.packed else batch.input_ids_SL.numel(),
         total_loss=float(terms.total),
         text_loss=float(terms.text),
         gradient_norm=norm,
     )
 
 
-def _step(optimization: TorchOptimization, batch: Batch) -> tuple[Terms, float]:
+def _step(optimization: Optimization, batch: Batch) -> tuple[Terms, float]:
     terms = optimization.losses(batch, masks="full")
     optimization.backward(terms.total)
     return terms.detach(), optimization.step()
 
 
 def _resident(*, peak: bool = False) -> int:
-    """Returns this process's resident bytes, now (from where the peak starts again) or at the peak."""
-    # getrusage would also count the process that started this one.
+    """Returns this process's resident bytes: now, which also resets the peak, or at the peak."""
+    # getrusage would include the process that started this one.
     if not peak:
         Path("/proc/self/clear_refs").write_text("5")
     name = "VmHWM:" if peak else "VmRSS:"
@@ -280,22 +258,11 @@ def _resident(*, peak: bool = False) -> int:
 
 
 def _in_own_process(name: str, arguments: argparse.Namespace) -> Figures:
-    options = {key: str(getattr(arguments, key)) for key in ("size", "repeats", "threads", "dtype")}
-    command = [sys.executable, __file__, "--way", name]
-    done = subprocess.run(
-        [*command, *(part for key, value in options.items() for part in (f"--{key}", value))],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    options = [f"--{key}={getattr(arguments, key)}" for key in ("size", "repeats", "threads", "dtype")]
+    done = subprocess.run([sys.executable, __file__, "--way", name, *options], stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise InputError(
-            f"--way {name}: its process ended with code {done.returncode}; see above, or take less memory."
-        )
+        raise InputError(f"--way {name}: its process ended with code {done.returncode}; see above, or use less memory.")
     return Figures(**json.loads(done.stdout.splitlines()[-1]))
-
-
-def _projected_days() -> dict[str, float]:
-    return {cost.way.name: cost.days for cost in plan_training(load_config(PAPER)).ways}
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -303,19 +270,17 @@ def _compare(arguments: argparse.Namespace) -> None:
     names = ("step s", "lm s", "head s", "encoders s", "peak GiB", "positions", "text loss")
     print(f"{'':<28}" + "".join(f"{name:>12}" for name in names), flush=True)
     figures: dict[str, Figures] = {}
-    for name in WAYS:
+    for name in MODES:
         one = figures[name] = _in_own_process(name, arguments)
         values = (one.step_s, one.lm_s, one.head_s, one.encoders_s, one.memory / 2**30)
         print(f"{one.way:<28}" + "".join(f"{v:>12.3f}" for v in values) + f"{one.positions:>12}{one.text_loss:>12.6f}")
     theirs, plain, cached, bounded = (figures[name] for name in ("release", "supervised", "cached", "bounded"))
-    days = _projected_days() if SIZES[arguments.size].plan else {}
-    for way, value in days.items():
-        print(f"the paper's run on 4 x A6000 by --plan's cost model, {way}: {value:.2f} days")
+    planned = plan_training(load_config(PAPER)).modes if SIZES[arguments.size].plan else ()
+    days = {one.mode.name: one.days for one in planned}
+    for mode, value in days.items():
+        print(f"the paper's run on 4 x A6000 by --plan's cost model, {mode}: {value:.2f} days")
     result = {
-        "size": arguments.size,
-        "dtype": arguments.dtype,
-        "repeats": arguments.repeats,
-        "threads": arguments.threads,
+        **{key: getattr(arguments, key) for key in ("size", "dtype", "repeats", "threads")},
         "torch": torch.__version__,
         "ways": {name: asdict(one) for name, one in figures.items()},
         "days": days,
@@ -341,11 +306,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="bench_train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", default="middle", help=" or ".join(SIZES))
-    parser.add_argument("--way", choices=list(WAYS), help="measure one way in this process, without comparing")
-    parser.add_argument("--repeats", type=int, default=3, help="timed steps of each way")
+    parser.add_argument("--size", default="middle", help=f"model size: {' or '.join(SIZES)}")
+    parser.add_argument(
+        "--way", choices=list(MODES), help="measure one compute mode in this process, without comparing"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps of each mode")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="what is computed in")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="compute precision")
     arguments = parser.parse_args(argv)
     if arguments.size not in SIZES:
         hint = nearest(arguments.size, SIZES)

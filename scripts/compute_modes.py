@@ -1,4 +1,4 @@
-"""The ways of computing a training step that bench_train.py compares: same model, same losses, different work.
+"""The compute modes of a training step that bench_train.py compares: same model, same losses, different work.
 
 Shapes: B images, S sequences, L sequence length, D hidden width, I targets, K candidate tokens, N positions, V vocabulary,
 C channels of the image encoder's features, G their side.
@@ -24,7 +24,7 @@ from medisee.planning.workload import CACHED, OURS, RELEASE, ComputeMode
 from medisee.training.optimization import TrainingLoss
 
 PACKED = ComputeMode("packed, all logits", all_logits=True)
-WAYS = {
+MODES = {
     "release": replace(RELEASE, name="unpacked, all logits"),
     "packed": PACKED,
     "supervised": replace(OURS, name="packed, supervised logits"),
@@ -32,13 +32,13 @@ WAYS = {
     "bounded": replace(CACHED, name="the same, small mask losses"),
 }
 MASK_RESOLUTION = {"bounded": "decoder"}
-"""Where a way's mask losses are not taken at the images' size, so that its total loss is not that of the others."""
+"""Modes whose mask losses are not computed at the images' size, so that their total loss differs from the others'."""
 IGNORED = -100
 """Label of a position that is not supervised: cross_entropy leaves it out."""
 
 
 def use_package(model: MediSee) -> None:
-    """Lets the seg head compute as the segment-anything package does, which the release runs, with the same weights."""
+    """Lets the seg head compute as the segment-anything package does, which the release uses, with the same weights."""
     config, head = model.config.seg_head, model.seg_head
     package = package_encoder(vit_sizes(config), config.size).requires_grad_(False).eval()
     package.load_state_dict(head.image_encoder.state_dict())
@@ -52,22 +52,22 @@ def use_package(model: MediSee) -> None:
 
 
 @torch.no_grad()
-def make_batch(model: MediSee, examples: Sequence[Example], way: ComputeMode, weights: Loss) -> Batch:
-    """Builds the batch that a way of computing reads; cached features are computed here, outside what is timed."""
-    batch = model.processor(examples, mask_resolution=weights.mask_resolution, packed=way.packed)
-    if way.vision_per_query and batch.vision_B3VV is not None:
+def make_batch(model: MediSee, examples: Sequence[Example], mode: ComputeMode, weights: Loss) -> Batch:
+    """Builds the batch that a mode reads; cached features are computed here, outside what is timed."""
+    batch = model.processor(examples, mask_resolution=weights.mask_resolution, packed=mode.packed)
+    if mode.vision_per_query and batch.vision_B3VV is not None:
         vision_B3VV = batch.vision_B3VV[batch.image_of_sequence_S]
         batch = replace(batch, vision_B3VV=vision_B3VV, image_of_sequence_S=torch.arange(len(vision_B3VV)))
-    if way.cached:
+    if mode.cached:
         batch = replace(batch, embedding_BCGG=model.embed_images(batch), pixels_B3FF=None)
     return batch
 
 
-def language_states(model: MediSee, inputs_SLD: Tensor, batch: Batch, way: ComputeMode) -> Tensor:
+def language_states(model: MediSee, inputs_SLD: Tensor, batch: Batch, mode: ComputeMode) -> Tensor:
     """Runs the language model's layers: (S, L, D) -> (S, L, D)."""
-    if way.packed:
+    if mode.packed:
         return model.read_sequences(inputs_SLD, batch)
-    # Padding stands behind, where no causal position sees it: the kernel needs no mask, and is quicker without.
+    # Padding comes last, where no causal position sees it: the kernel needs no mask, and is faster without.
     language: Any = model.mllm.model.language_model
     return language(inputs_embeds=inputs_SLD, use_cache=False).last_hidden_state
 
@@ -86,15 +86,15 @@ def all_labels(batch: Batch) -> Tensor:
 
 
 class ModeLoss(TrainingLoss):
-    """Model and loss, computed in one of the ways; values differ only where masks are compared at another resolution."""
+    """Model and loss in one of the modes; values differ only where masks are compared at another resolution."""
 
-    def __init__(self, model: MediSee, weights: Loss, way: ComputeMode, *, dtype: torch.dtype) -> None:
+    def __init__(self, model: MediSee, weights: Loss, mode: ComputeMode, *, dtype: torch.dtype) -> None:
         super().__init__(model, weights, dtype=dtype, world=1)
-        self.way = way
+        self.mode = mode
 
     def forward(self, batch: Batch, *, masks: MaskDetail) -> tuple[Tensor, ...]:
         """See TrainingLoss."""
-        if not self.way.all_logits:
+        if not self.mode.all_logits:
             return super().forward(batch, masks=masks)
         with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
             output = self._output(batch)
@@ -110,7 +110,7 @@ class ModeLoss(TrainingLoss):
         """Computes what MediSee.forward does, with the logits of every position."""
         model = self.model
         features_BCGG = model.embed_images(batch)
-        hidden_SLD = language_states(model, input_states(model, batch, features_BCGG), batch, self.way)
+        hidden_SLD = language_states(model, input_states(model, batch, features_BCGG), batch, self.mode)
         tokens_IKD, class_QKD = model.candidate_states(batch, hidden_SLD)
         regions = model.locate(batch, features_BCGG, hidden_SLD, tokens_IKD, class_c_QKD=class_QKD)
         return Output(**vars(regions), text_logits_NV=all_logits(model, hidden_SLD))

@@ -6,12 +6,12 @@ usage() {
   cat <<'END'
 Usage: ./scripts/demo.sh [--quick] [--fresh]
 
-The whole way on a laptop's CPU: makes .venv, cuts the demo data from an averaged brain, trains a small MediSee,
-evaluates it on slices it has not seen and asks it one question. Offline after the installation.
+Runs everything on a laptop's CPU: makes .venv, slices the demo data from an averaged brain, trains a small MediSee,
+evaluates it on unseen slices and asks it one question. Offline after the installation.
 
   --quick   a few slices and steps: shows that everything works, not what a trained model can do
-  --fresh   makes the data and the model again; otherwise data and a finished training are used again, and an
-            unfinished training goes on where it was
+  --fresh   makes the data and the model again; otherwise existing data and a finished training are reused, and an
+            unfinished training is resumed
   --help    this text
 
 Writes data/demo and runs/demo (--quick: data/demo-quick and runs/demo-quick).
@@ -39,8 +39,8 @@ header() {
   echo "== $number/5 $title ($SECONDS s so far)"
 }
 
-# Prints "finished", "unfinished" or "absent": how far a training of this very configuration has come; "other" where the
-# folder holds another one's.
+# Prints the state of this configuration's training: "finished", "unfinished" or "absent"; "other" if the folder holds a
+# training with another configuration.
 training_state() {
   $python - "$config" "$run" <<'END'
 import json, sys
@@ -53,7 +53,7 @@ config, run = load_config(sys.argv[1]), Path(sys.argv[2])
 def same(name, key):
     try:
         facts = json.loads((run / name).read_text(encoding="utf-8"))
-        # Settings that have come since then have their defaults.
+        # Settings added since then have their defaults.
         return facts if config_from(facts[key], where=name) == config else {}
     except (OSError, ValueError, KeyError, TypeError, InputError):
         return {}
@@ -68,8 +68,8 @@ else:
 END
 }
 
-# Prints a picture and a question that training has not seen: the axial test slice with the most of the thalamus in it
-# and its first question about that, or the first question there is when no slice is left to choose from.
+# Prints an image and a question that training has not seen: the axial test slice with the largest thalamus and its first
+# question about it, or any first question if there is no such slice.
 unseen_question() {
   $python - "$data" <<'END'
 import json, sys
@@ -106,11 +106,11 @@ state=$(training_state)
 case $state in
   finished) echo "reusing $run/checkpoint, a finished training of $config (--fresh trains again)" ;;
   unfinished)
-    echo "going on with the unfinished training in $run (--fresh starts again)"
+    echo "resuming the unfinished training in $run (--fresh starts again)"
     $python scripts/train.py --config "$config" --resume
     ;;
   other)
-    echo "error: $run holds a training with other settings; move it away, or give --fresh to make data and model again." >&2
+    echo "error: $run holds a training with other settings; move it away, or use --fresh to make data and model again." >&2
     exit 2
     ;;
   *) $python scripts/train.py --config "$config" ;;

@@ -8,33 +8,25 @@
 #SBATCH --signal=TERM@600
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# Trains under SLURM, on as many nodes as are asked for, a task for each GPU:
+# Trains under SLURM, on any number of nodes, one task per GPU:
 #
 #   sbatch --nodes=2 scripts/train_slurm.sh configs/medisee_7b.yaml [--resume | --fresh] [train.lr=1e-4 ...]
 #
 # Submit it from the repository's root, with its Python environment active and all paths on a shared disk. Ten minutes
-# before the time is up SLURM sends SIGTERM to the ranks: they end after the step that is running with their state
-# saved, and the job goes back into the queue and on from there, as it does after a node failure or a preemption.
-# `touch <train.out>/stop` ends it in the same way, but without the requeueing.
+# before the time limit SLURM sends SIGTERM to the ranks: they stop after the current step with their state saved, and
+# the job is requeued and resumes, as it does after a node failure or a preemption. `touch <train.out>/stop` stops it
+# without requeueing.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 # shellcheck source=scripts/launch.sh
 source scripts/launch.sh
 
-config=${1:-}
-if [[ ! -f $config ]]; then
-  echo "error: '$config' is no configuration; name one, such as configs/medisee_7b.yaml." >&2
-  exit 2
-fi
+out=$(run_folder "$@")
+config=$1
 shift
-overrides=()
-for argument in "$@"; do
-  [[ $argument == -* ]] || overrides+=("$argument")
-done
-out=$(run_folder "$config" ${overrides[@]+"${overrides[@]}"})
 
-# After a restart there is a state to go on from, unless the job ended before its first one. It is this job's even after
-# --fresh, which removes those of an earlier run as it starts.
+# After a restart there is a state to resume, unless the job ended before saving its first. It is this job's even with
+# --fresh, which removes the states of an earlier run at the start.
 if ((${SLURM_RESTART_COUNT:-0})) && compgen -G "$out/last-*" >/dev/null; then
   arguments=(--resume)
   for argument in "$@"; do
@@ -48,7 +40,7 @@ export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500}
 export WORLD_SIZE=$SLURM_NTASKS
 
 code=0
-# exec: the signal goes to Python itself. The ranks' numbers exist only within a task.
+# exec: the signal goes to Python itself. The rank numbers exist only within a task.
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"' rank \
   "${PYTHON:-python}" scripts/train.py --config "$config" "$@" || code=$?

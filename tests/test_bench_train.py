@@ -1,4 +1,4 @@
-"""The training benchmark at a tiny size: that all ways compute the same, not how fast anything is."""
+"""The training benchmark at a tiny size: that all modes compute the same, not how fast anything is."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
-def test_all_ways_compute_the_same() -> None:
+def test_all_modes_compute_the_same() -> None:
     done = run("--size", "small", "--repeats", "1", "--threads", "1")
     assert done.returncode == 0, done.stderr
     *text, last = done.stdout.splitlines()
-    assert "one sequence a query" in text[0]
+    assert "one sequence per query" in text[0]
     found = json.loads(last)
     assert (found["size"], found["dtype"], found["days"]) == ("small", "float32", {})
     ways = found["ways"]

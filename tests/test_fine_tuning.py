@@ -15,7 +15,8 @@ from medisee.foundation.errors import InputError
 from medisee.models.medisee import MediSee
 from medisee.records.manifest import Manifest
 from medisee.train import train
-from medisee.training.initial_model import build_model
+from medisee.training.initial_model import build_model, read_images_and_texts
+from medisee.training.run_log import TELEMETRY
 from medisee.weights.missing import missing_files
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -38,13 +39,15 @@ def test_a_run_starts_from_a_checkpoint(
 ) -> None:
     config = second_stage(tiny_config, tiny_checkpoint, tmp_path)
     first = MediSee.from_pretrained(tiny_checkpoint)
-    # Other texts would give a tokenizer trained anew other words.
-    model = build_model(config, [])
+    # Other texts would give a newly trained tokenizer other words.
+    model = build_model(config, set())
     assert model.tokenizer.get_vocab() == first.tokenizer.get_vocab()
     expected, found = first.state_dict(), model.state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
-    fresh = build_model(config_from(tiny_config, where="test"), [Manifest(tiny_manifest)]).state_dict()
+    config = config_from(tiny_config, where="test")
+    _, texts = read_images_and_texts(config, [Manifest(tiny_manifest)], None)
+    fresh = build_model(config, texts).state_dict()
     assert any(not torch.equal(found[name], value) for name, value in fresh.items())
 
 
@@ -80,7 +83,9 @@ def test_a_training_that_reads_one_by_one_is_the_same(
         train(config.model_copy(update={"train": config.train.model_copy(update={"unpadded": name == "unpadded"})}))
         logged.append([line for line in lines(tmp_path / name) if "total" in line])
     for ours, theirs in zip(*logged, strict=True):
-        del ours["seconds"], theirs["seconds"]
+        for line in (ours, theirs):
+            for key in TELEMETRY:
+                del line[key]
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
         assert ours["js"] > 0
 
@@ -89,7 +94,7 @@ def test_another_model_is_refused(tiny_config: Run, tiny_checkpoint: Path, tmp_p
     model = {**tiny_config["model"], "seg_head": {**tiny_config["model"]["seg_head"], "pixels": "minmax"}}
     config = second_stage({**tiny_config, "model": {**model, "box_hidden": 8}}, tiny_checkpoint, tmp_path)
     with pytest.raises(InputError) as caught:
-        build_model(config, [])
+        build_model(config, set())
     (problem,) = caught.value.problems
     assert "config.json: train.init holds a model with model." in problem
     assert "model.seg_head.pixels" in problem or "model.box_hidden = 16, but the run says 8" in problem
@@ -98,7 +103,7 @@ def test_another_model_is_refused(tiny_config: Run, tiny_checkpoint: Path, tmp_p
 def test_no_checkpoint_is_refused_and_named_beforehand(tiny_config: Run, tmp_path: Path) -> None:
     config = second_stage(tiny_config, tmp_path / "none" / "at" / "all", tmp_path)
     with pytest.raises(InputError, match="no such folder"):
-        build_model(config, [])
+        build_model(config, set())
     assert "train.init" in [missing.setting for missing in missing_files(config)]
 
 

@@ -85,7 +85,7 @@ def test_a_signal_becomes_a_file_which_lets_the_ranks_save(world: dict[str, str]
     finally:
         process.kill()
     assert process.returncode == 143
-    assert "asked the ranks to end" in errors
+    assert "asked the ranks to stop" in errors
     assert not (Path(world["OUT"]) / "stop").exists()
 
 
@@ -141,10 +141,10 @@ def test_a_requeued_job_resumes_if_there_is_a_state(world: dict[str, str], saved
 @pytest.mark.parametrize(
     ("script", "arguments", "expected"),
     [
-        ("train_4gpu.sh", [], "'' is no configuration"),
-        ("train_4gpu.sh", ["no.yaml"], "'no.yaml' is no configuration"),
-        ("train_hostfile.sh", ["no.txt", "configs/medisee_7b.yaml"], "'no.txt' is no hostfile"),
-        ("train_slurm.sh", ["no.yaml"], "'no.yaml' is no configuration"),
+        ("train_4gpu.sh", [], "'' is not a configuration"),
+        ("train_4gpu.sh", ["no.yaml"], "'no.yaml' is not a configuration"),
+        ("train_hostfile.sh", ["no.txt", "configs/medisee_7b.yaml"], "'no.txt' is not a hostfile"),
+        ("train_slurm.sh", ["no.yaml"], "'no.yaml' is not a configuration"),
         ("train_4gpu.sh", ["configs/medisee_7b.yaml", "train.lrr=1"], "Did you mean 'lr'?"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The shims, the shell scripts and the pins: what has no module of its own."""
+"""The shims, the shell scripts and the pins: what belongs to no module."""
 
 from __future__ import annotations
 

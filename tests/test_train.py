@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from safetensors.torch import load_file
 from medisee.config import Config
 from medisee.config.load import config_from
 from medisee.foundation.errors import InputError, exit_code
+from medisee.records.manifest import Manifest
+from medisee.records.records import Record
 from medisee.train import main, train
 from medisee.training.interruption import Stopped
 from medisee.training.resume import damage, saved_folders
@@ -50,6 +55,46 @@ def test_a_run_leaves_a_checkpoint_logs_and_facts(every_step: Run, tmp_path: Pat
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert facts["settings"]["train"]["steps"] == 8 and facts["seconds"] > 0
     assert any((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_the_log_tells_speed_memory_and_rate(every_step: Run, tmp_path: Path) -> None:
+    train(configured(every_step, train={"out": str(tmp_path), "log_every": 2, "lr": 1e-3}))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "total" in line]
+    assert [line["step"] for line in logged] == [2, 4, 6, 8]
+    # The rates of steps 2, 4, 6 and 8: two steps of warm-up, then down to zero at the end.
+    assert [line["learning_rate"] for line in logged] == pytest.approx([1e-3, 1e-3 * 5 / 6, 1e-3 * 3 / 6, 1e-3 / 6])
+    for line in logged:
+        # An image has at least 16 image tokens.
+        assert 0 < 16 * line["images_per_second"] < line["tokens_per_second"] < math.inf
+        assert 0 <= line["data_wait"] < 1
+        assert 0.05 < line["peak_memory_gib"] < 1000
+
+
+def test_a_checkpoint_s_figures_have_no_interval_that_was_not_computed(every_step: Run, tmp_path: Path) -> None:
+    folder = train(configured(every_step, train={"out": str(tmp_path)}))
+    figures = json.loads((folder / "config.json").read_text())["run"]["val"]
+    assert list(figures) == ["Dice", "gIoU", "cIoU", "IoU", "Acc", "n"]
+
+
+def test_the_records_are_read_once_before_the_first_step(
+    every_step: Run, tiny_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    original = Manifest.__iter__
+
+    def counted(manifest: Manifest) -> Iterator[Record]:
+        read.append(manifest.path.name)
+        return original(manifest)
+
+    monkeypatch.setattr(Manifest, "__iter__", counted)
+    monkeypatch.setattr("medisee.train._steps", lambda *_: None)
+    data = {"cache": str(tmp_path / "cache"), "val": None}
+    train(configured(every_step, data=data, train={"out": str(tmp_path / "run")}))
+    assert read == ["tiny.jsonl"]
+    read.clear()
+    train(configured(every_step, train={"out": str(tmp_path / "other")}))
+    assert read == ["tiny.jsonl"]  # for the tokenizer; without a cache the images of val are not needed
 
 
 def test_the_loss_falls(every_step: Run, tmp_path: Path) -> None:
@@ -113,7 +158,7 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(
 
     at_step(monkeypatch, 3, ask)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped, match=r"stopped after step 3, which is saved in .*; go on with --resume") as caught:
+    with pytest.raises(Stopped, match=r"stopped after step 3, which is saved in .*; continue with --resume") as caught:
         train(config)
     assert caught.value.code == code
     assert signal.getsignal(signal.SIGTERM) == before
@@ -181,7 +226,7 @@ def test_a_damaged_state_is_named_and_the_one_before_resumed(
     weights.write_bytes(weights.read_bytes()[:-100])
     train(config, resume=True)
     assert f"warning: {newest}: model.safetensors has" in (warning := capsys.readouterr().err)
-    assert f"going on from {before}" in warning
+    assert f"continuing from {before}" in warning
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-6)
     assert damage(newest) is None
 
@@ -270,7 +315,7 @@ def test_a_full_disk_ends_with_a_sentence(every_step: Run, tmp_path: Path, monke
     assert damage(tmp_path / "last-00000003") is None
     monkeypatch.undo()
     at_step(monkeypatch, 5, lambda: monkeypatch.setattr("medisee.training.run_log.RunLog._append", full))
-    with pytest.raises(InputError, match=r"the disk is full .*No space left.*go on with --resume"):
+    with pytest.raises(InputError, match=r"the disk is full .*No space left.*continue with --resume"):
         train(config, resume=True)
     monkeypatch.undo()
     train(config, resume=True)
@@ -305,7 +350,7 @@ def _deepspeed(run: Run, path: Path, *arguments: str) -> None:
     environment["PATH"] = f"{launcher.parent}{os.pathsep}{environment['PATH']}"
     port = str(free_port())
     command = [sys.executable, str(launcher), "--num_gpus", "2", "--master_port", port, str(script)]
-    # Into a file and in a session of its own: ranks that hang would outlive the launcher and hold a pipe open for ever.
+    # Into a file and in a separate session: ranks that hang would outlive the launcher and hold a pipe open for ever.
     with path.with_suffix(".txt").open("w") as output:
         process = subprocess.Popen(
             [*command, "--config", str(path), *arguments],
@@ -356,6 +401,42 @@ def test_a_loss_that_is_not_finite_names_the_records(every_step: Run, tmp_path: 
     ):
         patch.setattr("medisee.models.losses.l1_loss", lambda boxes, truth: boxes.sum(1) * torch.nan)
         train(configured(every_step, train={"out": str(tmp_path)}))
+
+
+@pytest.mark.parametrize("fault", ["loss", "record"])
+def test_a_bad_micro_batch_late_in_a_step_changes_no_weight(
+    every_step: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """The last of a step's two micro-batches is bad; only its records are named."""
+    from medisee.data.dataset import TrainingBatches
+    from medisee.models.processing import Batch
+    from medisee.training.optimization import Optimization
+
+    read: list[list[str]] = []
+    original_next, original_losses = TrainingBatches.__next__, Optimization.losses
+    taken: list[None] = []
+
+    def next_batch(batches: TrainingBatches) -> Batch:
+        if fault == "record" and len(read) == 3:
+            raise InputError("x.png: cannot be read.")
+        batch = original_next(batches)
+        read.append(sorted({query.record for query in batch.queries}))
+        return batch
+
+    def losses(self: Optimization, batch: Batch, **more: Any) -> Any:
+        terms = original_losses(self, batch, **more)
+        return replace(terms, total=terms.total * torch.nan) if fault == "loss" and len(read) == 4 else terms
+
+    monkeypatch.setattr(TrainingBatches, "__next__", next_batch)
+    monkeypatch.setattr(Optimization, "losses", losses)
+    step = Optimization.step
+    monkeypatch.setattr(Optimization, "step", lambda self: (taken.append(None), step(self))[1])
+    with pytest.raises(InputError) as caught:
+        train(configured(every_step, train={"out": str(tmp_path)}))
+    (problem,) = caught.value.problems
+    expected = "x.png: cannot be read." if fault == "record" else f"not finite on records {', '.join(read[3])};"
+    assert expected in problem
+    assert len(taken) == 1
 
 
 def test_bad_input_ends_with_2_and_a_sentence(

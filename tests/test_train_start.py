@@ -34,7 +34,7 @@ def test_a_run_is_not_replaced_unasked(
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
     capsys.readouterr()
     assert exit_code(main, arguments) == 2
-    assert f"{out}: holds a run already ({left})" in (message := capsys.readouterr().err)
+    assert f"{out}: already holds a run ({left})" in (message := capsys.readouterr().err)
     assert ("--resume" in message) == left.startswith("last-") and "--fresh" in message
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()} == before
     assert exit_code(main, [*arguments, "--fresh", "train.seed=1"]) == 0

@@ -136,7 +136,9 @@ def end_to_end_loss(output: Output, batch: Batch, weights: Loss, *, world: int =
         release: use `giou_loss_of_release`.
     """
     own = [len(batch.labels_N), len(batch.queries), len(batch.masked_J), len(batch.target_of_class_query_Q)]
-    counts = torch.tensor(own, device=output.boxes_I4.device, dtype=torch.float32)
+    device = output.boxes_I4.device
+    # Pinned, so that the host does not wait for the copy.
+    counts = torch.tensor(own, dtype=torch.float32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     if world > 1:
         torch.distributed.all_reduce(counts)
     tokens, targets, masked, class_queries = (counts / world).unbind()

@@ -1,8 +1,8 @@
 """What one micro-batch costs, measured and not estimated: the model itself runs on tensors that have shapes but no memory.
 
-torch's fake tensors take the same operators as real ones, so the memory that lives at any moment and the floating-point
-operations are exact, whatever the model has become. Only what kernels need inside themselves is not seen. The language
-model's layers are alike: two and three of them are measured, and the rest follows on a straight line.
+torch's fake tensors take the same operators as real ones, so the live memory at any moment and the floating-point
+operations are exact, whatever the model has become. Only what kernels allocate internally is not seen. The language
+model's layers are alike: models with one and with two of them are measured and extrapolated linearly.
 """
 
 from __future__ import annotations
@@ -29,23 +29,6 @@ from medisee.planning.workload import ComputeMode, Workload, add_pixels, make_ba
 from medisee.training.layers import recompute_layers
 
 _FEW = (1, 2)
-_COUNTED = ("language_model", "lm_head", "vision_tower", "image_encoder")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Flops:
-    """Floating-point operations of one micro-batch by part, forward and backward; a product and its sum are two."""
-
-    language_model: float
-    lm_head: float
-    vision_tower: float
-    image_encoder: float
-    decoders: float
-
-    @property
-    def total(self) -> float:
-        """Of all parts."""
-        return sum(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,69 +36,12 @@ class StepCost:
     """One micro-batch.
 
     Attributes:
-        flops: by part.
+        language_model, lm_head, vision_tower, image_encoder, decoders: floating-point operations of each part, forward
+            and backward; a multiplication and its addition count as two.
         kept: bytes that live between the forward and the backward pass: the batch, and what the backward pass needs.
-        peak: the most bytes that live at any time, beside weights, gradients and optimizer state.
+        early: the most bytes alive at any time before the language model, besides weights, gradients and optimizer state.
+        late: the same from the language model on.
     """
-
-    flops: Flops
-    kept: float
-    peak: float
-
-
-def cost_between(kept: StepCost, recomputed: StepCost, share: float) -> StepCost:
-    """Returns the cost where a share of the layers, in [0, 1], compute again: each layer saves and costs the same."""
-
-    def between(one: float, other: float) -> float:
-        return one + share * (other - one)
-
-    names = [field.name for field in fields(Flops)]
-    flops = Flops(**{name: between(getattr(kept.flops, name), getattr(recomputed.flops, name)) for name in names})
-    return StepCost(flops=flops, kept=between(kept.kept, recomputed.kept), peak=between(kept.peak, recomputed.peak))
-
-
-def training_cost(
-    config: Config, workload: Workload, way: ComputeMode, *, dtype: torch.dtype, recompute: bool = False
-) -> StepCost:
-    """Measures a micro-batch's forward and backward pass.
-
-    Args:
-        config: of the run.
-        workload: its questions.
-        way: how it computes.
-        dtype: what it computes in.
-        recompute: the language model's layers keep their inputs only.
-    """
-
-    def measure(model: MediSee) -> _Measured:
-        if recompute:
-            recompute_layers(model.mllm)
-        batch = make_batch(model, workload, config, way)
-        rehearsal = _Rehearsal(model)
-        with rehearsal.mode:
-            batch = add_pixels(batch, model, way)
-        return rehearsal.training(batch, config, dtype)
-
-    return _for_all_layers(config, dtype, measure)
-
-
-def query_cost(config: Config, workload: Workload, *, dtype: torch.dtype) -> StepCost:
-    """Measures reading one micro-batch with its answers, without gradients; `kept` is what is left at its end."""
-
-    def measure(model: MediSee) -> _Measured:
-        way = ComputeMode("query")
-        batch = make_batch(model.eval(), workload, config, way)
-        rehearsal = _Rehearsal(model)
-        with rehearsal.mode:
-            batch = add_pixels(batch, model, way)
-        return rehearsal.reading(batch, dtype)
-
-    return _for_all_layers(config, dtype, measure)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Measured:
-    """A micro-batch of a model with few layers; `early` is the peak before the language model, `late` from there on."""
 
     language_model: float
     lm_head: float
@@ -126,21 +52,53 @@ class _Measured:
     early: float
     late: float
 
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of all parts."""
+        return self.language_model + self.lm_head + self.vision_tower + self.image_encoder + self.decoders
 
-def _for_all_layers(config: Config, dtype: torch.dtype, measure: Callable[[MediSee], _Measured]) -> StepCost:
+    @property
+    def peak(self) -> float:
+        """The most bytes alive at any time, besides weights, gradients and optimizer state."""
+        return max(self.early, self.late)
+
+
+def cost_on_line(at_0: StepCost, at_1: StepCost, place: float) -> StepCost:
+    """Returns the cost at a place of the line through two costs: every layer costs and saves the same."""
+    low, high = ({field.name: getattr(cost, field.name) for field in fields(cost)} for cost in (at_0, at_1))
+    return StepCost(**{name: value + place * (high[name] - value) for name, value in low.items()})
+
+
+def training_cost(
+    config: Config, workload: Workload, mode: ComputeMode, *, dtype: torch.dtype, recompute: bool = False
+) -> StepCost:
+    """Measures a micro-batch's forward and backward pass; with `recompute` the layers keep only their inputs."""
+
+    def measure(model: MediSee) -> StepCost:
+        if recompute:
+            recompute_layers(model.mllm)
+        rehearsal = _Rehearsal(model, config, dtype)
+        return rehearsal.training(rehearsal.batch(workload, mode))
+
+    return _for_all_layers(config, dtype, measure)
+
+
+def query_cost(config: Config, workload: Workload, *, dtype: torch.dtype) -> StepCost:
+    """Measures reading one micro-batch with its answers, without gradients; `kept` is what is left at its end."""
+
+    def measure(model: MediSee) -> StepCost:
+        rehearsal = _Rehearsal(model.eval(), config, dtype)
+        return rehearsal.reading(rehearsal.batch(workload, ComputeMode("query")))
+
+    return _for_all_layers(config, dtype, measure)
+
+
+def _for_all_layers(config: Config, dtype: torch.dtype, measure: Callable[[MediSee], StepCost]) -> StepCost:
     layers = language_layers(config.model)
     if layers <= _FEW[-1]:
-        values = _values(measure(meta_model(config.model, dtype=dtype).train()))
-    else:
-        # Each value is a straight line in the number of layers: the peaks before and after the encoders apart.
-        low, high = (_values(measure(meta_model(config.model, dtype=dtype, layers=n).train())) for n in _FEW)
-        values = {name: low[name] + (high[name] - low[name]) * (layers - _FEW[0]) for name in low}
-    flops = Flops(**{field.name: values[field.name] for field in fields(Flops)})
-    return StepCost(flops=flops, kept=values["kept"], peak=max(values["early"], values["late"]))
-
-
-def _values(measured: _Measured) -> dict[str, float]:
-    return {field.name: getattr(measured, field.name) for field in fields(measured)}
+        return measure(meta_model(config.model, dtype=dtype).train())
+    few, more = (measure(meta_model(config.model, dtype=dtype, layers=number).train()) for number in _FEW)
+    return cost_on_line(few, more, (layers - _FEW[0]) / (_FEW[1] - _FEW[0]))
 
 
 class _Rehearsal:
@@ -149,30 +107,42 @@ class _Rehearsal:
     The CPU stands for any device: it has the fused attention that GPUs have and the meta device lacks.
     """
 
-    def __init__(self, model: MediSee) -> None:
-        self.model, self.mode, self.tally = model, FakeTensorMode(allow_non_fake_inputs=True), Tally()
-        self.forward: dict[str, float] = dict.fromkeys(_COUNTED, 0.0)
+    def __init__(self, model: MediSee, config: Config, dtype: torch.dtype) -> None:
+        self.model, self.config, self.dtype = model, config, dtype
+        self.mode, self.tally = FakeTensorMode(allow_non_fake_inputs=True), Tally()
+        self.forward: dict[str, float] = dict.fromkeys(
+            ("language_model", "lm_head", "vision_tower", "image_encoder"), 0.0
+        )
         self.backward: dict[str, float] = {}
         self.early = 0
-        _pretend(model, self.mode)
 
-    def training(self, batch: Batch, config: Config, dtype: torch.dtype) -> _Measured:
+    def batch(self, workload: Workload, mode: ComputeMode) -> Batch:
+        """Returns the batch as fake tensors, and turns the model's tensors into fake ones."""
+        batch = make_batch(self.model, workload, self.config, mode)
+        with self.mode:
+            for module in self.model.modules():
+                for name, value in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, nn.Parameter(torch.empty_like(value, device="cpu"), value.requires_grad))
+                for name, buffer in list(module.named_buffers(recurse=False)):
+                    setattr(module, name, torch.empty_like(buffer, device="cpu"))
+            return add_pixels(batch, self.model, mode)
+
+    def training(self, batch: Batch) -> StepCost:
         """Runs forward and backward."""
         for parameter in self.model.parameters():
             if parameter.requires_grad:
-                # All micro-batches of a step but the first add to gradients that are there.
+                # All micro-batches of a step but the first add to gradients that exist.
                 parameter.grad = torch.zeros_like(parameter)
-        self._start(batch)
-        with self.tally, self._watching():
-            loss = self._loss(batch, config, dtype)
+        with self._counting(batch):
+            loss = self._loss(batch)
             kept = self.tally.now
             loss.backward()
         total = self.tally.flops
-        # Gradients pass the heads first, then the language model, then what stands before it.
+        # Gradients pass the heads first, then the language model, then what precedes it.
         heads, language = self.backward.get("heads", total), self.backward.get("language", total)
         lm_head = self.forward["lm_head"] * (1 + _learns(self.model.mllm.lm_head))
         before, encoder_learns = total - language, _learns(self.model.seg_head.image_encoder)
-        return _Measured(
+        return StepCost(
             language_model=self.forward["language_model"] + language - heads,
             lm_head=self.forward["lm_head"] + lm_head,
             vision_tower=self.forward["vision_tower"] + before * (not encoder_learns),
@@ -183,44 +153,44 @@ class _Rehearsal:
             late=self.tally.peak,
         )
 
-    def _loss(self, batch: Batch, config: Config, dtype: torch.dtype) -> Tensor:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    def _loss(self, batch: Batch) -> Tensor:
+        with self._autocast():
             output = self.model(batch)
-            # The box loss picks out boxes by value, which fake ones lack: it sees the true ones.
+            # The box loss selects boxes by value, which fake ones lack: it sees the true ones.
             known = output if batch.boxes_I4 is None else replace(output, boxes_I4=batch.boxes_I4)
-            return end_to_end_loss(known, batch, config.loss, release=config.release).total + output.boxes_I4.sum()
+            return (
+                end_to_end_loss(known, batch, self.config.loss, release=self.config.release).total
+                + output.boxes_I4.sum()
+            )
 
-    def reading(self, batch: Batch, dtype: torch.dtype) -> _Measured:
+    def reading(self, batch: Batch) -> StepCost:
         """Runs forward alone."""
-        self._start(batch)
-        with torch.no_grad(), self.tally, self._watching():
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                output = self.model(batch)
-            kept = self.tally.now
+        with torch.no_grad(), self._counting(batch), self._autocast():
+            output = self.model(batch)
+        kept = self.tally.now
         del output
         decoders = self.tally.flops - sum(self.forward.values())
-        return _Measured(**self.forward, decoders=decoders, kept=kept, early=self.early, late=self.tally.peak)
+        return StepCost(**self.forward, decoders=decoders, kept=kept, early=self.early, late=self.tally.peak)
 
-    def _start(self, batch: Batch) -> None:
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32)
+
+    @contextmanager
+    def _counting(self, batch: Batch) -> Iterator[None]:
+        """Notes what the modules compute forward, and when gradients arrive at the language model and leave it."""
         held: list[Tensor] = [*self.model.parameters(), *self.model.buffers()]
         self.tally.ignore([*held, *(value.grad for value in held if value.grad is not None)])
         own = [getattr(batch, field.name) for field in fields(batch)]
         self.tally.add([value for value in tree_leaves([*own, list(batch.masks)]) if isinstance(value, Tensor)])
-
-    @contextmanager
-    def _watching(self) -> Iterator[None]:
-        """Notes what the modules compute forward, and when gradients arrive at the language model and leave it."""
         llava: Any = self.model.mllm
         language = llava.model.language_model
-        places = {
+        parts = {
             "language_model": [language],
             "lm_head": [llava.lm_head],
             "vision_tower": [llava.model.vision_tower, llava.model.multi_modal_projector],
             "image_encoder": [self.model.seg_head.image_encoder],
         }
-        handles = [
-            handle for name, modules in places.items() for module in modules for handle in self._count(module, name)
-        ]
+        handles = [handle for name, modules in parts.items() for one in modules for handle in self._count(one, name)]
 
         def begins(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.early, self.tally.peak = self.tally.peak, self.tally.now
@@ -232,19 +202,20 @@ class _Rehearsal:
         handles.append(language.register_forward_pre_hook(begins, with_kwargs=True))
         handles.append(language.register_forward_hook(ends))
         try:
-            yield
+            with self.tally:
+                yield
         finally:
             for handle in handles:
                 handle.remove()
 
     def _count(self, module: nn.Module, name: str) -> list[Any]:
-        def begins(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.forward[name] -= self.tally.flops
+        def add(sign: int) -> None:
+            self.forward[name] += sign * self.tally.flops
 
-        def ends(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self.forward[name] += self.tally.flops
-
-        return [module.register_forward_pre_hook(begins), module.register_forward_hook(ends)]
+        return [
+            module.register_forward_pre_hook(lambda *_: add(-1)),
+            module.register_forward_hook(lambda *_: add(1)),
+        ]
 
     def _note(self, tensor: Tensor, name: str) -> None:
         def note(gradient: Tensor) -> None:
@@ -258,23 +229,8 @@ def _learns(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _pretend(model: nn.Module, mode: FakeTensorMode) -> None:
-    with mode:
-        for module in model.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad))
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                setattr(module, name, torch.empty_like(buffer, device="cpu"))
-
-
 class Tally(TorchDispatchMode):
-    """Counts, operator by operator.
-
-    Attributes:
-        now: bytes of all storages that live and are not ignored.
-        peak: the most of them so far.
-        flops: floating-point operations so far.
-    """
+    """Counts, operator by operator: bytes that live `now` and are not ignored, their `peak`, and `flops` so far."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -285,8 +241,7 @@ class Tally(TorchDispatchMode):
     def ignore(self, tensors: list[Tensor]) -> None:
         """Leaves tensors out, and all views of them."""
         self._ignored = [tensor.untyped_storage() for tensor in tensors]
-        for storage in self._ignored:
-            self._known.add(storage)
+        self._known.update(self._ignored)
 
     def add(self, tensors: list[Tensor]) -> None:
         """Counts tensors for as long as they live."""

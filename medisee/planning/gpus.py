@@ -17,11 +17,11 @@ class Gpu:
     """One GPU.
 
     Attributes:
-        name: as its maker calls it.
+        name: the maker's name for it.
         memory: GiB.
         bfloat16: dense tensor-core TFLOP/s with float32 accumulation. Data sheets often print the double, "with
             sparsity".
-        float32: TFLOP/s outside the tensor cores, which is what torch uses for float32 unless told otherwise.
+        float32: TFLOP/s outside the tensor cores, which torch uses for float32 by default.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Gpu:
     float32: float
 
     def tflops(self, dtype: torch.dtype) -> float:
-        """Returns the peak for a type to compute in."""
+        """Returns the peak of a compute precision."""
         return self.float32 if dtype == torch.float32 else self.bfloat16
 
     @property
@@ -62,13 +62,12 @@ def find_gpu(name: str) -> Gpu:
     Raises:
         InputError: an unknown name.
     """
-    wanted = _plain(name)
+
+    def plain(text: str) -> str:
+        return "".join(filter(str.isalnum, text.lower()))
+
     for key, gpu in GPUS.items():
-        if wanted in (_plain(key), _plain(gpu.name)):
+        if plain(name) in (plain(key), plain(gpu.name)):
             return gpu
     hint = nearest(name.lower(), GPUS)
-    raise InputError(f"--gpu {name!r}: no such GPU is known; expected one of {', '.join(GPUS)}.{hint}")
-
-
-def _plain(name: str) -> str:
-    return "".join(character for character in name.lower() if character.isalnum())
+    raise InputError(f"--gpu {name!r}: unknown GPU; expected one of {', '.join(GPUS)}.{hint}")

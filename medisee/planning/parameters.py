@@ -5,8 +5,6 @@ A language model that is not on this machine is taken to have Mistral 7B's sizes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +27,12 @@ from medisee.weights.tokenizer import IMAGE_TOKEN, SPECIAL, add_candidate_tokens
 VOCABULARY = 32000
 """Tokens of Mistral's, Llama's and Vicuna's tokenizers."""
 BYTES_OF_BITS = {8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
-"""Bytes a weight of bitsandbytes: LLM.int8(), and NF4 with an 8-bit scale a block of 64, whose own scales are 32-bit."""
+"""Bytes per weight of bitsandbytes: LLM.int8(), and NF4 with an 8-bit scale per block of 64, whose own scales are 32-bit."""
 
 _LAYERS = "mllm.model.language_model"
 _PARTS = {
-    "mllm.model.language_model.embed_tokens": "embedding",
-    "mllm.model.language_model": "language model",
+    f"{_LAYERS}.embed_tokens": "embedding",
+    _LAYERS: "language model",
     "mllm.lm_head": "output layer",
     "mllm.model.vision_tower": "vision tower",
     "mllm.model.multi_modal_projector": "projector",
@@ -46,7 +44,6 @@ _PARTS = {
     "seg_head.prompt_encoder": "prompt encoder",
     "seg_head.mask_decoder": "mask decoder",
 }
-LORA = "LoRA"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +51,7 @@ class PartCount:
     """Parameters of one part of the model.
 
     Attributes:
-        part: its name; `LoRA` is the language model's, an image encoder's own belongs to it.
+        part: its name; `LoRA` is the language model's, an image encoder's LoRA counts as part of the encoder.
         total: all parameters.
         trainable: those that learn.
         stored: bytes of all as training stores them.
@@ -69,14 +66,11 @@ class PartCount:
 def meta_model(config: Model, *, dtype: torch.dtype = torch.bfloat16, layers: int | None = None) -> MediSee:
     """Builds a model without weights, stored as training stores it.
 
-    Args:
-        config: of the model; `mllm.source` may be missing.
-        dtype: what the run computes in.
-        layers: layers of the language model; None: all. They attend with SDPA where the run has flex attention, which
-            runs on no such tensors, does not more arithmetic and keeps no mask.
+    `config.mllm.source` may be missing. Flex attention is replaced by SDPA, since it does not run on tensors without
+    memory. The language model has its first `layers` only, if given.
 
     Raises:
-        InputError: sizes that do not go together; a language model whose config.json cannot be read.
+        InputError: sizes that do not fit together; a language model whose config.json cannot be read.
     """
     planned = _described(config.mllm)
     mllm = planned.mllm
@@ -84,9 +78,14 @@ def meta_model(config: Model, *, dtype: torch.dtype = torch.bfloat16, layers: in
         mllm = mllm.model_copy(update={"attention": "sdpa"})
     if layers is not None:
         mllm = mllm.model_copy(update={"size": mllm.size.model_copy(update={"layers": layers})})
-    tokenizer = stand_in_tokenizer(config)
-    with _default_dtype(planned.dtype), torch.device("meta"):
-        model = MediSee(config.model_copy(update={"mllm": mllm}), tokenizer, weights=False)
+    # The language model adapts what trains to the type that it is built in, so casting it afterwards is not the same.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(planned.dtype)
+    try:
+        with torch.device("meta"):
+            model = MediSee(config.model_copy(update={"mllm": mllm}), stand_in_tokenizer(config), weights=False)
+    finally:
+        torch.set_default_dtype(before)
     for name, part in model.named_children():
         if name != "mllm":
             part.float()
@@ -98,6 +97,11 @@ def stand_in_tokenizer(config: Model) -> PreTrainedTokenizerBase:
     """Makes a tokenizer with as many entries as the model's own, for which every word is one token."""
     planned = _described(config.mllm)
     words = max(planned.tokens, planned.rows - len({*config.candidate_tokens, IMAGE_TOKEN}))
+    return word_tokenizer(words, config.candidate_tokens)
+
+
+def word_tokenizer(words: int, candidate_tokens: tuple[str, ...]) -> PreTrainedTokenizerBase:
+    """Makes a tokenizer of `words` entries, for which every word is one token, and adds the candidate tokens."""
     vocabulary = {name: number for number, name in enumerate(SPECIAL)}
     vocabulary |= {f"word{number}": number for number in range(len(SPECIAL), words)}
     tokenizer = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -105,7 +109,7 @@ def stand_in_tokenizer(config: Model) -> PreTrainedTokenizerBase:
     result = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
     )
-    add_candidate_tokens(result, config.candidate_tokens)
+    add_candidate_tokens(result, candidate_tokens)
     return result
 
 
@@ -114,27 +118,19 @@ def language_layers(config: Model) -> int:
     return _described(config.mllm).mllm.size.layers
 
 
-def parameter_counts(config: Model, *, dtype: torch.dtype = torch.bfloat16) -> list[PartCount]:
-    """Counts the parameters of each part, in the order of the data flow; what a model lacks is left out.
-
-    Raises:
-        InputError: see `meta_model`.
-    """
-    return count_parts(meta_model(config, dtype=dtype))
-
-
 def count_parts(model: MediSee) -> list[PartCount]:
-    """Counts the parameters of each part of a model, on the meta device or not."""
-    order = dict.fromkeys([_PARTS["mllm.model.language_model"], LORA, *_PARTS.values()])
-    found: dict[str, list[nn.Parameter]] = {part: [] for part in order}
+    """Counts the parameters of each part of a model, on the meta device or not; parts that a model lacks are left out."""
+    found: dict[str, list[nn.Parameter]] = {part: [] for part in ("language model", "LoRA", *_PARTS.values())}
     for name, parameter in model.named_parameters():
-        found[_part(name)].append(parameter)
+        lora = name.startswith(_LAYERS) and ".lora_" in name
+        part = "LoRA" if lora else next(part for prefix, part in _PARTS.items() if name.startswith(f"{prefix}."))
+        found[part].append(parameter)
     return [
         PartCount(
             part,
             sum(one.numel() for one in own),
             sum(one.numel() for one in own if one.requires_grad),
-            sum(one.numel() * one.element_size() for one in own),
+            sum(one.nbytes for one in own),
         )
         for part, own in found.items()
         if own
@@ -148,12 +144,6 @@ def quantised_weights(model: MediSee) -> int:
         for name, parameter in model.named_parameters()
         if name.startswith(f"{_LAYERS}.layers.") and parameter.ndim == 2 and not parameter.requires_grad
     )
-
-
-def _part(name: str) -> str:
-    if name.startswith(_LAYERS) and ".lora_" in name:
-        return LORA
-    return next(part for prefix, part in _PARTS.items() if name.startswith(f"{prefix}."))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +170,22 @@ def _described(config: Mllm) -> _Described:
     if not path.is_file():
         return _Described(config.model_copy(update={**changes, "size": LanguageSize()}), VOCABULARY, 0, dtype)
     settings = read_json(path)
-    text = settings if is_original(settings) else _settings_of(path)
-    size = LanguageSize(
+    text = settings
+    if not is_original(settings):
+        try:
+            llava: Any = AutoConfig.from_pretrained(path.parent)
+            text, vision = llava.text_config.to_dict(), llava.vision_config
+        except (OSError, ValueError, AttributeError, KeyError) as error:
+            raise InputError(f"{path}: does not describe a transformers Llava ({error}); fetch it again.") from error
+        changes |= {
+            "vision_hidden": vision.hidden_size,
+            "vision_layers": vision.num_hidden_layers,
+            "vision_size": vision.image_size,
+            "vision_patch": vision.patch_size,
+            "vision_heads": vision.num_attention_heads,
+            "vision_intermediate": vision.intermediate_size,
+        }
+    changes["size"] = LanguageSize(
         hidden=text["hidden_size"],
         layers=text["num_hidden_layers"],
         heads=text["num_attention_heads"],
@@ -192,32 +196,4 @@ def _described(config: Mllm) -> _Described:
         dtype = torch.float32
     rows = text["vocab_size"]
     tokens = min(rows, settings.get("image_token_index") or rows)
-    vision = text.get("vision", {})
-    return _Described(config.model_copy(update={**changes, **vision, "size": size}), tokens, rows, dtype)
-
-
-def _settings_of(path: Path) -> dict[str, Any]:
-    try:
-        settings: Any = AutoConfig.from_pretrained(path.parent)
-        text, vision = settings.text_config, settings.vision_config
-    except (OSError, ValueError, AttributeError, KeyError) as error:
-        raise InputError(f"{path}: describes no transformers Llava ({error}); fetch it again.") from error
-    own = {
-        "vision_hidden": vision.hidden_size,
-        "vision_layers": vision.num_hidden_layers,
-        "vision_size": vision.image_size,
-        "vision_patch": vision.patch_size,
-        "vision_heads": vision.num_attention_heads,
-        "vision_intermediate": vision.intermediate_size,
-    }
-    return {**text.to_dict(), "vision": own}
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    return _Described(config.model_copy(update=changes), tokens, rows, dtype)

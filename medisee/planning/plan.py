@@ -20,7 +20,7 @@ from medisee.config import Config, Train
 from medisee.config.load import config_from
 from medisee.foundation.errors import InputError
 from medisee.models.medisee import MediSee
-from medisee.planning.cost import StepCost, cost_between, query_cost, training_cost
+from medisee.planning.cost import StepCost, cost_on_line, query_cost, training_cost
 from medisee.planning.gpus import Gpu, find_gpu
 from medisee.planning.parameters import (
     BYTES_OF_BITS,
@@ -53,9 +53,9 @@ loses what a small model without parallel layers gains."""
 SECONDS_PER_DAY = 86400
 STAGES = (0, 1, 2, 3)
 ADAMW = 8
-"""Bytes a learning parameter of AdamW's two float32 moments."""
+"""Bytes per trainable parameter of AdamW's two float32 moments."""
 MASTER = 4
-"""Bytes of the copy that DeepSpeed's ZeRO updates, in float32, as what learns already is."""
+"""Bytes of the copy that DeepSpeed's ZeRO updates, in float32, as trainable parameters already are."""
 BUCKET = 5 * 10**8
 """Elements of DeepSpeed's reduce_bucket_size, which ZeRO allocates as a whole."""
 LIVE = 10**9
@@ -67,15 +67,11 @@ class Memory:
     """Bytes on each GPU under one ZeRO stage, without activations.
 
     Attributes:
-        stage: of ZeRO; 0 is also plain torch.
-        weights: as stored: what learns in float32, frozen weights as they come.
-        gradients: float32.
-        optimizer: AdamW's moments, and ZeRO's copy of what learns.
+        optimizer: AdamW's moments, and ZeRO's copy of the trainable weights.
         buffers: ZeRO's bucket for gradients, and the weights that ZeRO 3 gathers.
-        host: what is offloaded to the CPU's memory, a process.
+        host: what is offloaded to the CPU's memory, per process; not part of the total.
     """
 
-    stage: int
     weights: float
     gradients: float
     optimizer: float
@@ -90,9 +86,9 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class ModeCost:
-    """One way of computing: a micro-batch's cost, and how long the whole run takes."""
+    """One compute mode: a micro-batch's cost, and how long the whole run takes."""
 
-    way: ComputeMode
+    mode: ComputeMode
     cost: StepCost
     days: float
 
@@ -103,17 +99,12 @@ class TrainingPlan:
 
     Attributes:
         config: of the run, with the accumulation that this number of GPUs needs.
-        gpu, gpus: what it runs on.
-        dtype: what it computes in.
-        workload: its micro-batch.
-        parts: parameters.
         memory: for each ZeRO stage.
-        stored: bytes of all weights with the language model's layers as they are (16), and in 8 and 4 bits.
-        kept_all, recomputed: activations' peak in bytes with every layer's kept, and with layers that compute again.
-        recompute: share of the layers that do so in the ways below: as it is set, or all where the GPU is too small
-            otherwise.
-        ways: the release's way of computing and ours.
-        missing: what is not on this machine.
+        stored: bytes of all weights with the language model's layers unchanged (16), and in 8 and 4 bits.
+        kept_all, recomputed: activations' peak in bytes with every layer's kept, and with every layer recomputed.
+        recompute: share of the layers that are recomputed in the modes below: as configured, or all where the GPU is
+            too small otherwise.
+        modes: the release's compute mode and ours.
     """
 
     config: Config
@@ -127,7 +118,7 @@ class TrainingPlan:
     kept_all: float
     recomputed: float
     recompute: float
-    ways: tuple[ModeCost, ...]
+    modes: tuple[ModeCost, ...]
     missing: tuple[Missing, ...]
 
     @property
@@ -136,25 +127,15 @@ class TrainingPlan:
         activations = self.kept_all + self.recompute * (self.recomputed - self.kept_all)
         return self.memory[self.config.train.zero_stage].total + activations
 
-    @property
-    def fits(self) -> bool:
-        """Whether a GPU holds the run."""
-        return self.peak <= self.gpu.usable
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferencePlan:
     """Planned inference, one query at a time.
 
     Attributes:
-        gpu: what it runs on.
-        parts: parameters.
-        stored: see TrainingPlan.
-        cache: bytes of the language model's keys and values for the longest answer.
+        cache: bytes of the language model's keys and values for the longest answer, of `max_new_tokens`.
         read: cost of the image, the question and the decoders.
-        token_flops: of each further token of the answer.
-        max_new_tokens: of the longest answer.
-        missing: what is not on this machine.
+        token_flops: floating-point operations of each further token of the answer.
     """
 
     gpu: Gpu
@@ -168,15 +149,10 @@ class InferencePlan:
 
 
 def plan_training(config: Config, *, gpu: str = GPU, gpus: int = GPUS) -> TrainingPlan:
-    """Plans a training run under DeepSpeed.
-
-    Args:
-        config: of the run; its files may be missing.
-        gpu: name of a GPU, see medisee/planning/gpus.py.
-        gpus: how many there are.
+    """Plans a training run under DeepSpeed, whose files may be missing.
 
     Raises:
-        InputError: an unknown GPU or none; sizes that do not go together; a manifest that cannot be read.
+        InputError: an unknown GPU or none; sizes that do not fit together; a manifest that cannot be read.
     """
     device = _checked(gpu, gpus)
     config = config.model_copy(update={"train": split_batch(config.train, gpus)})
@@ -187,8 +163,25 @@ def plan_training(config: Config, *, gpu: str = GPU, gpus: int = GPUS) -> Traini
     weights = stored[config.model.mllm.bits or 16]
     memory = tuple(stage_memory(parts, train, stage=stage, gpus=gpus, weights=weights) for stage in STAGES)
     workload = training_workload(config)
-    costs = _measured(config, workload, device.usable - memory[train.zero_stage].total, dtype)
-    speed = UTILISATION * device.tflops(dtype) * 1e12
+    measure = partial(training_cost, config, workload, dtype=dtype)
+    ours = replace(OURS, cached=config.data.cache is not None)
+    with tqdm(total=3, desc="planning", disable=None, leave=False) as progress:  # on a terminal only
+        kept_all = measure(ours)
+        progress.update()
+        recomputed = measure(ours, recompute=True)
+        progress.update()
+        layers, count = language_layers(config.model), train.recompute_layers
+        share = 1.0 if count is True else min(count, layers) / layers
+        share = share or float(memory[train.zero_stage].total + kept_all.peak > device.usable)
+        if 0 < share < 1:
+            release = cost_on_line(measure(RELEASE), measure(RELEASE, recompute=True), share)
+        else:
+            release = measure(RELEASE, recompute=share == 1)
+    costs = {RELEASE: release, ours: cost_on_line(kept_all, recomputed, share)}
+    if not ours.cached and config.model.seg_head.lora is None:
+        # Reading features costs no arithmetic; the rest of the step stays.
+        costs[CACHED] = replace(costs[ours], image_encoder=0.0)
+    flops_per_day = UTILISATION * device.tflops(dtype) * 1e12 * SECONDS_PER_DAY
     micro_batches = train.steps * train.accumulation
     return TrainingPlan(
         config=config,
@@ -199,64 +192,18 @@ def plan_training(config: Config, *, gpu: str = GPU, gpus: int = GPUS) -> Traini
         parts=parts,
         memory=memory,
         stored=stored,
-        kept_all=costs.kept_all.peak,
-        recomputed=costs.recomputed.peak,
-        recompute=costs.recompute,
-        ways=tuple(
-            ModeCost(way, cost, micro_batches * cost.flops.total / speed / SECONDS_PER_DAY) for way, cost in costs.ways
-        ),
+        kept_all=kept_all.peak,
+        recomputed=recomputed.peak,
+        recompute=share,
+        modes=tuple(ModeCost(mode, cost, micro_batches * cost.flops / flops_per_day) for mode, cost in costs.items()),
         missing=tuple(missing_files(config)),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Costs:
-    kept_all: StepCost
-    recomputed: StepCost
-    recompute: float
-    ways: tuple[tuple[ComputeMode, StepCost], ...]
-
-
-def _measured(config: Config, workload: Workload, room: float, dtype: torch.dtype) -> _Costs:
-    """Measures a micro-batch in each way; layers compute again where it is set, or where `room` bytes are too few."""
-    ours = replace(OURS, cached=config.data.cache is not None)
-    with tqdm(total=3, desc="planning", disable=None, leave=False) as progress:  # on a terminal only
-        kept_all = training_cost(config, workload, ours, dtype=dtype)
-        progress.update()
-        recomputed = training_cost(config, workload, ours, dtype=dtype, recompute=True)
-        progress.update()
-        share = _recomputed_share(config) or float(kept_all.peak > room)
-        release = _at_share(config, workload, dtype, share)
-    own = cost_between(kept_all, recomputed, share)
-    ways = [(RELEASE, release), (ours, own)]
-    if not ours.cached and config.model.seg_head.lora is None:
-        # Reading features costs no arithmetic; the rest of the step stays.
-        ways.append((CACHED, replace(own, flops=replace(own.flops, image_encoder=0.0))))
-    return _Costs(kept_all, recomputed, share, tuple(ways))
-
-
-def _recomputed_share(config: Config) -> float:
-    count, layers = config.train.recompute_layers, language_layers(config.model)
-    return 1.0 if count is True else min(count, layers) / layers
-
-
-def _at_share(config: Config, workload: Workload, dtype: torch.dtype, share: float) -> StepCost:
-    """Measures the release's way; between both ends where only some layers compute again."""
-    measure = partial(training_cost, config, workload, RELEASE, dtype=dtype)
-    if share in (0, 1):
-        return measure(recompute=share == 1)
-    return cost_between(measure(recompute=False), measure(recompute=True), share)
 
 
 def stage_memory(parts: Sequence[PartCount], train: Train, *, stage: int, gpus: int, weights: float) -> Memory:
     """Returns what each GPU holds under a ZeRO stage (Rajbhandari et al. 2020): 1 cuts optimizer state, 2 gradients, 3 weights.
 
-    Args:
-        parts: the model's.
-        train: for offloading and DeepSpeed's own settings.
-        stage: of ZeRO.
-        gpus: how many share.
-        weights: bytes of all weights.
+    Stage 0 is also plain torch; `weights` are the bytes of all weights.
     """
     learning, everything = sum(part.trainable for part in parts), sum(part.total for part in parts)
     share = [gpus if stage >= first else 1 for first in (1, 2, 3)]
@@ -269,7 +216,6 @@ def stage_memory(parts: Sequence[PartCount], train: Train, *, stage: int, gpus: 
     moved_state = optimizer * (train.offload != "none" and stage > 0)
     moved_weights = own_weights * (train.offload == "parameters" and stage == 3)
     return Memory(
-        stage=stage,
         weights=own_weights - moved_weights,
         gradients=4 * learning / share[1],
         optimizer=optimizer - moved_state,
@@ -289,7 +235,6 @@ def plan_inference(config: Config, *, gpu: str = GPU) -> InferencePlan:
     model = meta_model(config.model, dtype=dtype)
     parts = tuple(count_parts(model))
     few = config.model_copy(update={"train": config.train.model_copy(update={"masks_per_image": None})})
-    read = query_cost(few, Workload(((REASONING_QUERY,),), measured=False), dtype=dtype)
     settings = model.mllm.config.get_text_config()
     tokens = model.processor.image_tokens + REASONING_QUERY.question + TEMPLATE_TOKENS + config.eval.max_new_tokens
     numbers = 2 * settings.num_hidden_layers * settings.num_key_value_heads * settings.head_dim
@@ -299,7 +244,7 @@ def plan_inference(config: Config, *, gpu: str = GPU) -> InferencePlan:
         parts=parts,
         stored=_stored(model, config),
         cache=float(numbers * tokens * dtype.itemsize),
-        read=read,
+        read=query_cost(few, Workload(((REASONING_QUERY,),), measured=False), dtype=dtype),
         token_flops=2.0 * used,
         max_new_tokens=config.eval.max_new_tokens,
         missing=tuple(missing_weights(config.model)),
@@ -322,24 +267,21 @@ def checkpoint_config(folder: Path) -> Config:
 
 
 def _checked(gpu: str, gpus: int) -> Gpu:
-    problems: list[str] = []
-    found = None
+    problems = [] if gpus >= 1 else [f"--gpus {gpus}: expected 1 or more; a plan needs a GPU."]
     try:
-        found = find_gpu(gpu)
+        device = find_gpu(gpu)
     except InputError as error:
-        problems += error.problems
-    if gpus < 1:
-        problems.append(f"--gpus {gpus}: expected 1 or more; a plan needs a GPU.")
-    if problems or found is None:
+        raise InputError([*error.problems, *problems]) from error
+    if problems:
         raise InputError(problems)
-    return found
+    return device
 
 
 def _stored(model: MediSee, config: Config) -> dict[int, float]:
-    """Returns the bytes of all weights, the language model's layers as they are (16); published ones in 8 and 4 bits too."""
-    whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    """Returns the bytes of all weights, with the language model's layers unchanged (16) and, if published, in 8 and 4 bits."""
+    whole = float(sum(parameter.nbytes for parameter in model.parameters()))
     if config.model.mllm.source is None:
-        return {16: float(whole)}
+        return {16: whole}
     count = quantised_weights(model)
     width = next(iter(model.mllm.model.language_model.layers.parameters())).element_size()
-    return {16: float(whole)} | {bits: whole + (one - width) * count for bits, one in BYTES_OF_BITS.items()}
+    return {16: whole} | {bits: whole + (one - width) * count for bits, one in BYTES_OF_BITS.items()}

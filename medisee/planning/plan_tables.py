@@ -1,19 +1,17 @@
-"""A plan as text for a terminal or a file, and the parameter table as markdown."""
+"""A plan as text for a terminal or a file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from medisee.planning.cost import Flops, StepCost
 from medisee.planning.gpus import GPUS, USABLE
 from medisee.planning.parameters import PartCount
-from medisee.planning.plan import SECONDS_PER_DAY, STAGES, UTILISATION, InferencePlan, Memory, TrainingPlan
+from medisee.planning.plan import SECONDS_PER_DAY, STAGES, UTILISATION, InferencePlan, TrainingPlan
 from medisee.training.optimization import describe_batch
 from medisee.weights.missing import Missing
 
@@ -25,6 +23,7 @@ _FLOPS = {
     "vision_tower": "vision tower, projector",
     "image_encoder": "image encoder",
     "decoders": "routers, box and mask decoder",
+    "flops": "together",
 }
 
 
@@ -33,13 +32,14 @@ def render_plan(plan: TrainingPlan) -> str:
     train = plan.config.train
     name = "float32" if plan.dtype == torch.float32 else "bfloat16"
     source = "read" if plan.workload.measured else "assumed"
+    queries = sum(map(len, plan.workload.images)) / len(plan.workload.images)
     lines = [
         f"Plan: {train.steps} steps on {plan.gpus} x {plan.gpu.name} ({plan.gpu.memory:g} GiB), {name}",
-        f"{describe_batch(train, plan.gpus)}, {plan.workload.queries:.2g} questions an image ({source})",
+        f"{describe_batch(train, plan.gpus)}, {queries:.2g} questions an image ({source})",
         _counts(plan.parts),
         _memory(plan),
         _verdict(plan),
-        _ways(plan),
+        _modes(plan),
         f"Time: the arithmetic at {UTILISATION:.0%} of the GPU's dense peak, without validation and waiting for files.",
         _missing(plan.missing),
     ]
@@ -49,35 +49,26 @@ def render_plan(plan: TrainingPlan) -> str:
 def render_inference_plan(plan: InferencePlan) -> str:
     """Returns an inference plan as text; its table has at most 110 columns."""
     total = {bits: weights + plan.read.peak + plan.cache for bits, weights in plan.stored.items()}
-    table = _table("Memory, GiB, by the bits of the language model's layers", *(str(bits) for bits in total))
-    table.add_row("weights", *(_gib(value) for value in plan.stored.values()))
+    table = _table("Memory, GiB, by the bits of the language model's layers", *map(str, total))
+    table.add_row("weights", *map(_gib, plan.stored.values()))
     table.add_row("one image and its question, at the peak", *[_gib(plan.read.peak)] * len(total))
     table.add_row("keys and values of the answer", *[_gib(plan.cache)] * len(total))
-    table.add_row("together", *(_gib(value) for value in total.values()))
-    room = [", ".join(gpu for gpu in GPUS if GPUS[gpu].usable >= value) or "none" for value in total.values()]
-    on_this = {bits: value <= plan.gpu.usable for bits, value in total.items()}
-    verdict = "; ".join(f"{bits} bits: {'yes' if fits else 'no'}" for bits, fits in on_this.items())
+    table.add_row("together", *map(_gib, total.values()))
+    verdict = "; ".join(f"{bits} bits: {'yes' if value <= plan.gpu.usable else 'no'}" for bits, value in total.items())
+    fitting = {bits: [gpu for gpu in GPUS if GPUS[gpu].usable >= value] for bits, value in total.items()}
     words = plan.max_new_tokens * plan.token_flops
     lines = [
         "Plan: inference, one question about one image at a time",
         _counts(plan.parts),
         _text(table),
         f"Fits on {plan.gpu.name} ({plan.gpu.memory:g} GiB): {verdict}.",
-        *(f"  {bits} bits fit on: {gpus}" for bits, gpus in zip(total, room, strict=True)),
-        f"Arithmetic: {_tera(plan.read.flops.total)} TFLOP to read image and question (of it "
-        f"{_tera(plan.read.flops.image_encoder)} for the image encoder), then {plan.token_flops / 1e12:.3f} a token "
+        *(f"  {bits} bits fit on: {', '.join(gpus) or 'none'}" for bits, gpus in fitting.items()),
+        f"Arithmetic: {_tera(plan.read.flops)} TFLOP to read image and question (of it "
+        f"{_tera(plan.read.image_encoder)} for the image encoder), then {plan.token_flops / 1e12:.3f} a token "
         f"of the answer, {_tera(words)} for {plan.max_new_tokens}.",
         _missing(plan.missing),
     ]
     return "\n".join(lines) + "\n"
-
-
-def counts_markdown(parts: Sequence[PartCount]) -> str:
-    """Returns the parameters as a GitHub table, in millions."""
-    rows = ["| part | parameters, million | of them learning |", "|---|--:|--:|"]
-    rows += [f"| {part.part} | {_million(part.total)} | {_million(part.trainable)} |" for part in parts]
-    whole, learning = (sum(values) for values in zip(*((p.total, p.trainable) for p in parts), strict=True))
-    return "\n".join([*rows, f"| **all** | **{_million(whole)}** | **{_million(learning)}** |"]) + "\n"
 
 
 def _counts(parts: Sequence[PartCount]) -> str:
@@ -92,20 +83,20 @@ def _memory(plan: TrainingPlan) -> str:
     chosen = plan.config.train.zero_stage
     titles = [f"ZeRO {stage}{' (set)' if stage == chosen else ''}" for stage in STAGES]
     table = _table("Memory of each GPU, GiB", *titles)
-    rows: dict[str, Callable[[Memory], float]] = {
-        "weights": lambda memory: memory.weights,
-        "gradients": lambda memory: memory.gradients,
-        "AdamW's state": lambda memory: memory.optimizer,
-        "DeepSpeed's buffers": lambda memory: memory.buffers,
-        "activations, all layers kept": lambda memory: plan.kept_all,
-        "activations, layers recomputed": lambda memory: plan.recomputed,
-        "together, all layers kept": lambda memory: memory.total + plan.kept_all,
-        "together, layers recomputed": lambda memory: memory.total + plan.recomputed,
+    rows = {
+        "weights": [memory.weights for memory in plan.memory],
+        "gradients": [memory.gradients for memory in plan.memory],
+        "AdamW's state": [memory.optimizer for memory in plan.memory],
+        "DeepSpeed's buffers": [memory.buffers for memory in plan.memory],
+        "activations, all layers kept": [plan.kept_all for _ in plan.memory],
+        "activations, layers recomputed": [plan.recomputed for _ in plan.memory],
+        "together, all layers kept": [memory.total + plan.kept_all for memory in plan.memory],
+        "together, layers recomputed": [memory.total + plan.recomputed for memory in plan.memory],
     }
     if any(memory.host for memory in plan.memory):
-        rows["offloaded to the CPU's memory"] = lambda memory: memory.host
-    for name, value in rows.items():
-        table.add_row(name, *(_gib(value(memory)) for memory in plan.memory))
+        rows["offloaded to the CPU's memory"] = [memory.host for memory in plan.memory]
+    for name, values in rows.items():
+        table.add_row(name, *map(_gib, values))
     stored = ", ".join(f"{_gib(value)} in {bits} bits" for bits, value in plan.stored.items() if len(plan.stored) > 1)
     return _text(table) + (f"\nAll weights with the language model's layers: {stored}." if stored else "")
 
@@ -113,7 +104,7 @@ def _memory(plan: TrainingPlan) -> str:
 def _verdict(plan: TrainingPlan) -> str:
     train, room = plan.config.train, plan.gpu.usable
     usable = f"{room / 2**30:.1f} GiB ({USABLE:.0%} of {plan.gpu.name}'s)"
-    if plan.fits:
+    if plan.peak <= room:
         advice = ", but only with train.recompute_layers=true" if plan.recompute and not train.recompute_layers else ""
         return f"It fits: {_gib(plan.peak)} of {usable}{advice}."
     rest = plan.memory[train.zero_stage].total
@@ -127,21 +118,15 @@ def _verdict(plan: TrainingPlan) -> str:
     return f"It does not fit: {_gib(plan.peak)} of {usable} with {plan.recompute:.0%} of layers recomputed; {advice}."
 
 
-def _ways(plan: TrainingPlan) -> str:
+def _modes(plan: TrainingPlan) -> str:
     layers = {0.0: "layers kept", 1.0: "layers recomputed"}.get(plan.recompute, f"{plan.recompute:.0%} recomputed")
-    title = f"TFLOP of one step on each GPU ({layers})"
-    table = _table(title, *(one.way.name for one in plan.ways))
-    per_step = plan.config.train.accumulation
-
-    def row(name: str, value: Callable[[StepCost], float]) -> None:
-        table.add_row(name, *(_tera(per_step * value(one.cost)) for one in plan.ways))
-
-    for field in fields(Flops):
-        row(_FLOPS[field.name], lambda cost, name=field.name: getattr(cost.flops, name))
-    row("together", lambda cost: cost.flops.total)
-    table.add_row("activations at their peak, GiB", *(_gib(one.cost.peak) for one in plan.ways))
+    table = _table(f"TFLOP of one step on each GPU ({layers})", *(one.mode.name for one in plan.modes))
+    for part, name in _FLOPS.items():
+        per_step = (plan.config.train.accumulation * getattr(one.cost, part) for one in plan.modes)
+        table.add_row(name, *map(_tera, per_step))
+    table.add_row("activations at their peak, GiB", *(_gib(one.cost.peak) for one in plan.modes))
     machine = f"{plan.gpus} x {plan.gpu.name}"
-    table.add_row(f"{plan.config.train.steps} steps on {machine}", *(_time(one.days) for one in plan.ways))
+    table.add_row(f"{plan.config.train.steps} steps on {machine}", *(_time(one.days) for one in plan.modes))
     return _text(table)
 
 

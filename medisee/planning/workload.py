@@ -1,21 +1,19 @@
-"""What one micro-batch of a run looks like: how many questions, of how many tokens, computed in which way.
+"""What one micro-batch of a run looks like: how many questions, of how many tokens, computed in which mode.
 
-It is read off the run's own manifests where they exist. Otherwise it is assumed, after the paper: every image has as
-many targets as the run draws at most, and 3 images of 10 are asked implicit queries with explained answers.
+It is read from the run's own manifests where they exist. Otherwise it is assumed, following the paper: every image has
+as many targets as the run draws at most, and 3 of 10 images have implicit queries with explained answers.
 
 Shapes: B images, S sequences, L sequence length, N supervised tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from medisee.config import Config
 from medisee.config.model import MAX_TOKENS
@@ -29,13 +27,13 @@ from medisee.records.records import Record, Target, read_record
 IMAGE_SIDE = 512
 """Side of an image whose size is not known, pixels; SA-Med2D-20M's are mostly 200 to 1000."""
 SAMPLE = 300
-"""Records that are read of a manifest."""
+"""Records that are read from a manifest."""
 CHARACTERS_PER_TOKEN = 4
 """Of English text, for the usual vocabularies of 32,000."""
 TEMPLATE_TOKENS = 9
-"""What "[INST] ", the line break and " [/INST]" take in Mistral's vocabulary."""
+"""Tokens of "[INST] ", the line break and " [/INST]" in Mistral's vocabulary."""
 ANSWER_TOKENS = 7
-"""What "[SEG] and [BBOX]." and the end take."""
+"""Tokens of "[SEG] and [BBOX]." and the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,41 +43,31 @@ class Lengths:
     question: int
     answer: int
 
-    @property
-    def total(self) -> int:
-        """Both together."""
-        return self.question + self.answer
-
 
 CLASS_QUERY = Lengths(20, 12)
 """A question that names the class, and its answer."""
 REASONING_QUERY = Lengths(45, 45)
 """An implicit query of up to 20 words with its request, and an explained answer."""
 REASONING_SHARE = 0.3
-"""Share of images that are asked implicit queries (paper, section 5.1: SA-Med2D-20M : MLMR-SD = 7 : 3)."""
+"""Share of images with implicit queries (paper, section 5.1: SA-Med2D-20M : MLMR-SD = 7 : 3)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """The questions asked of each image of one micro-batch; `measured` on the run's manifests, or assumed."""
+    """The questions about each image of one micro-batch; `measured` on the run's manifests, or assumed."""
 
     images: tuple[tuple[Lengths, ...], ...]
     measured: bool
 
-    @property
-    def queries(self) -> float:
-        """Questions an image, on average."""
-        return sum(map(len, self.images)) / len(self.images)
-
 
 @dataclass(frozen=True, slots=True)
 class ComputeMode:
-    """A way of computing a micro-batch.
+    """How a micro-batch is computed.
 
     Attributes:
         name: for tables.
-        packed: one sequence an image; otherwise one a query.
-        all_logits: of every position; otherwise of supervised ones.
+        packed: one sequence per image; otherwise one per query.
+        all_logits: logits at every position; otherwise at supervised ones only.
         vision_per_query: the vision tower reads an image once for each of its queries; otherwise once.
         cached: the image encoder's features are read from a cache.
     """
@@ -97,41 +85,39 @@ CACHED = ComputeMode("ours, features cached", cached=True)
 
 
 def training_workload(config: Config) -> Workload:
-    """Returns a micro-batch whose images stand evenly for the run's mixture, the shortest and the longest among them.
+    """Returns a micro-batch whose images represent the run's mixture evenly, the shortest and the longest among them.
 
     Raises:
         InputError: a manifest that exists cannot be read.
     """
     train, data = config.train, config.data
-    paths = [Path(source.records) for source in data.train]
-    measured = bool(paths) and all(path.is_file() for path in paths)
-    pool: list[tuple[Lengths, ...]] = []
+    measured = bool(data.train) and all(Path(source.records).is_file() for source in data.train)
+    images: list[tuple[Lengths, ...]] = []
     if measured:
-        for path, source in zip(paths, data.train, strict=True):
-            sample = [_asked(record, data.targets_per_image) for record in _sample(path)]
-            pool += [sample[n % len(sample)] for n in range(SAMPLE * source.weight)]
+        for source in data.train:
+            # A target that has several questions is drawn with one of them.
+            sample = [
+                tuple(map(_lengths, record.targets[: data.targets_per_image]))
+                for record in _sample(Path(source.records))
+            ]
+            images += [sample[n % len(sample)] for n in range(SAMPLE * source.weight)]
     else:
         reasoning = round(100 * REASONING_SHARE)
         kinds = [CLASS_QUERY] * (100 - reasoning) + [REASONING_QUERY] * reasoning
-        pool = [(kind,) * data.targets_per_image for kind in kinds]
-    pool.sort(key=lambda queries: sum(query.total for query in queries))
-    places = [int((n + 0.5) / train.batch_size * len(pool)) for n in range(train.batch_size)]
-    return Workload(tuple(pool[place] for place in places), measured)
+        images = [(kind,) * data.targets_per_image for kind in kinds]
+    images.sort(key=lambda queries: sum(query.question + query.answer for query in queries))
+    places = [int((n + 0.5) / train.batch_size * len(images)) for n in range(train.batch_size)]
+    return Workload(tuple(images[place] for place in places), measured)
 
 
 def _sample(path: Path) -> list[Record]:
     problems: list[str] = []
-    read = [read_record(line, problems) for line in islice(read_lines(path), SAMPLE)]
-    if not read:
-        problems.append(f"{path}: no record; expected one JSON object a line; check how it was made.")
+    records = [read_record(line, problems) for line in islice(read_lines(path), SAMPLE)]
+    if not records:
+        problems.append(f"{path}: no record; expected one JSON object per line. Check how the file was made.")
     if problems:
         raise InputError(problems)
-    return [record for record in read if record is not None]
-
-
-def _asked(record: Record, most: int) -> tuple[Lengths, ...]:
-    # A target that has several questions is asked one of them.
-    return tuple(_lengths(target) for target in record.targets[:most])
+    return [record for record in records if record is not None]
 
 
 def _lengths(target: Target) -> Lengths:
@@ -140,43 +126,28 @@ def _lengths(target: Target) -> Lengths:
         return Lengths(_tokens(question), _tokens(max(ANSWERS, key=len)) + ANSWER_TOKENS)
     questions = [_tokens(qa.question) + sum(_tokens(t.question + t.answer) for t in qa.history) for qa in target.qa]
     answers = [_tokens(qa.answer.replace(candidate_text(CANDIDATE_TOKENS), "")) + ANSWER_TOKENS for qa in target.qa]
-    return Lengths(_mean(questions), _mean(answers))
+    return Lengths(*(max(1, round(sum(values) / len(values))) for values in (questions, answers)))
 
 
 def _tokens(text: str) -> int:
     return -(-len(text) // CHARACTERS_PER_TOKEN)
 
 
-def _mean(values: Sequence[int]) -> int:
-    return max(1, round(sum(values) / len(values)))
+def make_batch(model: MediSee, workload: Workload, config: Config, mode: ComputeMode) -> Batch:
+    """Builds the micro-batch with the model's own processor; `add_pixels` gives it its images.
 
-
-def make_batch(model: MediSee, workload: Workload, config: Config, way: ComputeMode) -> Batch:
-    """Builds the micro-batch by the model's own processor; `add_pixels` gives it its images.
-
-    Args:
-        model: whose tokenizer has a token a word.
-        workload: the questions.
-        config: of the run, for the size of true masks.
-        way: how they become sequences.
+    The model's tokenizer has one token per word.
     """
-    spec = model.seg_head.spec
     mask = np.zeros((IMAGE_SIDE, IMAGE_SIDE), dtype=bool)
     mask[: IMAGE_SIDE // 4, : IMAGE_SIDE // 4] = True
-    pixel, embedding = np.zeros((1, 1, 3), dtype=np.uint8), torch.empty(spec.channels, 0, 0)
+    pixel, embedding = np.zeros((1, 1, 3), dtype=np.uint8), torch.empty(model.seg_head.spec.channels, 0, 0)
     most = config.train.masks_per_image or len(mask)
-    examples = [
-        Example(
-            pixel,
-            IMAGE_SIDE,
-            IMAGE_SIDE,
-            tuple(_query(lengths, mask, masked=place < most) for place, lengths in enumerate(queries)),
-            embedding,
-        )
-        for queries in workload.images
-    ]
-    batch = model.processor(examples, mask_resolution=config.loss.mask_resolution, packed=way.packed)
-    if way.all_logits:
+    examples = []
+    for image in workload.images:
+        queries = tuple(_query(lengths, mask, masked=place < most) for place, lengths in enumerate(image))
+        examples.append(Example(pixel, IMAGE_SIDE, IMAGE_SIDE, queries, embedding))
+    batch = model.processor(examples, mask_resolution=config.loss.mask_resolution, packed=mode.packed)
+    if mode.all_logits:
         sequences, length = batch.input_ids_SL.shape
         everywhere_N2 = torch.cartesian_prod(torch.arange(sequences), torch.arange(length))
         batch = replace(batch, supervised_N2=everywhere_N2, labels_N=batch.input_ids_SL.flatten())
@@ -190,20 +161,18 @@ def _query(lengths: Lengths, mask: np.ndarray, *, masked: bool) -> Query:
     return Query(record="plan", target="plan", question=question, answer=answer + tokens, mask=mask, masked=masked)
 
 
-def add_pixels(batch: Batch, model: MediSee, way: ComputeMode) -> Batch:
+def add_pixels(batch: Batch, model: MediSee, mode: ComputeMode) -> Batch:
     """Adds the images, zeros in the default device's memory: pixels, or cached features."""
     spec, images = model.seg_head.spec, len(batch.frames)
-    pixels: Tensor | None = None
-    embedding: Tensor | None = None
-    if way.cached:
-        embedding = torch.zeros(images, spec.channels, spec.grid, spec.grid)
+    if mode.cached:
+        cached_BCGG = torch.zeros(images, spec.channels, spec.grid, spec.grid)
+        batch = replace(batch, pixels_B3FF=None, embedding_BCGG=cached_BCGG)
     else:
-        pixels = torch.zeros(images, 3, spec.size, spec.size)
-    batch = replace(batch, pixels_B3FF=pixels, embedding_BCGG=embedding)
+        batch = replace(batch, pixels_B3FF=torch.zeros(images, 3, spec.size, spec.size), embedding_BCGG=None)
     if batch.vision_B3VV is None:
         return batch
-    side = model.config.mllm.vision_size
-    if way.vision_per_query:
+    if mode.vision_per_query:
         images = len(batch.input_ids_SL)
         batch = replace(batch, image_of_sequence_S=torch.arange(images))
+    side = model.config.mllm.vision_size
     return replace(batch, vision_B3VV=torch.zeros(images, 3, side, side))

@@ -1,4 +1,4 @@
-"""Ending a run early and in order: SIGTERM, Ctrl-C or a file named `stop` in its folder, heeded between two steps."""
+"""Stopping a run early and cleanly: SIGTERM, Ctrl-C or a file named `stop` in its folder, checked between steps."""
 
 from __future__ import annotations
 
@@ -14,25 +14,21 @@ BY_FILE = 1
 
 
 class Stopped(Exception):
-    """A run was asked to end before its last step, and its state is saved.
-
-    Attributes:
-        code: the process's exit code: 0 by the file, 143 by SIGTERM, 130 by Ctrl-C.
-    """
+    """A run was stopped before its last step, and its state is saved; `code` is the exit code: 0, 143 (SIGTERM) or 130."""
 
     def __init__(self, step: int, folder: Path, request: int) -> None:
         self.code = 0 if request == BY_FILE else request
-        super().__init__(f"stopped after step {step}, which is saved in {folder}; go on with --resume.")
+        super().__init__(f"stopped after step {step}, which is saved in {folder}; continue with --resume.")
 
 
 class StopRequest:
-    """While it is entered, SIGTERM and the first Ctrl-C are noted instead of obeyed; a second Ctrl-C ends at once.
+    """While it is entered, SIGTERM and the first Ctrl-C are noted instead of obeyed; a second Ctrl-C stops at once.
 
     The file serves launchers, which kill their ranks half a minute after a signal: too soon for a step and a save.
     """
 
     def __init__(self, out: Path) -> None:
-        """Args: the run's folder, in which somebody may put the file `stop`."""
+        """Args: the run's folder, in which the file `stop` may appear."""
         self.file = out / STOP
         self.noted = 0
 
@@ -46,7 +42,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def request(self, place: Place) -> int:
-        """Returns what every rank is asked for now: 0 to go on, BY_FILE or 128 + a signal to end; all ranks call it."""
+        """Returns what every rank must do now: 0 to go on, BY_FILE or 128 + a signal to stop; all ranks call it."""
         by_file = BY_FILE if place.rank == 0 and self.file.exists() else 0
         request = largest(self.noted or by_file, place)
         if request and place.rank == 0:
@@ -58,4 +54,4 @@ class StopRequest:
             raise KeyboardInterrupt
         self.noted = 128 + number
         # os.write: a signal may come in the middle of print.
-        os.write(2, b"\nending after this step; its state will be saved (Ctrl-C again: end at once)\n")
+        os.write(2, b"\nstopping after this step; its state will be saved (Ctrl-C again: stop at once)\n")

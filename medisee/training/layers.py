@@ -1,6 +1,6 @@
 """How the language model's layers run in training: compiled by torch.compile, or recomputed in the backward pass.
 
-Layers are compiled one by one: they share their code, so that the first step compiles one layer, not the whole model.
+Layers are compiled separately: they share their code, so the first step compiles one layer, not the whole model.
 """
 
 from __future__ import annotations
@@ -15,26 +15,25 @@ from medisee.foundation.errors import InputError, first_line
 
 
 def check_compiler(device: torch.device) -> None:
-    """Checks that torch.compile can build kernels for a device, by building one; the first time takes seconds.
+    """Checks that torch.compile can build kernels for a device by building one, which takes seconds the first time.
 
     Raises:
-        InputError: it cannot: no C++ compiler or no headers of Python on a CPU, no Triton for a GPU.
+        InputError: it cannot: no C++ compiler or no Python headers on a CPU, no Triton for a GPU.
     """
     probe = torch.compile(lambda values: (values.sin() + 1).sum())
     try:
         probe(torch.ones(64, device=device, requires_grad=True)).backward()
     except (RuntimeError, OSError) as error:
         raise InputError(
-            f"train.compile_layers = true: torch.compile cannot build kernels for {device.type!r} here ({first_line(error)}); a CPU "
-            "needs g++, or what the variable CXX names, and Python's headers (python3-dev), a GPU needs Triton. Install "
-            "them, or set train.compile_layers=false, which computes the same more slowly."
+            f"train.compile_layers = true: torch.compile cannot build kernels for {device.type!r} here ({first_line(error)}). Install "
+            "g++ (or set CXX) and Python's headers (python3-dev) for a CPU, Triton for a GPU, or set train.compile_layers=false."
         ) from error
 
 
 def compile_layers(llava: LlavaForConditionalGeneration) -> None:
     """Lets the language model's layers run as compiled kernels.
 
-    Results stay the same but for rounding, and for the values that a dropout drops: kernels draw numbers of their own.
+    Results stay the same except for rounding and for what dropout drops, since kernels draw other random numbers.
     The first length of a batch is compiled, then one kernel for all others.
     """
     for layer in llava.model.language_model.layers:
@@ -42,21 +41,12 @@ def compile_layers(llava: LlavaForConditionalGeneration) -> None:
 
 
 def uncompiled(compiled: bool) -> AbstractContextManager[object]:
-    """Returns a context in which compiled layers run as if they were not: where shapes or modes would be compiled anew.
-
-    Args:
-        compiled: whether there are any.
-    """
+    """Returns a context in which layers, if compiled, run uncompiled: where other shapes would be compiled again."""
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def recompute_layers(llava: LlavaForConditionalGeneration, count: bool | int = True) -> None:
-    """Lets the language model's layers compute again what the backward pass needs; results stay the same.
-
-    Args:
-        llava: whose language model it is.
-        count: how many layers, the first ones; True: all.
-    """
+    """Lets the first `count` layers (True: all) recompute what the backward pass needs; results stay the same."""
     language: Any = llava.model.language_model
     # transformers renamed it on the way to version 6.
     enable = getattr(language, "activation_checkpointing_enable", None) or language.gradient_checkpointing_enable

@@ -1,15 +1,15 @@
 """How a loss becomes a step: plain torch on one device, or DeepSpeed under its launcher. Same AdamW, same schedule.
 
-What learns is stored in float32 in both, and autocast computes: DeepSpeed's own 16-bit mode would round the weights.
+Trainable weights are stored in float32 in both, and autocast sets the compute precision: DeepSpeed's own 16-bit mode would round the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -23,7 +23,7 @@ from medisee.foundation.errors import InputError
 from medisee.models.losses import Terms, end_to_end_loss
 from medisee.models.medisee import MaskDetail, MediSee
 from medisee.models.processing import Batch
-from medisee.training.ranks import Place, world_from_environment
+from medisee.training.ranks import world_from_environment
 from medisee.weights.checkpoints import trained_state
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -47,42 +47,11 @@ class TrainingLoss(nn.Module):
         return tuple(getattr(terms if field.name == "total" else others, field.name) for field in fields(Terms))
 
 
-class Optimization(Protocol):
-    """Forward, backward, accumulate, clip, step, schedule; and its own state for an exact resume.
-
-    Under several ranks each calls every method.
-    """
-
-    def losses(self, batch: Batch, *, masks: MaskDetail) -> Terms:
-        """Runs model and loss on one micro-batch."""
-        ...
-
-    def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of one micro-batch's loss."""
-        ...
-
-    def step(self) -> float:
-        """Takes the optimizer step that ends an accumulation; returns the gradient norm before clipping."""
-        ...
-
-    def whole_parameters(self) -> Any:
-        """Returns a context in which the parameters that a checkpoint holds are whole, though ZeRO 3 cuts them."""
-        ...
-
-    def moments(self) -> dict[str, Tensor]:
-        """Returns AdamW's state as `<kind>/<parameter>` on the CPU; on other ranks than the first it is empty."""
-        ...
-
-    def load(self, path: Path, step: int) -> None:
-        """Reads what `moments` returned out of a safetensors file, and puts the schedule after `step` steps."""
-        ...
-
-
 def split_batch(train: Train, world: int) -> Train:
     """Returns the settings with the accumulation that gives `global_batch` on this number of ranks.
 
     Raises:
-        InputError: the ranks' micro-batches do not divide it; names the nearest numbers that work.
+        InputError: `global_batch` is not divisible by the ranks' micro-batches; names the nearest numbers that work.
     """
     if train.global_batch is None:
         return train
@@ -95,7 +64,7 @@ def split_batch(train: Train, world: int) -> Train:
     near = sorted(sizes, key=lambda size: abs(size - train.batch_size))[:1]
     more = "".join(f", or train.batch_size={size}" for size in near)
     raise InputError(
-        f"train.global_batch = {whole}: {_ranks(world)} x {train.batch_size} images (train.batch_size) do not divide it; "
+        f"train.global_batch = {whole}: not divisible by {_ranks(world)} x {train.batch_size} images (train.batch_size); "
         f"set {batches}{more}."
     )
 
@@ -106,7 +75,7 @@ def effective_batch(train: Train, world: int) -> int:
 
 
 def describe_batch(train: Train, world: int) -> str:
-    """Says how the effective batch comes about."""
+    """Describes how the effective batch is made up."""
     parts = f"{_ranks(world)} x {train.batch_size} x {train.accumulation}"
     return f"effective batch {effective_batch(train, world)} images = {parts} (ranks x batch_size x accumulation)"
 
@@ -132,96 +101,106 @@ def warmup_decay(train: Train, step: int) -> float:
     return max(0.0, (train.steps - step) / max(1, train.steps - train.warmup))
 
 
-class TorchOptimization:
-    """One device, no launcher."""
+class Optimization:
+    """Forward, backward, accumulate, clip, step, schedule; and its own state for an exact resume. Plain torch, one device."""
 
     def __init__(self, loss: TrainingLoss, train: Train) -> None:
         self.loss, self.train = loss, train
-        self.learning = _learning(loss.model)
-        self.optimizer, self.schedule = _optimizer(loss.model, train)
+        self.learning = {name: value for name, value in loss.model.named_parameters() if value.requires_grad}
+        self.optimizer = AdamW(
+            parameter_groups(loss.model, train), betas=train.betas, weight_decay=train.weight_decay, fused=True
+        )
+        self.schedule = LambdaLR(self.optimizer, lambda step: warmup_decay(train, step))
 
     def losses(self, batch: Batch, *, masks: MaskDetail) -> Terms:
-        """See Optimization."""
+        """Runs model and loss on one micro-batch."""
         return Terms(*self.loss(batch, masks=masks))
 
     def backward(self, loss: Tensor) -> None:
-        """See Optimization."""
+        """Adds the gradients of one micro-batch's loss."""
         (loss / self.train.accumulation).backward()
 
     def step(self) -> float:
-        """See Optimization."""
+        """Takes the optimizer step that ends an accumulation; returns the gradient norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.learning.values(), self.train.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
         return float(norm)
 
-    @contextmanager
-    def whole_parameters(self) -> Iterator[None]:
-        """See Optimization."""
-        yield
+    def whole_parameters(self) -> AbstractContextManager[object]:
+        """Returns a context in which the parameters that a checkpoint holds are whole, though ZeRO 3 cuts them."""
+        return nullcontext()
 
     def moments(self) -> dict[str, Tensor]:
-        """See Optimization."""
-        return _moments(self.optimizer, self.learning)
+        """Returns AdamW's state as `<kind>/<parameter>` on the CPU; on other ranks than the first it is empty."""
+        return {
+            f"{kind}/{name}": self.optimizer.state[parameter][kind].detach().cpu().clone().contiguous()
+            for name, parameter in self.learning.items()
+            if parameter in self.optimizer.state
+            for kind in (*MOMENTS, STEP)
+        }
 
     def load(self, path: Path, step: int) -> None:
-        """See Optimization."""
-        _load_moments(self.optimizer, self.learning, path)
-        _set_schedule(self.schedule, self.train, step)
+        """Reads what `moments` returned from a safetensors file, and sets the schedule to after `step` steps."""
+        self._set_schedule(step)
+        with safe_open(str(path), framework="pt") as file:
+            known = set(file.keys())
+            for name, parameter in self.learning.items():
+                # A parameter that has had no gradient yet has no state.
+                if f"{STEP}/{name}" in known:
+                    moments = {kind: file.get_tensor(f"{kind}/{name}").to(parameter.device) for kind in MOMENTS}
+                    self.optimizer.state[parameter] = {**moments, STEP: file.get_tensor(f"{STEP}/{name}")}
+
+    def _set_schedule(self, step: int) -> None:
+        self.schedule.last_epoch = step
+        for group, base in zip(self.optimizer.param_groups, self.schedule.base_lrs, strict=True):
+            group["lr"] = base * warmup_decay(self.train, step)
 
 
-class DeepSpeedOptimization:
-    """Any number of ranks under DeepSpeed's launcher: ZeRO, gradient averaging, offloading."""
+class DeepSpeedOptimization(Optimization):
+    """Any number of ranks under DeepSpeed's launcher: ZeRO, gradient averaging, offloading. Each rank calls every method."""
 
     def __init__(self, loss: TrainingLoss, train: Train) -> None:
         import deepspeed  # heavy, and not needed on one device
 
-        self.train, self.model = train, loss.model
-        self.learning = _learning(loss.model)
-        self.optimizer, self.schedule = _optimizer(loss.model, train)
+        super().__init__(loss, train)
         schedule: Any = self.schedule
         self.engine, *_ = deepspeed.initialize(
             model=loss, optimizer=self.optimizer, lr_scheduler=schedule, config=deepspeed_config(train)
         )
         if train.zero_stage == 3:
-            _name_direct_readers(loss)
+            _register_direct_readers(loss)
 
     def losses(self, batch: Batch, *, masks: MaskDetail) -> Terms:
-        """See Optimization."""
         return Terms(*self.engine(batch, masks=masks))
 
     def backward(self, loss: Tensor) -> None:
-        """See Optimization."""
         self.engine.backward(loss)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 
     def step(self) -> float:
-        """See Optimization."""
         # ZeRO keeps the norm that it clips with; without ZeRO the gradients are whole, and clipped by the step.
         gradients = [one.grad for one in self.learning.values() if one.grad is not None]
         whole = float(torch.nn.utils.get_total_norm(gradients)) if self.train.zero_stage == 0 else None
         self.engine.step()
         return whole if whole is not None else float(self.engine.get_global_grad_norm() or 0.0)
 
-    @contextmanager
-    def whole_parameters(self) -> Iterator[None]:
-        """See Optimization."""
+    def whole_parameters(self) -> AbstractContextManager[object]:
         import deepspeed
 
-        names = trained_state(self.model).keys()
-        cut = [value for name, value in self.model.named_parameters() if name in names and hasattr(value, "ds_id")]
-        with deepspeed.zero.GatheredParameters(cut, enabled=bool(cut)):
-            yield
+        model = self.loss.model
+        names = trained_state(model).keys()
+        cut = [value for name, value in model.named_parameters() if name in names and hasattr(value, "ds_id")]
+        return deepspeed.zero.GatheredParameters(cut, enabled=bool(cut))
 
     def moments(self) -> dict[str, Tensor]:
-        """See Optimization."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         first = world_from_environment()[0] == 0
         if self.train.zero_stage == 0:
-            return _moments(self.optimizer, self.learning) if first else {}
+            return super().moments() if first else {}
         self._link_moments()
         found = {}
         for name, parameter in self.learning.items():
@@ -233,11 +212,10 @@ class DeepSpeedOptimization:
         return found | ({f"{STEP}/{name}": steps[0].detach().cpu().clone() for name in self.learning} if first else {})
 
     def load(self, path: Path, step: int) -> None:
-        """See Optimization."""
-        _set_schedule(self.schedule, self.train, step)
         if self.train.zero_stage == 0:
-            _load_moments(self.optimizer, self.learning, path)
+            super().load(path, step)
             return
+        self._set_schedule(step)
         zero: Any = self.engine.optimizer
         third = self.train.zero_stage == 3
         flat = zero.fp32_partitioned_groups_flat if third else zero.single_partition_of_fp32_groups
@@ -262,7 +240,7 @@ class DeepSpeedOptimization:
 
 
 def deepspeed_config(train: Train) -> dict[str, Any]:
-    """Returns DeepSpeed's configuration of this run: what follows from `train`, and `train.deepspeed` over it."""
+    """Returns DeepSpeed's configuration of this run: what follows from `train`, overridden by `train.deepspeed`."""
     zero: dict[str, Any] = {"stage": train.zero_stage}
     if train.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -280,62 +258,12 @@ def deepspeed_config(train: Train) -> dict[str, Any]:
     return _merged(own, train.deepspeed)
 
 
-def make_optimization(
-    model: MediSee,
-    weights: Loss,
-    train: Train,
-    *,
-    dtype: torch.dtype,
-    place: Place,
-    launched: bool,
-    release: bool = False,
-) -> Optimization:
-    """Returns DeepSpeed's optimization under a launcher, and torch's own without one."""
-    loss = TrainingLoss(model, weights, dtype=dtype, world=place.world, release=release)
-    return DeepSpeedOptimization(loss, train) if launched else TorchOptimization(loss, train)
-
-
 def _merged(own: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     both = {**own, **more}
     return {
         key: _merged(own[key], value) if isinstance(value, dict) and isinstance(own.get(key), dict) else value
         for key, value in both.items()
     }
-
-
-def _learning(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _optimizer(model: nn.Module, train: Train) -> tuple[AdamW, LambdaLR]:
-    groups = parameter_groups(model, train)
-    optimizer = AdamW(groups, betas=train.betas, weight_decay=train.weight_decay, fused=True)
-    return optimizer, LambdaLR(optimizer, lambda step: warmup_decay(train, step))
-
-
-def _set_schedule(schedule: LambdaLR, train: Train, step: int) -> None:
-    schedule.last_epoch = step
-    for group, base in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
-        group["lr"] = base * warmup_decay(train, step)
-
-
-def _moments(optimizer: AdamW, learning: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {
-        f"{kind}/{name}": optimizer.state[parameter][kind].detach().cpu().clone().contiguous()
-        for name, parameter in learning.items()
-        if parameter in optimizer.state
-        for kind in (*MOMENTS, STEP)
-    }
-
-
-def _load_moments(optimizer: AdamW, learning: Mapping[str, nn.Parameter], path: Path) -> None:
-    with safe_open(str(path), framework="pt") as file:
-        known = set(file.keys())
-        for name, parameter in learning.items():
-            # A parameter that has had no gradient yet has no state.
-            if f"{STEP}/{name}" in known:
-                moments = {kind: file.get_tensor(f"{kind}/{name}").to(parameter.device) for kind in MOMENTS}
-                optimizer.state[parameter] = {**moments, STEP: file.get_tensor(f"{STEP}/{name}")}
 
 
 def _set_moment(parameter: Any, value: Tensor, kind: str) -> None:
@@ -351,13 +279,11 @@ def _set_moment(parameter: Any, value: Tensor, kind: str) -> None:
     safe_set_local_optimizer_state(parameter, padded[rank * size : (rank + 1) * size], kind)
 
 
-def _name_direct_readers(loss: TrainingLoss) -> None:
-    """Tells ZeRO 3 which weights are read without running their module: it gathers weights when a module runs.
-
-    The loss needs them for its backward pass, the model for a forward pass of its own.
-    """
+def _register_direct_readers(loss: TrainingLoss) -> None:
     import deepspeed
 
+    # ZeRO 3 gathers weights when their module runs, but these are read without running it. The loss needs them for its
+    # backward pass, the model for a forward pass without the loss, as in validation.
     head = loss.model.seg_head
     read = [module.weight for module in head.modules() if isinstance(module, nn.Embedding)]
     for parameter in [*read, *head.mask_decoder.output_upscaling.parameters()]:

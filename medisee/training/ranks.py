@@ -1,6 +1,6 @@
-"""The ranks of one run: where this process stands among them, and what they decide together.
+"""The ranks of one run: this process's place among them, and what they decide together.
 
-Every rank calls the functions that talk to the others, or all of them wait.
+Every rank must call the functions that communicate, or all of them wait.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from medisee.foundation.errors import InputError
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(days=1)
-"""How long ranks wait for each other: the first one may encode the features of a whole data set before a run."""
+"""How long ranks wait for each other: the first one may encode the features of a whole dataset before a run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where this process stands among the ranks, and the device that it computes on."""
+    """This process's rank, the number of ranks, and the device that it computes on."""
 
     rank: int
     world: int
@@ -38,7 +38,7 @@ def world_from_environment() -> tuple[int, int, int]:
 
 @contextmanager
 def rank_zero_errors() -> Iterator[None]:
-    """Lets the first rank alone say what all of them find wrong, before they have met."""
+    """Lets only the first rank report what all of them find wrong, before they are connected."""
     try:
         yield
     except InputError as error:
@@ -46,12 +46,12 @@ def rank_zero_errors() -> Iterator[None]:
 
 
 def is_launched() -> bool:
-    """Tells whether a launcher of several ranks started this process, be it as the only one."""
+    """Tells whether a launcher for several ranks started this process, even if it is the only one."""
     return "LOCAL_RANK" in os.environ
 
 
 def join_ranks() -> Place:
-    """Meets the other ranks that the launcher started: NCCL between GPUs, gloo between CPUs."""
+    """Connects to the other ranks that the launcher started: NCCL between GPUs, gloo between CPUs."""
     rank, local, world = world_from_environment()
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -63,7 +63,7 @@ def join_ranks() -> Place:
 
 
 def wait_for_ranks() -> None:
-    """Returns when every rank has come here."""
+    """Returns when every rank has called it."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
@@ -78,7 +78,7 @@ def largest(value: int, place: Place) -> int:
 
 
 def gather(value: Value, place: Place) -> list[Value]:
-    """Returns every rank's value, in the order of the ranks."""
+    """Returns every rank's value, in rank order."""
     if place.world == 1:
         return [value]
     found: list[Value | None] = [None] * place.world
@@ -87,7 +87,7 @@ def gather(value: Value, place: Place) -> list[Value]:
 
 
 def raise_on_all_ranks(problems: Sequence[str], place: Place) -> None:
-    """Ends every rank when one has a problem; the first rank tells all of them, the others end without a word.
+    """Stops every rank when one has a problem; the first rank reports all problems, the others none.
 
     Raises:
         InputError: some rank has a problem.
@@ -99,7 +99,7 @@ def raise_on_all_ranks(problems: Sequence[str], place: Place) -> None:
 
 @contextmanager
 def errors_on_all_ranks(place: Place) -> Iterator[None]:
-    """Ends every rank when what one of them does within is refused, as `raise_on_all_ranks` does.
+    """Stops every rank when one of them raises InputError inside, as `raise_on_all_ranks` does.
 
     Raises:
         InputError: some rank has a problem.

@@ -1,8 +1,8 @@
-"""What an exact resume needs, saved as <train.out>/last-<step>/, and finding the newest that is whole.
+"""Saved states for an exact resume, <train.out>/last-<step>/, and finding the newest undamaged one.
 
-A folder holds the tensors that learn, AdamW's moments under the parameters' names (so that any number of ranks and
-any ZeRO stage can read them), how far the run is, and files.json with the size and SHA-256 of each. It gets its name
-when all of it is on the disk.
+A folder holds the trainable tensors, AdamW's moments under the parameters' names (so that any number of ranks and any
+ZeRO stage can read them), the progress of the run, and files.json with the size and SHA-256 of each file. It gets its
+name once all of it is on the disk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from medisee.config import Config
@@ -29,10 +29,10 @@ from medisee.foundation.files import replace_folder, sha256, write_json
 from medisee.models.medisee import MediSee
 from medisee.training.optimization import Optimization
 from medisee.training.ranks import Place, errors_on_all_ranks, gather, raise_on_all_ranks
-from medisee.weights.checkpoints import WEIGHTS, load_trained, trained_state
+from medisee.weights.checkpoints import WEIGHTS, trained_state
 
 CHECKPOINT = "checkpoint"
-"""Folder of the best checkpoint, beside the saved states."""
+"""Folder of the best checkpoint, next to the saved states."""
 PREFIX = "last-"
 OPTIMIZER = "optimizer.safetensors"
 PROGRESS = "progress.json"
@@ -49,12 +49,12 @@ MAY_CHANGE = frozenset(
         "data.workers",
     }
 )
-"""Settings that say how a run is computed, not what: a resumed run may have others. The effective batch stays."""
+"""Settings that may differ in a resumed run: they say how it is computed, not what. The effective batch stays."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is.
+    """How far a run has come.
 
     Attributes:
         step: optimizer steps done.
@@ -81,7 +81,7 @@ class LastStates:
     """The states that a run saves: the last `keep` of them stay."""
 
     def __init__(self, out: Path, keep: int, found: Path | None = None) -> None:
-        """Args: the run's folder; how many states stay; the state that the run goes on from."""
+        """Args: the run's folder; how many states stay; the state that the run continues from."""
         self.out, self.keep = out, keep
         # Others are damaged, or an earlier run's: they go when this run has saved its first state.
         self._own = [] if found is None else [one for one in map(_step, saved_folders(out)) if one <= _step(found)]
@@ -94,10 +94,10 @@ class LastStates:
     def write(
         self, step: int, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], facts: dict[str, Any]
     ) -> None:
-        """Writes one state; only when it is complete does it get its name, and only then do older ones go.
+        """Writes one state; it gets its name once it is complete, and only then are older ones removed.
 
         Raises:
-            OSError, SafetensorError: it cannot be written; nothing of it stays, and the older states are untouched.
+            OSError, SafetensorError: it cannot be written; nothing of it is left, and the older states are untouched.
         """
         folder = self.out / _name(step)
         new = self.out / f".{folder.name}.new"
@@ -136,16 +136,8 @@ def save_state(
 ) -> None:
     """Saves all that an exact resume needs; every rank calls it, the first one writes.
 
-    Args:
-        states: where it goes.
-        progress: how far the run is.
-        config: the run as the user gave it.
-        effective_batch: images an optimizer step.
-        model, optimization: what is saved of.
-        place: among the ranks.
-
     Raises:
-        InputError: it cannot be written, on every rank; the older states are untouched.
+        InputError: it cannot be written; raised on every rank, and the older states are untouched.
     """
     moments = optimization.moments()
     with optimization.whole_parameters():
@@ -167,33 +159,33 @@ def whole_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def disk_errors(out: Path) -> Iterator[None]:
-    """Says in one sentence that the disk is full, whichever file it was that did not fit."""
+    """Turns the error of a full disk into an InputError, whichever file did not fit."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) in _DISK_FULL or "No space left" in str(error):
             raise InputError(
-                f"{out}: the disk is full ({str(error).strip()}), so the training ends; what was saved before is "
-                "untouched: make room and go on with --resume."
+                f"{out}: the disk is full ({str(error).strip()}). Earlier saves are untouched: free some space and "
+                "continue with --resume."
             ) from error
         raise
 
 
 def find_last(out: Path) -> Saved:
-    """Returns the newest saved state that is whole; damaged ones before it are named on stderr.
+    """Returns the newest undamaged state; newer ones that are damaged are named on stderr.
 
     Raises:
-        InputError: there is none, or none that is whole.
+        InputError: there is none, or all are damaged.
     """
     damaged = []
     for folder in reversed(saved_folders(out)):
         if (problem := damage(folder)) is None:
             for one in damaged:
-                print(f"warning: {one}; going on from {folder}.", file=sys.stderr, flush=True)
+                print(f"warning: {one}; continuing from {folder}.", file=sys.stderr, flush=True)
             return _read(folder)
         damaged.append(f"{folder}: {problem}")
     if damaged:
-        raise InputError(f"{one}; no saved state here is whole, so start again with --fresh." for one in damaged)
+        raise InputError(f"{one}; all saved states are damaged, so start again with --fresh." for one in damaged)
     raise InputError(
         f"{out}: nothing to resume; start without --resume, or set train.out to the folder of a run that has saved."
     )
@@ -212,7 +204,7 @@ def find_last_on_all_ranks(out: Path, place: Place) -> Saved:
 
 
 def check_no_run(out: Path) -> None:
-    """Refuses to begin where a run would be replaced.
+    """Refuses to start where a run would be replaced.
 
     Raises:
         InputError: the folder holds saved states or a checkpoint.
@@ -220,15 +212,15 @@ def check_no_run(out: Path) -> None:
     states = saved_folders(out)
     found = [*states[-1:], *(path for path in [out / CHECKPOINT] if path.exists())]
     if found:
-        go_on = "go on with it by --resume, " if states else ""
+        resume = "continue it with --resume, " if states else ""
         raise InputError(
-            f"{out}: holds a run already ({' and '.join(path.name for path in found)}); expected a new folder; "
-            f"{go_on}replace it by --fresh, or set train.out to another folder."
+            f"{out}: already holds a run ({' and '.join(path.name for path in found)}); {resume}replace it with --fresh, "
+            "or set train.out to another folder."
         )
 
 
 def remove_states(out: Path) -> None:
-    """Removes the saved states of an earlier run, which --resume would else take for this one's."""
+    """Removes the saved states of an earlier run, which --resume would otherwise take for this one's."""
     for folder in saved_folders(out):
         _remove(folder)
 
@@ -241,7 +233,7 @@ def _remove(folder: Path) -> None:
 
 
 def check_same_run(saved: Saved, config: Config, effective_batch: int) -> None:
-    """Refuses to go on with what would be another run.
+    """Refuses to continue with what would be another run.
 
     Raises:
         InputError: a setting outside MAY_CHANGE differs, or the effective batch.
@@ -250,7 +242,7 @@ def check_same_run(saved: Saved, config: Config, effective_batch: int) -> None:
     old, new = _settings(saved.config), _settings(config)
     problems = [
         f"{where}: the run was started with another configuration, {name} = {old.get(name)!r}, not {new.get(name)!r}; "
-        "resume with the same one."
+        "resume with the original one."
         for name in sorted({*old, *new} - MAY_CHANGE)
         if old.get(name) != new.get(name)
     ]
@@ -263,15 +255,6 @@ def check_same_run(saved: Saved, config: Config, effective_batch: int) -> None:
         raise InputError(problems)
 
 
-def restore_weights(saved: Saved, model: MediSee) -> None:
-    """Loads the tensors that learn; before the optimization is made, which may cut them into parts.
-
-    Raises:
-        InputError: they are another model's.
-    """
-    load_trained(model, load_file(saved.folder / WEIGHTS), saved.folder / WEIGHTS)
-
-
 def saved_folders(out: Path) -> list[Path]:
     """Lists the saved states of a run's folder, oldest first, whole or not."""
     folders = [folder for folder in out.glob(f"{PREFIX}*") if folder.name.removeprefix(PREFIX).isdigit()]
@@ -279,7 +262,7 @@ def saved_folders(out: Path) -> list[Path]:
 
 
 def damage(folder: Path) -> str | None:
-    """Says what is wrong with a saved state; None when every file is as it was written."""
+    """Describes what is wrong with a saved state; None if every file is as it was written."""
     try:
         files = json.loads((folder / FILES).read_text(encoding="utf-8"))
         expected = {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
@@ -319,10 +302,10 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _not_saved(states: LastStates, step: int, error: Exception) -> str:
-    left, start = "nothing was saved before it", "start again with --fresh"
+    fix = "free some space and start again with --fresh"
     if states.newest is not None:
-        left, start = f"{states.newest} is untouched", "go on with --resume"
-    return f"{states.out / _name(step)}: cannot be saved ({first_line(error)}), so the training ends; {left}: make room and {start}."
+        fix = f"{states.newest} is untouched: free some space and continue with --resume"
+    return f"{states.out / _name(step)}: cannot be saved ({first_line(error)}); {fix}."
 
 
 def _name(step: int) -> str:

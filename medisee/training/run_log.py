@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -17,10 +20,56 @@ from medisee.foundation.files import write_json, write_text
 from medisee.foundation.provenance import run_facts
 from medisee.models.losses import Terms
 from medisee.models.medisee import MediSee
+from medisee.training.ranks import Place, gather
+from medisee.training.validation import figures
+
+TELEMETRY = ("seconds", "images_per_second", "tokens_per_second", "data_wait", "peak_memory_gib")
+"""Keys of a log line that depend on the machine; all other figures of a run are reproducible."""
+
+
+@dataclass(slots=True)
+class Throughput:
+    """What this rank has done since the last line of the log; validation and saving do not count.
+
+    Attributes:
+        seconds: in optimizer steps.
+        waiting: of these, seconds in which no batch was ready.
+        images: read by the model.
+        tokens: positions that the language model has read, image tokens and computed padding included.
+    """
+
+    seconds: float = 0.0
+    waiting: float = 0.0
+    images: int = 0
+    tokens: int = 0
+
+    def over_ranks(self, place: Place) -> dict[str, float]:
+        """Returns figures of all ranks together, with the longest wait and the highest memory; every rank calls it."""
+        own = (self.seconds, self.waiting, self.images, self.tokens, peak_memory(place.device))
+        seconds, waiting, images, tokens, memory = zip(*gather(own, place), strict=True)
+        longest = max(seconds) or 1.0
+        return {
+            "images_per_second": sum(images) / longest,
+            "tokens_per_second": sum(tokens) / longest,
+            "data_wait": max(waiting) / longest,
+            "peak_memory_gib": max(memory) / 2**30,
+        }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Returns the most bytes so far: of tensors on a GPU; resident, of the process, on a CPU (0 on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 class RunLog:
-    """Appends to a run's logs; a resumed run cuts off what was logged after its checkpoint. Silent but on rank 0."""
+    """Appends to a run's logs; a resumed run cuts off what was logged after its saved state. Silent except on rank 0."""
 
     def __init__(self, out: Path, *, config: Config, model: MediSee, first_step: int, active: bool) -> None:
         self.out, self.active = out, active
@@ -34,39 +83,41 @@ class RunLog:
         self.facts: dict[str, Any] = run_facts(
             config.model_dump(mode="json"), config.train.seed, next(model.parameters()).device
         )
-        # ZeRO 3 leaves a part of each weight here, and says how large the whole is.
+        # ZeRO 3 leaves a part of each weight here, and records the full size.
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
         total, trained = sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
         self.facts |= {"first_step": first_step, "parameters": total, "trained_parameters": trained}
         write_json(out / "run.json", self.facts)
-        print(f"model: {total / 1e6:.1f}M parameters, {trained / 1e6:.1f}M of them learn", flush=True)
+        print(f"model: {total / 1e6:.1f}M parameters, {trained / 1e6:.1f}M of them trainable", flush=True)
 
-    def losses(self, step: int, mean: Terms, norm: float, progress: tqdm, *, skipped: int = 0) -> None:
-        """Logs the mean of the terms since the last line, and how many unreadable records were replaced so far."""
+    def losses(self, step: int, mean: Terms, progress: tqdm, *, more: Mapping[str, float]) -> None:
+        """Logs the mean of the terms since the last line, and `more`: `learning_rate`, all of `Throughput.over_ranks`, others."""
         if not self.active:
             return
         values = {field.name: float(getattr(mean, field.name)) for field in fields(Terms)}
-        counts = {"skipped": skipped} if skipped else {}
-        seconds = time.perf_counter() - self.began
-        self._append({"step": step, **values, "gradient_norm": norm, **counts, "seconds": seconds})
-        progress.set_postfix(loss=f"{values['total']:.2f}", text=f"{values['text']:.2f}", giou=f"{values['giou']:.2f}")
+        self._append({"step": step, **values, **more, "seconds": time.perf_counter() - self.began})
+        progress.set_postfix_str(
+            f"loss={values['total']:.2f}, text={values['text']:.2f}, giou={values['giou']:.2f}, "
+            f"lr={more['learning_rate']:.1e}, {more['images_per_second']:.3g} images/s, "
+            f"{more['tokens_per_second']:.3g} tokens/s, {more['data_wait']:.0%} waiting, {more['peak_memory_gib']:.1f} GiB"
+        )
 
     def validation(self, step: int, summary: Summary, split: str) -> None:
         """Logs the figures on the split that chooses the checkpoint."""
         if not self.active:
             return
-        figures = {f"{split}_{name}": value for name, value in summary.to_json().items() if isinstance(value, float)}
-        self._append({"step": step, **figures, "seconds": time.perf_counter() - self.began})
+        values = {f"{split}_{name}": value for name, value in figures(summary).items() if name != "n"}
+        self._append({"step": step, **values, "seconds": time.perf_counter() - self.began})
         tqdm.write(f"step {step}: {split} Dice {summary.dice.value:.3f}, box IoU {summary.iou.value:.3f}")
 
     def end(self) -> None:
-        """Closes the logs and adds the run's time to run.json, which says that the run is finished."""
+        """Closes the logs and adds the run's time to run.json, which marks the run as finished."""
         if self.active:
             self.close()
             write_json(self.out / "run.json", {**self.facts, "seconds": time.perf_counter() - self.began})
 
     def close(self) -> None:
-        """Closes the logs of a run that may go on later."""
+        """Closes the logs of a run that may be resumed later."""
         if self.active:
             self.board.close()
 

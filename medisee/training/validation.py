@@ -20,22 +20,17 @@ from medisee.training.ranks import Place, gather
 def validate(model: MediSee, val: Manifest, config: Config, *, cache: FeatureCache | None, place: Place) -> Summary:
     """Scores val; every rank calls it and gets the same summary, which is also that of a single rank.
 
-    Args:
-        model: left in training mode.
-        val: what `data.select` names; the test file only where a run does as the release does.
-        config: `train.val_limit`, `train.dtype` and `eval`.
-        cache: frozen features.
-        place: which parts of val this rank reads.
+    The model is left in training mode. `val` is the test file only in runs that reproduce the release (`data.select`).
     """
-    asked, size = all_questions(val, config.train.val_limit), config.eval.batch_size
+    questions, size = all_questions(val, config.train.val_limit), config.eval.batch_size
     # The batches of a single rank, dealt out: what shares a batch, and so is padded together, stays the same.
-    parts = [asked[first : first + size] for first in range(0, len(asked), size)]
+    parts = [questions[first : first + size] for first in range(0, len(questions), size)]
     own: dict[int, list[Score]] = {}
     dtype = compute_dtype(config.train.dtype, place.device)
     model.eval()
     with torch.autocast(place.device.type, dtype, enabled=dtype != torch.float32 and is_mixed(model)):
         for first in range(0, len(parts), place.world):
-            # With nothing left of its own a rank repeats the last part, since cut parameters need every rank.
+            # A rank with nothing left repeats the last part, since gathering cut parameters needs every rank.
             number = min(first + place.rank, len(parts) - 1)
             scores = _scores(model, val, parts[number], config=config, cache=cache)
             if number == first + place.rank:
@@ -45,16 +40,21 @@ def validate(model: MediSee, val: Manifest, config: Config, *, cache: FeatureCac
     return summarise([one for number in sorted(everyones) for one in everyones[number]], resamples=1)
 
 
+def figures(summary: Summary) -> dict[str, float]:
+    """Returns the figures that were computed, and `n`: `validate` resamples nothing, so there is no interval."""
+    return {name: value for name, value in summary.to_json().items() if name != "ci95"}
+
+
 def selection_figure(summary: Summary) -> float:
     """Returns the mean of Dice and box IoU: the higher, the better the checkpoint."""
     return (summary.dice.value + summary.iou.value) / 2
 
 
 def _scores(
-    model: MediSee, val: Manifest, asked: Sequence[RecordQuestions], *, config: Config, cache: FeatureCache | None
+    model: MediSee, val: Manifest, part: Sequence[RecordQuestions], *, config: Config, cache: FeatureCache | None
 ) -> list[Score]:
-    answers = predict(model, val, asked, "forced", settings=config.eval, cache=cache)
-    truths = [(val.mask(one.record, target), target) for one in asked for target, _ in one.questions]
+    answers = predict(model, val, part, "forced", settings=config.eval, cache=cache)
+    truths = [(val.mask(one.record, target), target) for one in part for target, _ in one.questions]
     return [
         score(answer.mask, mask, answer.box, target.box or mask_box(mask))
         for answer, (mask, target) in zip(answers, truths, strict=True)

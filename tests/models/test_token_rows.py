@@ -20,7 +20,7 @@ from medisee.foundation.errors import InputError
 from medisee.models.losses import end_to_end_loss
 from medisee.models.medisee import MediSee
 from medisee.models.processing import Batch, Example
-from medisee.planning.parameters import parameter_counts
+from medisee.planning.parameters import count_parts, meta_model
 
 BuildModel = Callable[..., MediSee]
 MakeExample = Callable[..., Example]
@@ -159,7 +159,7 @@ def test_the_papers_model_learns_two_rows() -> None:
     model = load_config(
         Path(__file__).parents[2] / "configs" / "medisee_7b.yaml", ["model.mllm.train_tokens=new"]
     ).model
-    counts = {one.part: one for one in parameter_counts(model)}
+    counts = {one.part: one for one in count_parts(meta_model(model))}
     for part in ("embedding", "output layer"):
         assert counts[part].trainable == 2 * 4096
         assert counts[part].total == (32000 + 3 + 2) * 4096

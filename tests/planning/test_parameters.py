@@ -14,7 +14,7 @@ import torch
 from medisee.config.load import config_from, load_config
 from medisee.config.model import Model
 from medisee.foundation.errors import InputError
-from medisee.planning.parameters import meta_model, parameter_counts, quantised_weights, stand_in_tokenizer
+from medisee.planning.parameters import count_parts, meta_model, quantised_weights, stand_in_tokenizer
 
 CONFIG_7B = Path(__file__).parents[2] / "configs" / "medisee_7b.yaml"
 README = Path(__file__).parents[2] / "configs" / "README.md"
@@ -86,7 +86,7 @@ def model_7b() -> Model:
 
 
 def test_counts_of_the_paper_follow_from_its_sizes(model_7b: Model) -> None:
-    counts = parameter_counts(model_7b)
+    counts = count_parts(meta_model(model_7b))
     assert {one.part: (one.total, one.trainable) for one in counts} == EXPECTED
     assert sum(one.total for one in counts) == pytest.approx(7.70e9, rel=0.001)
     assert sum(one.trainable for one in counts) == pytest.approx(306.6e6, rel=0.001)
@@ -141,10 +141,10 @@ def resident() -> int:
 
 
 def test_weights_are_stored_as_training_stores_them(model_7b: Model) -> None:
-    stored = {one.part: one.stored / one.total for one in parameter_counts(model_7b)}
+    stored = {one.part: one.stored / one.total for one in count_parts(meta_model(model_7b))}
     assert stored["language model"] == stored["vision tower"] == 2
     assert {stored[part] for part in ("LoRA", "embedding", "output layer", "routers", "mask decoder")} == {4}
-    whole = parameter_counts(model_7b, dtype=torch.float32)
+    whole = count_parts(meta_model(model_7b, dtype=torch.float32))
     assert {one.stored / one.total for one in whole} == {4}
 
 
@@ -161,7 +161,7 @@ def test_every_seg_head_can_be_counted(tiny_config: dict[str, Any]) -> None:
     ]
     for head in heads:
         values = {**tiny_config["model"], "seg_head": head}
-        counts = {one.part: one for one in parameter_counts(config_from({"model": values}, where="test").model)}
+        counts = {one.part: one for one in count_parts(meta_model(config_from({"model": values}, where="test").model))}
         assert counts["mask decoder"].trainable == counts["mask decoder"].total > 0
         assert (counts["image encoder"].trainable > 0) == ("lora" in head)
 
@@ -204,11 +204,11 @@ def counts_of_source(folder: Path, settings: dict[str, Any], config: dict[str, A
     (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     mllm = {**config["model"]["mllm"], "source": str(folder)}
     model = config_from({"model": {**config["model"], "mllm": mllm}}, where="test").model
-    return {one.part: one for one in parameter_counts(model)}
+    return {one.part: one for one in count_parts(meta_model(model))}
 
 
 def test_a_config_that_describes_no_llava_is_refused(tmp_path: Path, tiny_config: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"config\.json: describes no transformers Llava"):
+    with pytest.raises(InputError, match=r"config\.json: does not describe a transformers Llava"):
         counts_of_source(tmp_path, {"model_type": "bert"}, tiny_config)
 
 

@@ -16,7 +16,7 @@ from medisee.foundation.errors import InputError, exit_code
 from medisee.planning.gpus import GPUS, find_gpu
 from medisee.planning.parameters import PartCount
 from medisee.planning.plan import UTILISATION, TrainingPlan, plan_inference, plan_training, stage_memory
-from medisee.planning.plan_tables import counts_markdown, render_plan
+from medisee.planning.plan_tables import render_plan
 from medisee.weights.missing import missing_files, missing_weights
 
 CONFIG_7B = Path(__file__).parents[2] / "configs" / "medisee_7b.yaml"
@@ -55,10 +55,10 @@ def test_offloading_moves_state_to_the_host() -> None:
 
 
 def test_time_is_arithmetic_over_speed(plan: TrainingPlan) -> None:
-    for one in plan.ways:
-        seconds = 10 * 3 * one.cost.flops.total / (UTILISATION * GPUS["rtx4090"].float32 * 1e12)
+    for one in plan.modes:
+        seconds = 10 * 3 * one.cost.flops / (UTILISATION * GPUS["rtx4090"].float32 * 1e12)
         assert one.days * 86400 == pytest.approx(seconds)
-    release, ours, cached = plan.ways
+    release, ours, cached = plan.modes
     assert release.days > ours.days > cached.days > 0
 
 
@@ -109,11 +109,6 @@ def tiny_gpu(memory: float) -> Any:
     from medisee.planning.gpus import USABLE, Gpu
 
     return Gpu("tiny", memory / USABLE, 1.0, 1.0)
-
-
-def test_counts_as_markdown_add_up() -> None:
-    table = counts_markdown([PartCount("a", 1_500_000, 0, 0), PartCount("b", 2_250_000, 250_000, 0)])
-    assert table.splitlines()[-1] == "| **all** | **3.75** | **0.25** |"
 
 
 def test_gpus_are_found_by_any_spelling() -> None:
@@ -205,7 +200,7 @@ def test_bad_options_of_inference(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert exit_code(inference.main, ["--plan", "--checkpoint", str(tmp_path)]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
     assert exit_code(inference.main, ["--plan", "--config", str(CONFIG_7B), "--gpu", "tpu"]) == 2
-    assert "no such GPU is known" in capsys.readouterr().err
+    assert "unknown GPU" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         inference.main(["--plan"])
     assert ended.value.code == 2
@@ -222,8 +217,8 @@ def test_inference_holds_keys_and_values_of_every_layer(run: Config) -> None:
 @pytest.mark.scale
 def test_the_papers_run_comes_near_its_days() -> None:
     plan = plan_training(load_config(CONFIG_7B), gpu="a6000", gpus=4)
-    release, ours, _ = plan.ways
+    release, ours, _ = plan.modes
     assert 2.5 / 2 < release.days < 2.5 * 2
     assert ours.days < release.days / 2
-    assert plan.fits and plan.memory[2].total + plan.kept_all > plan.gpu.usable
+    assert plan.peak <= plan.gpu.usable and plan.memory[2].total + plan.kept_all > plan.gpu.usable
     assert plan.stored[4] < plan.stored[8] < plan.stored[16]

@@ -1,4 +1,4 @@
-"""Planned memory against the resident memory of real training steps, each in a process of its own."""
+"""Planned memory against the resident memory of real training steps, each in a separate process."""
 
 from __future__ import annotations
 

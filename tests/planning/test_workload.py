@@ -1,4 +1,4 @@
-"""Workloads: what is assumed, what is measured, and how a way of computing shapes the batch."""
+"""Workloads: what is assumed, what is measured, and how a compute mode shapes the batch."""
 
 from __future__ import annotations
 
@@ -39,19 +39,18 @@ def test_assumed_images_are_the_papers_mixture(tiny_config: dict[str, Any]) -> N
     workload = training_workload(run(without_data(tiny_config), batch_size=10))
     assert not workload.measured
     assert workload.images == ((CLASS_QUERY,) * 3,) * 7 + ((REASONING_QUERY,) * 3,) * 3
-    assert workload.queries == 3
 
 
 def test_measured_images_come_from_the_manifest(tiny_config: dict[str, Any], tiny_manifest: Path) -> None:
     workload = training_workload(run(tiny_config, batch_size=4))
-    assert workload.measured and workload.queries == 2
+    assert workload.measured and {len(queries) for queries in workload.images} == {2}
     question = "Which organ makes bile?", "Which large organ lies at the upper left here?"
     assert workload.images[0][0].question == round(sum(-(-len(text) // 4) for text in question) / 2)
 
 
 def test_targets_are_limited(tiny_config: dict[str, Any], tiny_manifest: Path) -> None:
     values = {**tiny_config, "data": {**tiny_config["data"], "targets_per_image": 1}}
-    assert training_workload(run(values)).queries == 1
+    assert {len(queries) for queries in training_workload(run(values)).images} == {1}
 
 
 def test_a_broken_manifest_is_refused(tiny_config: dict[str, Any], tmp_path: Path) -> None:
@@ -79,12 +78,14 @@ def vision_model(vision_config: Any) -> MediSee:
     return meta_model(vision_config.model)
 
 
-def test_our_way_is_one_sequence_an_image(vision_model: MediSee, vision_config: Any) -> None:
+def test_our_mode_is_one_sequence_per_image(vision_model: MediSee, vision_config: Any) -> None:
     workload = training_workload(vision_config)
     batch = add_pixels(make_batch(vision_model, workload, vision_config, OURS), vision_model, OURS)
-    longest = max(sum(query.total + TEMPLATE_TOKENS for query in queries) for queries in workload.images)
+    longest = max(
+        sum(query.question + query.answer + TEMPLATE_TOKENS for query in queries) for queries in workload.images
+    )
     prefix = len(vision_model.processor.prefix)
-    # The template's first part stands in the prefix, a token a word here.
+    # The template's first part is in the prefix, one token per word here.
     assert batch.input_ids_SL.shape == (4, prefix + longest - 3)
     assert len(batch.labels_N) == sum(query.answer for queries in workload.images for query in queries)
     assert batch.pixels_B3FF is not None and batch.pixels_B3FF.shape == (4, 3, 64, 64)

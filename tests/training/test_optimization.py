@@ -41,8 +41,9 @@ JOBS: dict[str, Run] = {
     "nan": {"zero_stage": 2},
     "term": {"zero_stage": 2},
     "refused": {"zero_stage": 2},
+    "unreadable": {"zero_stage": 3, "deepspeed": CUT_ALL},
 }
-FAULTS = ("nan", "term", "refused")
+FAULTS = ("nan", "term", "refused", "unreadable")
 
 
 def logged(out: Path, key: str = "total") -> dict[int, float]:
@@ -192,6 +193,14 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_both(runs: Path) -> None:
     first, second = (json.loads((runs / "nan" / f"ended_{rank}.json").read_text()) for rank in (0, 1))
     assert (first["how"], second) == ("error", {"how": "error", "problems": []})
     assert "step 1: the loss is not finite on records r" in first["problems"][0]
+
+
+def test_a_record_that_one_rank_cannot_read_ends_both_before_the_step(runs: Path) -> None:
+    """In the middle of a step: the other rank still needs this one's part of every weight."""
+    first, second = (json.loads((runs / "unreadable" / f"ended_{rank}.json").read_text()) for rank in (0, 1))
+    problem = "r7.png: cannot be read; copy it again."
+    assert (first, second) == ({"how": "error", "problems": [problem]}, {"how": "error", "problems": []})
+    assert sorted(logged(runs / "unreadable")) == [1]
 
 
 def test_what_one_rank_alone_refuses_ends_both(runs: Path) -> None:

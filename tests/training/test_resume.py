@@ -127,8 +127,8 @@ def test_damaged_states_are_named(three: Path, capsys: pytest.CaptureFixture[str
     assert find_last(three).progress.step == 5
     size = json.loads((newest / FILES).read_text())["model.safetensors"]["bytes"]
     assert capsys.readouterr().err.splitlines() == [
-        f"warning: {newest}: model.safetensors has 5 bytes instead of {size}; going on from {three / 'last-00000005'}.",
-        f"warning: {middle}: files.json is missing; going on from {three / 'last-00000005'}.",
+        f"warning: {newest}: model.safetensors has 5 bytes instead of {size}; continuing from {three / 'last-00000005'}.",
+        f"warning: {middle}: files.json is missing; continuing from {three / 'last-00000005'}.",
     ]
 
 
@@ -137,7 +137,7 @@ def test_nothing_that_could_be_resumed(tmp_path: Path, three: Path) -> None:
         find_last(tmp_path / "none")
     for step in (5, 10, 15):
         (three / f"last-{step:08d}" / OPTIMIZER).unlink()
-    with pytest.raises(InputError, match=r"optimizer\.safetensors is missing; no saved state here is whole") as caught:
+    with pytest.raises(InputError, match=r"optimizer\.safetensors is missing; all saved states are damaged") as caught:
         find_last(three)
     assert len(caught.value.problems) == 3
 

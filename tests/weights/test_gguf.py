@@ -18,7 +18,7 @@ from medisee.foundation.errors import InputError
 from medisee.models.medisee import MediSee
 from medisee.models.mllm import load_tokenizer
 from medisee.models.processing import Example
-from medisee.planning.parameters import parameter_counts
+from medisee.planning.parameters import count_parts, meta_model
 from medisee.weights.gguf import find_gguf, gguf_file, gguf_folder
 from medisee.weights.llava import load_pretrained, pretrained_tokenizer
 from medisee.weights.missing import missing_weights
@@ -145,7 +145,7 @@ def test_a_file_is_converted_once_and_another_one_apart(tokenizer: PreTrainedTok
 def test_plans_count_its_parameters(file: Path) -> None:
     config = Model.model_validate({"mllm": mllm(file), "seg_head": HEAD, "router_hidden": 16})
     own = sum(one.numel() for one in medisee(file).mllm.model.language_model.layers.parameters())
-    counts = {count.part: count for count in parameter_counts(config, dtype=torch.float32)}
+    counts = {count.part: count for count in count_parts(meta_model(config, dtype=torch.float32))}
     assert counts["language model"].total + counts["LoRA"].total == own + 32
     assert missing_weights(config) == []
 

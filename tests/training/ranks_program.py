@@ -2,7 +2,7 @@
 
   RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29613 python ranks_program.py jobs.json
 
-jobs.json: [{"config": run.yaml, "resume": false, "fault": null | "nan" | "term" | "refused"}]. The second rank has the fault. How a
+jobs.json: [{"config": run.yaml, "resume": false, "fault": null | "nan" | "term" | "refused" | "unreadable"}]. The second rank has the fault. How a
 job ended is written to <train.out>/ended_<rank>.json.
 """
 
@@ -20,12 +20,15 @@ import torch
 import medisee.train
 from medisee.config import Config
 from medisee.config.load import load_config
+from medisee.data.dataset import TrainingBatches
 from medisee.foundation.errors import InputError
 from medisee.models import losses
+from medisee.models.processing import Batch
 from medisee.training.interruption import Stopped
 
 RANK = int(os.environ["RANK"])
 FAULT_STEP = 3
+ORIGINAL_NEXT = TrainingBatches.__next__
 
 
 def run(job: dict[str, Any]) -> None:
@@ -37,6 +40,8 @@ def run(job: dict[str, Any]) -> None:
         medisee.train._seed_step = _term
     if RANK == 1 and job["fault"] == "refused":
         medisee.train.check_files = _refuse
+    if RANK == 1 and job["fault"] == "unreadable":
+        TrainingBatches.__next__ = _unreadable
     ended = {"how": "finished"}
     try:
         medisee.train.train(config, resume=job["resume"])
@@ -46,6 +51,7 @@ def run(job: dict[str, Any]) -> None:
         ended = {"how": "stopped", "code": stopped.code}
     finally:
         medisee.train._seed_step, medisee.train.check_files, losses.l1_loss = originals
+        TrainingBatches.__next__ = ORIGINAL_NEXT
     out = Path(config.train.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / f"ended_{RANK}.json").write_text(json.dumps(ended), encoding="utf-8")
@@ -55,6 +61,15 @@ def _term(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(seed)
     if step == FAULT_STEP:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _unreadable(batches: TrainingBatches) -> Batch:
+    """Reads the first step's two micro-batches and one of the second's."""
+    batches.read = getattr(batches, "read", 0) + 1
+    if batches.read == 4:
+        batches.close()
+        raise InputError("r7.png: cannot be read; copy it again.")
+    return ORIGINAL_NEXT(batches)
 
 
 def _refuse(config: Config) -> None:

@@ -1,6 +1,6 @@
-"""Prints how much memory training steps of a run take on the CPU: a process of its own, asked by test_plan_memory.py.
+"""Prints how much memory training steps of a run take on the CPU: a separate process, started by test_plan_memory.py.
 
-  python tests/peak_memory.py run.json
+  python tests/planning/peak_memory.py run.json
 
 Bytes of resident memory at the peak, above what the process held before the model was built.
 """
@@ -20,7 +20,7 @@ from medisee.models.medisee import MediSee
 from medisee.planning.parameters import stand_in_tokenizer
 from medisee.planning.workload import OURS, add_pixels, make_batch, training_workload
 from medisee.training.layers import recompute_layers
-from medisee.training.optimization import TorchOptimization, TrainingLoss
+from medisee.training.optimization import Optimization, TrainingLoss
 
 WARM: dict[str, Any] = {
     "model": {
@@ -44,7 +44,7 @@ def steps(config: Config, number: int) -> None:
     if config.train.recompute_layers:
         recompute_layers(model.mllm, config.train.recompute_layers)
     loss = TrainingLoss(model, config.loss, dtype=torch.float32, world=1)
-    optimization = TorchOptimization(loss, config.train)
+    optimization = Optimization(loss, config.train)
     workload = training_workload(config)
     for _ in range(number):
         for _ in range(config.train.accumulation):
