@@ -58,8 +58,8 @@ class Facts:
     compact: bool  # it is one piece, about where the centre of its box is
 
 
+# The facts of a category that is in no file: its boxes only.
 UNKNOWN = Facts("structure", {"attribute": (), "location": ()}, {}, plural=False, compact=False)
-"""The facts of a category that is in no file: its boxes only."""
 
 
 class AtlasEntry(BaseModel):
@@ -89,11 +89,7 @@ class AtlasEntry(BaseModel):
 
 @cache
 def load_knowledge(folder: Path = ATLAS) -> Mapping[str, Facts]:
-    """Reads all files of a folder; the keys are canonical category names, without sides.
-
-    Raises:
-        InputError: a file cannot be read, or an entry is duplicated or incomplete; all problems are listed.
-    """
+    """Reads all files of a folder; the keys are canonical category names, without sides."""
     problems: list[str] = []
     facts: dict[str, Facts] = {}
     for path in sorted(folder.glob("*.yaml")):
@@ -126,9 +122,8 @@ def _facts(category: str, entry: AtlasEntry) -> Facts:
         ill = [Clause(tuple(form.format(text) for form in _DISEASED), "diseases") for text in entry.diseases]
         where = tuple(Clause((text,), "location") for text in entry.location)
         clauses: dict[Perspective, tuple[Clause, ...]] = {"attribute": (*known, *ill), "location": where}
-    sides = {
-        side: tuple(Clause((text,), "location") for text in texts) for side in SIDES if (texts := getattr(entry, side))
-    }
+    texts = {side: getattr(entry, side) for side in SIDES}
+    sides = {side: tuple(Clause((text,), "location") for text in texts[side]) for side in SIDES if texts[side]}
     return Facts(entry.noun, clauses, sides, plural=entry.plural, compact=not entry.spread)
 
 

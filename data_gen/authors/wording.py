@@ -101,9 +101,9 @@ def question(subject: Subject, phrase: str, template: Template, length: Length, 
 
 
 def answer(subject: Subject, phrase: str, more: Sequence[str], rng: Random) -> str:
-    """Draws an answer of about 15 words that repeats the phrase of the question and, where there is room, adds a fact.
+    """Draws an answer of about 15 words: the question's phrase and, with room, one of the facts in `more`, in order.
 
-    It is empty when the phrase is too long for any answer. `more` are other facts, the preferred ones first.
+    It is empty when the phrase is too long for any answer.
     """
     forms = list(_PLURAL_ANSWERS if subject.plural else _ANSWERS)
     rng.shuffle(forms)

@@ -37,11 +37,6 @@ class Request:
         """The SHA-256 of the body's canonical JSON."""
         return hashlib.sha256(canonical(self.body).encode("ascii")).hexdigest()
 
-    @property
-    def model(self) -> str:
-        """The name of the model."""
-        return self.body["model"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
@@ -55,7 +50,7 @@ class Reply:
     usage_cached: int = 0
     usage_out: int = 0
     price: float = 0.0  # in US dollars
-    sends: int = 1  # how often the request was sent until the server answered
+    sends: int = 1  # until the server answered
     why: str = ""  # what is wrong with it, in words
 
 

@@ -22,16 +22,16 @@ _STORE = (
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """The requests of one stage to one model: answers of all attempts, their tokens, and their price in US dollars."""
+    """The requests of one stage to one model."""
 
     stage: str
     model: str
     requests: int
-    answers: int
+    answers: int  # of all attempts
     good: int
-    usage_in: int
+    usage_in: int  # tokens
     usage_out: int
-    price: float
+    price: float  # in US dollars
 
 
 class Answers:
@@ -47,7 +47,7 @@ class Answers:
             # A form is what many requests share: model, system message, schema, parameters.
             first, *rest = each.body["messages"]
             form = canonical({**each.body, "messages": [first]})
-            rows.append((form, (each.key, each.stage, each.item, each.model), canonical(rest)))
+            rows.append((form, (each.key, each.stage, each.item, each.body["model"]), canonical(rest)))
 
         def operation(connection: sqlite3.Connection) -> None:
             for form, identity, prompt in rows:
