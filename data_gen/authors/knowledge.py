@@ -41,16 +41,12 @@ _FourOrMore = Annotated[list[str], Field(min_length=4)]
 
 @dataclass(frozen=True, slots=True)
 class Clause:
-    """One fact about a category."""
-
     phrases: tuple[str, ...]  # its wordings, each of which completes "the organ that ...", such as "produces bile"
     kind: str  # the list of the entry that it comes from, or "position" or "extent" when it comes from the boxes
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The facts about one category."""
-
     noun: str  # what it is in general
     clauses: Mapping[Perspective, tuple[Clause, ...]]
     sides: Mapping[str, tuple[Clause, ...]]  # location clauses of "left" and "right" that differ

@@ -26,10 +26,8 @@ from data_gen.rules.positions import Landmark, statements
 from medisee.records.masks import Box
 from medisee.records.records import Length, Perspective
 
-# Of two clauses the one whose kind comes first is stated first.
-_ORDER = ("attributes", "functions", "effects", "diseases", "location", "position", "extent")
-# The kinds of clauses that come from boxes; an extent compares the target with what is labelled and says so.
-_BOXES = ("position", "extent")
+_ORDER = ("attributes", "functions", "effects", "diseases", "location", "position", "extent")  # in a sentence
+_BOXES = ("position", "extent")  # from boxes; an extent compares the target with what is labelled and says so
 _DENSE = 5  # labelled objects, at least: then a place alone tells an organ from all that is not labelled
 _MOST_LANDMARKS = 8
 _MOST_POSITIONS = 12

@@ -58,8 +58,6 @@ _USUAL_ANSWER = (11, 20)  # words: about 15; others are taken only when none fit
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What a text is about."""
-
     name: str  # the category's name, as answers use it
     noun: str  # what it is in general
     side: str | None = None  # "left" or "right" of the patient, for one of two

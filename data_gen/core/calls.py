@@ -22,8 +22,6 @@ def canonical(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Request:
-    """One question to a model."""
-
     stage: Stage
     item: str  # the id of the item that first sent it; two items may share a request
     # Of the chat completion: model, messages, response_format and parameters. An image in it is
@@ -40,8 +38,6 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """The answer to a request."""
-
     # "ok", or why it cannot be used: not the requested JSON, cut off, refused by the model, withheld by the server's
     # content filter, or the request was rejected and always would be.
     status: Status
@@ -56,17 +52,13 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A broken rule in one part of an answer: the cell (empty for the whole answer), the rule and a sentence."""
-
-    cell: str
-    rule: str
-    reason: str
+    cell: str  # the part of an answer that breaks a rule; empty for the whole answer
+    rule: str  # its short name
+    reason: str  # a sentence
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A stored reply and its verdict: the faults that the rules found; None before they were applied."""
-
     reply: Reply
     attempt: int
-    verdict: tuple[Fault, ...] | None
+    verdict: tuple[Fault, ...] | None  # the faults that the rules found; None before they were applied

@@ -30,11 +30,9 @@ TEMPLATES: tuple[Template, ...] = ("first", "second")
 
 
 @dataclass(frozen=True, slots=True)
-class Entity:
-    """A labelled object of an image; `box` is (x0, y0, x1, y1) as fractions of the width and height, in [0, 1]."""
-
+class Entity:  # a labelled object of an image
     category: str
-    box: Box
+    box: Box  # (x0, y0, x1, y1) as fractions of the width and height, in [0, 1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,17 +52,13 @@ _ENDINGS = (  # of a noun, then of its plural
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """A word of a text."""
-
     text: str  # as it is compared
     owns: bool  # it ended in 's
 
 
 @dataclass(frozen=True, slots=True)
 class Mention:
-    """A place where a text names a category: its words from `start` to before `stop`."""
-
-    category: str
+    category: str  # which the words of a text name from `start` to before `stop`
     start: int
     stop: int
 

@@ -38,9 +38,7 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """The result of an item."""
-
+class Outcome:  # of an item
     pairs: list[Pair]
     drops: list[Drop]
 

@@ -64,8 +64,6 @@ class Ledger:
         rows = self._store.read("SELECT value FROM facts WHERE name=?", name)
         return rows[0][0] if rows else None
 
-    # Runs and items
-
     def start_run(self, fixed: dict[str, Any], free: dict[str, Any]) -> int:
         """Stores that a run begins, and returns its number; all runs of a ledger must share the `fixed` settings."""
         known = self.settings() or fixed
@@ -156,8 +154,6 @@ class Ledger:
         ):
             yield _item(content)
 
-    # Outcomes
-
     def finish(self, item: str, style: str, pairs: list[Pair], drops: list[Drop]) -> Future[None]:
         """Stores the outcome of an item, once; the future is done when it is on the disk."""
         pair_rows, drop_rows = [(pair.id, _dump(pair)) for pair in pairs], [astuple(drop) for drop in drops]
@@ -210,8 +206,6 @@ class Ledger:
             "SELECT item, stage, rule, reason, pair FROM drops ORDER BY item, stage, pair, rule, reason"
         )
         return [Drop(*row) for row in rows]
-
-    # Decisions of people
 
     def decide(self, decision: Decision) -> None:
         """Stores a reviewer's decision; it is on the disk when this returns."""

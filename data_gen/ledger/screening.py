@@ -25,27 +25,20 @@ KEPT: tuple[Outcome, ...] = ("unscreened", "accepted", "edited")
 
 @dataclass(frozen=True, slots=True)
 class Screened:
-    """A pair after screening."""
-
     pair: Pair  # in its final wording
     outcome: Outcome
 
 
 @dataclass(frozen=True, slots=True)
 class Screening:
-    """All pairs after screening."""
-
     pairs: tuple[Screened, ...]  # those that are kept, in the given order
     counts: dict[Outcome, int]  # of every outcome
     judged: int  # how many pairs at least one person has judged
 
 
 def screen(pairs: Sequence[Pair], decisions: Iterable[Decision], *, screened_only: bool = False) -> Screening:
-    """Applies decisions, one per reviewer and pair, to pairs in the order of their ids.
-
-    With `screened_only` only what a person has accepted or edited is kept.
-    """
-    kept = KEPT[1:] if screened_only else KEPT
+    """Applies decisions, one per reviewer and pair, to pairs in the order of their ids."""
+    kept = KEPT[1:] if screened_only else KEPT  # screened: accepted or edited by a person
     by_pair: dict[str, list[Decision]] = {}
     for decision in decisions:
         by_pair.setdefault(decision.pair, []).append(decision)
@@ -86,9 +79,7 @@ def _judge(pair: Pair, decisions: Sequence[Decision]) -> Screened:
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
-    """Two reviewers, compared."""
-
+class Agreement:  # of two reviewers
     first: str
     second: str
     pairs: int  # how many both have judged

@@ -130,7 +130,7 @@ def summary(
                     "first": labels[one.first],
                     "second": labels[one.second],
                     "pairs": one.pairs,
-                    "raw": None if one.raw is None else round(one.raw, 6),
+                    "raw": round(one.raw, 6),
                     "kappa": None if one.kappa is None else round(one.kappa, 6),
                 }
                 for one in agreements(decisions)

@@ -112,9 +112,7 @@ _EXTREMES = (
 
 @dataclass(frozen=True, slots=True)
 class Breach:
-    """A rule that a text breaks, and the reason."""
-
-    rule: str
+    rule: str  # which a text breaks
     reason: str
 
 

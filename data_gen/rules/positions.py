@@ -41,9 +41,7 @@ _CLAIM = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Landmark:
-    """An object that a statement may refer to."""
-
+class Landmark:  # an object that a statement may refer to
     name: str  # such as "the liver"
     box: Box  # (x0, y0, x1, y1) as fractions of width and height
     compact: bool  # it is one piece, about where its box is
@@ -51,8 +49,6 @@ class Landmark:
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """A true statement about the target."""
-
     phrase: str  # completes "the organ that ...": "lies above the liver in the image"
     kinds: tuple[Kind, ...]  # of its parts: a place in the image, a relation to landmarks, an extent compared with all
 
