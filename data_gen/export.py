@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_out(arguments.out, SUMMARY, _OWN_KEY)
     sources = read_sources(*([arguments.sources] if arguments.sources else []))
     with Ledger(arguments.ledger) as ledger:
-        if not ledger.settled():
+        if not ledger.is_deduplicated():
             print(
                 "warning: the run has not finished, so near-duplicates may be among the pairs; start `python -m data_gen "
                 "run` again before you publish this.",

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from data_gen.authors.client import CAPTION_KEY, KEY, is_same
-from data_gen.core.captions import read_captions
+from data_gen.core.items import read_captions
 from data_gen.core.names import load_names, read_names
 from data_gen.core.prices import FREE, Price, find_price, load_prices
 from data_gen.core.prompts import FOLDER, MOST_VARIANTS

@@ -182,7 +182,7 @@ def _summary(ledger: Ledger, limit: int | None, style: str) -> str:
         lines[0] += " (not yet deduplicated)"
     for rule, number in Counter(f"{drop.stage}: {drop.rule}" for drop in ledger.drops()).most_common():
         lines.append(f"dropped {number:>8,}  {rule}")
-    for each in ledger.counts():
+    for each in ledger.answers.counts():
         lines.append(
             f"{each.stage:<10} {each.model}: {each.requests:,} requests, {each.answers:,} answers ({each.good:,} good), "
             f"{each.usage_in:,} tokens in, {each.usage_out:,} out, {each.price:.2f} USD"

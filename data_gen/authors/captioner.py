@@ -23,11 +23,7 @@ class LocalCaptioner:
     """Captions images one at a time, on a GPU when there is one."""
 
     def __init__(self, source: str, root: Path) -> None:
-        """Loads the model `source`, the folder or hub id of a Llava; `root` is the folder of the images.
-
-        Raises:
-            InputError: the model cannot be read.
-        """
+        """Loads the model `source`, the folder or hub id of a Llava; `root` is the folder of the images."""
         self._root = root
         vision: Any = load_pretrained(Mllm(source=source)).llava.config.vision_config
         mllm = Mllm(source=source, train="frozen", vision_size=vision.image_size, vision_patch=vision.patch_size)

@@ -17,7 +17,7 @@ import httpx2
 import openai
 
 from data_gen.core.calls import Reply, Request, Status
-from data_gen.core.pixels import with_pixels
+from data_gen.core.pictures import with_pixels
 from data_gen.core.prices import Price, Size, size_of
 from data_gen.ledger.limits import MoneyBudget, RateLimit, StopRun
 from medisee.foundation.errors import InputError
@@ -55,11 +55,7 @@ def is_same(first: str | None, second: str | None) -> bool:
 
 
 def api_key(server: Server) -> str:
-    """Returns the server's key from the environment; only OpenAI's server needs one.
-
-    Raises:
-        InputError: the key is missing or malformed.
-    """
+    """Returns the server's key from the environment; only OpenAI's server needs one."""
     key = os.environ.get(server.key_name, "").strip()
     if not key and is_same(server.base_url, None):
         raise InputError(
@@ -74,12 +70,9 @@ def api_key(server: Server) -> str:
 
 
 class _HttpClient(openai.DefaultAioHttpClient):
-    """openai's aiohttp client, with a limit on a whole request and all failures as httpx2's errors.
+    """openai's aiohttp client (quicker than its default), with a limit on a whole request, and httpx2's errors only."""
 
-    Quicker than the default transport, which can hold back the event loop at 100 requests a second.
-    """
-
-    def __init__(self, *, timeout: float, longest: float, connections: int) -> None:
+    def __init__(self, timeout: float, *, longest: float, connections: int) -> None:
         """`timeout` limits the seconds without a byte of the answer, `longest` those of a whole request."""
         super().__init__(timeout=httpx2.Timeout(timeout, pool=None), limits=httpx2.Limits(max_connections=connections))
         self._longest = longest
@@ -95,12 +88,8 @@ class _HttpClient(openai.DefaultAioHttpClient):
 
 
 def client_for(server: Server, key: str, *, retries: int = 0, patience: int = 2) -> openai.AsyncOpenAI:
-    """Returns openai's client for one server; a whole request may take `patience` timeouts.
-
-    It sends again `retries` times itself: none for `Client`, which does so within the limits that all calls share.
-    """
-    longest = patience * server.timeout
-    http = _HttpClient(timeout=server.timeout, longest=longest, connections=server.concurrency)
+    """Returns openai's client; it sends again `retries` times, and a whole request may take `patience` timeouts."""
+    http = _HttpClient(server.timeout, longest=patience * server.timeout, connections=server.concurrency)
     return openai.AsyncOpenAI(api_key=key, base_url=server.base_url or OPENAI, max_retries=retries, http_client=http)
 
 
@@ -108,11 +97,7 @@ class Client:
     """Sends requests to one server, within the rate and the money that all calls share."""
 
     def __init__(self, server: Server, *, root: Path, price: Price, rate: RateLimit, money: MoneyBudget) -> None:
-        """Reads the key and connects to nothing yet; `root` is the folder of the images.
-
-        Raises:
-            InputError: the key is missing or malformed.
-        """
+        """Reads the key and connects to nothing yet; `root` is the folder of the images."""
         self._server, self._root, self._price = server, root, price
         self._rate, self._money = rate, money
         self._key = api_key(server)
@@ -124,16 +109,11 @@ class Client:
         await self._client.close()
 
     async def send(self, request: Request) -> Reply:
-        """Sends a request until it is answered, at most `Server.sends` times.
+        """Sends a request until it is answered, at most `Server.sends` times, then raises Unreachable.
 
-        Raises:
-            Unreachable: the server or the network failed every time.
-            StopRun: no request can succeed (key, model, address, schema), or the money does not suffice.
-            InputError: an image of the request cannot be read.
+        StopRun: no request can succeed (key, model, address, schema), or the money does not suffice.
         """
-        body = with_pixels(request.body, self._root)
-        size = size_of(request.body)
-        why = ""
+        body, size, why = with_pixels(request.body, self._root), size_of(request.body), ""
         async with self._free:
             for sends in range(1, self._server.sends + 1):
                 if sends > 1:
@@ -154,21 +134,31 @@ class Client:
             # openai's typed method would check the request and the answer field by field: half of the time, for a body
             # that is ours and an answer that `reply_from` checks.
             response = await self._client.post("/chat/completions", cast_to=httpx2.Response, body=body)
-            reply, why = _reply(response.content, self._price), ""
+            try:
+                completion = json.loads(response.content)
+            except (ValueError, RecursionError) as error:
+                raise NoCompletion(f"the answer is not JSON ({error})") from error
+            reply, why = reply_from(completion, self._price), ""
             self._rate.give_back(tokens - reply.usage_in - reply.usage_out)
         except openai.APIConnectionError as error:
             # A server that is too late may have worked and may charge for it. openai's aiohttp transport calls every
             # failed connection a connect timeout.
-            is_lost = isinstance(error, openai.APITimeoutError) and not isinstance(
-                error.__cause__, httpx2.ConnectTimeout
-            )
+            cause = error.__cause__
+            is_lost = isinstance(error, openai.APITimeoutError) and not isinstance(cause, httpx2.ConnectTimeout)
             late = f"no answer within {self._server.timeout:g} s"
-            why = late if is_lost else f"the connection failed ({error.__cause__ or error})"
+            why = late if is_lost else f"the connection failed ({cause or error})"
         except openai.APIStatusError as error:
-            why = redacted(f"status {error.status_code}: {_message(error)}", self._server, self._key)
+            content: Any = error.body
+            message = (content.get("message") if isinstance(content, dict) else None) or error.message
+            why = redacted(f"status {error.status_code}: {message}", self._server, self._key)
             reply = rejection(error.status_code, error.code, why, self._server)
             if reply is None:
-                self._pause(error.response.headers)
+                seconds = retry_after(error.response.headers)
+                if seconds > _LONGEST_PAUSE:
+                    raise StopRun(
+                        f"stopped: the server asks to wait {seconds:.0f} s; run again after that to continue."
+                    ) from error
+                self._rate.pause(seconds)
         except NoCompletion as error:
             why = str(error)
         finally:
@@ -177,19 +167,6 @@ class Client:
             else:
                 self._money.release(held, reply.price if reply else 0.0)
         return reply, redacted(why, self._server, self._key)
-
-    def _pause(self, headers: httpx2.Headers) -> None:
-        """Pauses all calls when the server asks for it."""
-        seconds = retry_after(headers)
-        if seconds > _LONGEST_PAUSE:
-            raise StopRun(f"stopped: the server asks to wait {seconds:.0f} s; run again after that to continue.")
-        if seconds > 0:
-            self._rate.pause(seconds)
-
-
-def _message(error: openai.APIStatusError) -> str:
-    body: Any = error.body
-    return str((body.get("message") if isinstance(body, dict) else None) or error.message)
 
 
 def retry_after(headers: httpx2.Headers) -> float:
@@ -223,13 +200,9 @@ def is_lasting(status: int) -> bool:
 
 
 def rejection(status: int, code: str | None, why: str, server: Server) -> Reply | None:
-    """Judges an HTTP status other than success, of a call or of a batch's line.
+    """Returns the final reply to a request that failed; None when it can be sent again, StopRun when none can succeed.
 
-    It returns the final reply to the request; None when it can be sent again. `code` is that of OpenAI's error object,
-    `why` the server's message (see `redacted`).
-
-    Raises:
-        StopRun: no request can succeed.
+    `code` is that of OpenAI's error object, `why` the server's message (see `redacted`).
     """
     if code == "insufficient_quota":
         raise StopRun("stopped: the account's quota is used up; add credit or wait, then run again to continue.")
@@ -245,19 +218,8 @@ def rejection(status: int, code: str | None, why: str, server: Server) -> Reply 
     return Reply(status="rejected", text="", why=f"the server does not accept the request ({why})")
 
 
-def _reply(content: bytes, price: Price) -> Reply:
-    try:
-        return reply_from(json.loads(content), price)
-    except (ValueError, RecursionError) as error:
-        raise NoCompletion(f"the answer is not JSON ({error})") from error
-
-
 def reply_from(completion: Any, price: Price, *, batch: bool = False) -> Reply:
-    """Reads a chat completion.
-
-    Raises:
-        NoCompletion: it is not a chat completion.
-    """
+    """Reads a chat completion; NoCompletion when it is not one."""
     try:
         choice = completion["choices"][0]
         message = choice["message"]

@@ -41,16 +41,12 @@ _FourOrMore = Annotated[list[str], Field(min_length=4)]
 
 @dataclass(frozen=True, slots=True)
 class Clause:
-    """One fact about a category."""
-
     phrases: tuple[str, ...]  # its wordings, each of which completes "the organ that ...", such as "produces bile"
     kind: str  # the list of the entry that it comes from, or "position" or "extent" when it comes from the boxes
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The facts about one category."""
-
     noun: str  # what it is in general
     clauses: Mapping[Perspective, tuple[Clause, ...]]
     sides: Mapping[str, tuple[Clause, ...]]  # location clauses of "left" and "right" that differ
@@ -58,8 +54,8 @@ class Facts:
     compact: bool  # it is one piece, about where the centre of its box is
 
 
+# The facts of a category that is in no file: its boxes only.
 UNKNOWN = Facts("structure", {"attribute": (), "location": ()}, {}, plural=False, compact=False)
-"""The facts of a category that is in no file: its boxes only."""
 
 
 class AtlasEntry(BaseModel):
@@ -89,11 +85,7 @@ class AtlasEntry(BaseModel):
 
 @cache
 def load_knowledge(folder: Path = ATLAS) -> Mapping[str, Facts]:
-    """Reads all files of a folder; the keys are canonical category names, without sides.
-
-    Raises:
-        InputError: a file cannot be read, or an entry is duplicated or incomplete; all problems are listed.
-    """
+    """Reads all files of a folder; the keys are canonical category names, without sides."""
     problems: list[str] = []
     facts: dict[str, Facts] = {}
     for path in sorted(folder.glob("*.yaml")):
@@ -126,9 +118,8 @@ def _facts(category: str, entry: AtlasEntry) -> Facts:
         ill = [Clause(tuple(form.format(text) for form in _DISEASED), "diseases") for text in entry.diseases]
         where = tuple(Clause((text,), "location") for text in entry.location)
         clauses: dict[Perspective, tuple[Clause, ...]] = {"attribute": (*known, *ill), "location": where}
-    sides = {
-        side: tuple(Clause((text,), "location") for text in texts) for side in SIDES if (texts := getattr(entry, side))
-    }
+    texts = {side: getattr(entry, side) for side in SIDES}
+    sides = {side: tuple(Clause((text,), "location") for text in texts[side]) for side in SIDES if texts[side]}
     return Facts(entry.noun, clauses, sides, plural=entry.plural, compact=not entry.spread)
 
 

@@ -19,28 +19,16 @@ from data_gen.authors.wording import Subject, alike, article, descriptions, join
 from data_gen.authors.wording import answer as word_answer
 from data_gen.authors.wording import question as word_question
 from data_gen.core.calls import Reply, Request, canonical
-from data_gen.core.items import (
-    LENGTHS,
-    PERSPECTIVES,
-    TEMPLATES,
-    Entity,
-    Item,
-    Template,
-    length_of,
-    perspective_of,
-)
+from data_gen.core.items import LENGTHS, PERSPECTIVES, TEMPLATES, Entity, Item, Template, length_of, perspective_of
 from data_gen.core.names import Names, load_names
 from data_gen.rules.checks import check_description, check_pair, check_turn
 from data_gen.rules.positions import Landmark, statements
 from medisee.records.masks import Box
 from medisee.records.records import Length, Perspective
 
-# Of two clauses the one whose kind comes first is stated first.
-_ORDER = ("attributes", "functions", "effects", "diseases", "location", "position", "extent")
-# The kinds of clauses that come from boxes; an extent compares the target with what is labelled and says so.
-_BOXES = ("position", "extent")
-# The least number of labelled objects with which a place alone tells an organ from all that is not labelled.
-_DENSE = 5
+_ORDER = ("attributes", "functions", "effects", "diseases", "location", "position", "extent")  # in a sentence
+_BOXES = ("position", "extent")  # from boxes; an extent compares the target with what is labelled and says so
+_DENSE = 5  # labelled objects, at least: then a place alone tells an organ from all that is not labelled
 _MOST_LANDMARKS = 8
 _MOST_POSITIONS = 12
 _TRIES = 12
@@ -54,16 +42,11 @@ _KIND_TURNS = (
     ("What kind of structure is of interest here?", "It is {a_noun}."),
     ("What should I pay attention to?", "Pay attention to {a_noun} in this image."),
 )
-_FACT_TURNS = (
-    ("What is known about it?", "It {phrase}."),
-    ("Can you tell me more about it?", "Yes, it {phrase}."),
-)
+_FACT_TURNS = (("What is known about it?", "It {phrase}."), ("Can you tell me more about it?", "Yes, it {phrase}."))
 
 
 @dataclass(frozen=True, slots=True)
 class _Scene:
-    """An item's target, prepared for writing."""
-
     item: Item  # with the fields that the rules need
     subject: Subject
     clauses: Mapping[Perspective, tuple[Clause, ...]]  # in an order that depends on the item
@@ -72,13 +55,7 @@ class _Scene:
 
 
 def answer(stage: str, fields: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Returns the answer of a stage, in the form of its schema; `fields` are those of `data_gen.core.recipe.fields_of`.
-
-    A cell about which nothing is known has an empty text, which the rules drop.
-
-    Raises:
-        KeyError: there is no such stage.
-    """
+    """Returns a stage's answer to `data_gen.core.recipe.fields_of`; what is not known is empty, and the rules drop it."""
     stages = {
         "caption": _caption,
         "describe": _describe,
@@ -199,9 +176,8 @@ def _phrases(clauses: Sequence[Clause], length: Length, rng: Random) -> Iterator
     for i, (phrase, clause) in enumerate(drawn):
         if length == "long":
             for other, other_clause in drawn[i + 1 : i + 6]:
-                one, two = sorted(
-                    ((phrase, clause), (other, other_clause)), key=lambda each: _ORDER.index(each[1].kind)
-                )
+                both = ((phrase, clause), (other, other_clause))
+                one, two = sorted(both, key=lambda each: _ORDER.index(each[1].kind))
                 # Two diseases, or two statements from boxes, are too much at once.
                 if one[1].kind in _BOXES or one[1].kind == two[1].kind == "diseases":
                     continue
@@ -213,10 +189,10 @@ def _phrases(clauses: Sequence[Clause], length: Length, rng: Random) -> Iterator
 def _revise(scene: _Scene, fields: Mapping[str, Any], seed: int) -> dict[str, Any]:
     revisions: list[dict[str, Any]] = []
     for cell, text in fields["descriptions"].items():
-        breaches = check_description(text, length_of(cell), scene.item, _names())
-        kept = {"verdict": "keep", "text": text, "reason": "it keeps the rules"}
-        removed = {"verdict": "remove", "text": "", "reason": breaches[0].reason} if breaches else {}
-        revisions.append({"cell": cell, **kept, **removed})
+        verdict, reason = "keep", "it keeps the rules"
+        if breaches := check_description(text, length_of(cell), scene.item, _names()):
+            verdict, text, reason = "remove", "", breaches[0].reason
+        revisions.append({"cell": cell, "verdict": verdict, "text": text, "reason": reason})
     return {"descriptions": revisions}
 
 
@@ -250,18 +226,14 @@ def _pair(
     question = text = ""
     for _ in range(_TRIES):
         question = word_question(scene.subject, phrase, template, length, rng, sided=sided)
-        text = word_answer(scene.subject, phrase, _more(scene, cell, phrase, rng), rng)
+        # Further facts: of the same perspective, but none from the question.
+        others = [each for each in scene.clauses[perspective] if not any(alike(said, phrase) for said in each.phrases)]
+        facts = [rng.choice(clause.phrases) for clause in others if clause.kind not in ("diseases", *_BOXES)]
+        rng.shuffle(facts)
+        text = word_answer(scene.subject, phrase, facts, rng)
         if question != known and not check_pair(question, text, length, scene.item, _names()):
             break
     return {"question": question, "answer": text}
-
-
-def _more(scene: _Scene, cell: str, phrase: str, rng: Random) -> list[str]:
-    """Returns further facts for an answer: of the same perspective, but none from the question."""
-    clauses = [c for c in scene.clauses[perspective_of(cell)] if not any(alike(each, phrase) for each in c.phrases)]
-    facts = [rng.choice(clause.phrases) for clause in clauses if clause.kind not in ("diseases", *_BOXES)]
-    rng.shuffle(facts)
-    return facts
 
 
 def _converse(scene: _Scene, fields: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -276,12 +248,8 @@ def _converse(scene: _Scene, fields: Mapping[str, Any], seed: int) -> dict[str, 
     ]
     rng.shuffle(phrases)
     modality = _modality(fields)
-    words = {
-        "modality": modality,
-        "a_modality": article(modality),
-        "a_noun": article(scene.subject.head(sided=True)),
-        "phrase": phrases[0] if phrases else "",
-    }
+    words = {"modality": modality, "a_modality": article(modality), "phrase": phrases[0] if phrases else ""}
+    words["a_noun"] = article(scene.subject.head(sided=True))
     turns: list[dict[str, str]] = []
     for kind in (_FIRST_TURNS, _KIND_TURNS, _FACT_TURNS if phrases else _FIRST_TURNS)[: fields["turns"] - 1]:
         worded = [{"question": question, "answer": text.format(**words)} for question, text in kind]
@@ -301,12 +269,12 @@ def _modality(fields: Mapping[str, Any]) -> str:
     return _MODALITIES.get(words[0].lower(), " ".join(words)) if words else "medical"
 
 
+@dataclass(frozen=True)
 class OfflineAuthor:
     """Answers from the knowledge that comes with the package."""
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
+    seed: int
 
     async def send(self, request: Request) -> Reply:
         """Answers one request, free of charge."""
-        return Reply(status="ok", text=canonical(answer(request.stage, request.fields, self._seed)))
+        return Reply(status="ok", text=canonical(answer(request.stage, request.fields, self.seed)))

@@ -58,8 +58,6 @@ _USUAL_ANSWER = (11, 20)  # words: about 15; others are taken only when none fit
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What a text is about."""
-
     name: str  # the category's name, as answers use it
     noun: str  # what it is in general
     side: str | None = None  # "left" or "right" of the patient, for one of two
@@ -101,9 +99,9 @@ def question(subject: Subject, phrase: str, template: Template, length: Length, 
 
 
 def answer(subject: Subject, phrase: str, more: Sequence[str], rng: Random) -> str:
-    """Draws an answer of about 15 words that repeats the phrase of the question and, where there is room, adds a fact.
+    """Draws an answer of about 15 words: the question's phrase and, with room, one of the facts in `more`, in order.
 
-    It is empty when the phrase is too long for any answer. `more` are other facts, the preferred ones first.
+    It is empty when the phrase is too long for any answer.
     """
     forms = list(_PLURAL_ANSWERS if subject.plural else _ANSWERS)
     rng.shuffle(forms)

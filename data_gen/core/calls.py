@@ -22,8 +22,6 @@ def canonical(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Request:
-    """One question to a model."""
-
     stage: Stage
     item: str  # the id of the item that first sent it; two items may share a request
     # Of the chat completion: model, messages, response_format and parameters. An image in it is
@@ -37,16 +35,9 @@ class Request:
         """The SHA-256 of the body's canonical JSON."""
         return hashlib.sha256(canonical(self.body).encode("ascii")).hexdigest()
 
-    @property
-    def model(self) -> str:
-        """The name of the model."""
-        return self.body["model"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """The answer to a request."""
-
     # "ok", or why it cannot be used: not the requested JSON, cut off, refused by the model, withheld by the server's
     # content filter, or the request was rejected and always would be.
     status: Status
@@ -55,23 +46,19 @@ class Reply:
     usage_cached: int = 0
     usage_out: int = 0
     price: float = 0.0  # in US dollars
-    sends: int = 1  # how often the request was sent until the server answered
+    sends: int = 1  # until the server answered
     why: str = ""  # what is wrong with it, in words
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A broken rule in one part of an answer: the cell (empty for the whole answer), the rule and a sentence."""
-
-    cell: str
-    rule: str
-    reason: str
+    cell: str  # the part of an answer that breaks a rule; empty for the whole answer
+    rule: str  # its short name
+    reason: str  # a sentence
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A stored reply and its verdict: the faults that the rules found; None before they were applied."""
-
     reply: Reply
     attempt: int
-    verdict: tuple[Fault, ...] | None
+    verdict: tuple[Fault, ...] | None  # the faults that the rules found; None before they were applied

@@ -1,4 +1,4 @@
-"""The nouns of the engine: an Item (one image with one target) goes in, Pairs (question and answer) come out.
+"""What goes through a run: an Item (one image with one target) goes in, Pairs (question and answer) come out.
 
 What keeps an item from becoming pairs is a Drop; a reviewer's verdict on a pair is a Decision.
 """
@@ -9,10 +9,14 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, cast
+
+from pydantic import ConfigDict, with_config
 
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import sha256
+from medisee.records.jsonl import Text, read_line, read_lines
 from medisee.records.manifest import Manifest
 from medisee.records.masks import Box, MaskFiles, Rle, encode_mask, mask_box
 from medisee.records.records import Length, Perspective, Record, Target
@@ -26,11 +30,9 @@ TEMPLATES: tuple[Template, ...] = ("first", "second")
 
 
 @dataclass(frozen=True, slots=True)
-class Entity:
-    """A labelled object of an image; `box` is (x0, y0, x1, y1) as fractions of the width and height, in [0, 1]."""
-
+class Entity:  # a labelled object of an image
     category: str
-    box: Box
+    box: Box  # (x0, y0, x1, y1) as fractions of the width and height, in [0, 1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +101,6 @@ def items_from_manifest(manifest: Manifest, seed: int) -> Iterator[Item]:
     An object (a case's category) is not drawn again while others of the image have not been drawn. Then a category
     that the image holds once goes before one that it holds several times (a question about one of two cysts is
     ambiguous), then the category drawn least so far; ties are broken by a hash of the seed and the ids.
-
-    Raises:
-        InputError: an image or a mask is missing or wrong; all problems of the first such record are listed.
     """
     drawn_objects: set[tuple[str, str, str]] = set()
     drawn: Counter[str] = Counter()
@@ -155,6 +154,31 @@ def _item(manifest: Manifest, record: Record, target: Target) -> Item:
         image_sha256=sha256(manifest.image_path(record)),
         mask_sha256=sha256(manifest.root / target.mask) if isinstance(target.mask, str) else "",
     )
+
+
+@with_config(ConfigDict(extra="forbid"))
+@dataclass(frozen=True, slots=True)
+class _CaptionLine:
+    record: Text
+    caption: Text
+
+
+def read_captions(path: Path) -> dict[str, str]:
+    """Reads given captions by record id: a JSON Lines file with the keys "record" and "caption"."""
+    problems: list[str] = []
+    captions: dict[str, str] = {}
+    for line in read_lines(path):
+        read = read_line(_CaptionLine, line, problems)
+        if read is None:
+            continue
+        if read.record in captions:
+            problems.append(
+                f"{line.where}: record {read.record!r} has a caption already; expected one per record; remove one."
+            )
+        captions[read.record] = read.caption
+    if problems:
+        raise InputError(problems)
+    return captions
 
 
 def perspective_of(cell: str) -> Perspective:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -52,17 +52,13 @@ _ENDINGS = (  # of a noun, then of its plural
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """A word of a text as it is compared; `owns` is set when it ended in 's."""
-
-    text: str
-    owns: bool
+    text: str  # as it is compared
+    owns: bool  # it ended in 's
 
 
 @dataclass(frozen=True, slots=True)
 class Mention:
-    """A place where a text names a category: its words from `start` to before `stop`."""
-
-    category: str
+    category: str  # which the words of a text name from `start` to before `stop`
     start: int
     stop: int
 
@@ -97,7 +93,16 @@ class Names:
     """The names of all categories. A category that is not in the table has its own label as its name."""
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
-        self._entries = {**entries, **dict(_sided(entries))}
+        sided = {
+            f"{side} {category}": Entry(
+                names=[f"{side} {name}" for name in entry.names],
+                labels=[f"{side} {name}" for name in entry.labels],
+                hints=entry.hints,
+            )
+            for category, entry in entries.items()
+            for side in (SIDES if entry.sided else ())
+        }
+        self._entries = {**entries, **sided}
         self._labels = {
             _key(name): category
             for category, entry in reversed(self._entries.items())  # so that the earlier one counts
@@ -132,14 +137,6 @@ class Names:
         name = self.canonical(category)
         return tuple(self._entries[name].names) if name in self._entries else (name,)
 
-    def mentions(self, text: str, categories: Iterable[str] = ()) -> set[str]:
-        """Returns the canonical categories that a text names, of the table and of `categories`."""
-        return {mention.category for mention in self.find(words(text), categories)}
-
-    def first(self, text: str, categories: Iterable[str] = ()) -> str | None:
-        """Returns the canonical category that a text names first, None when it names none."""
-        return next((mention.category for mention in self.find(words(text), categories)), None)
-
     def find(self, text: tuple[Word, ...], categories: Iterable[str] = ()) -> tuple[Mention, ...]:
         """Returns where a text names a category, in order; of overlapping names the first and then the longest."""
         return self._mentions(text, tuple(self.canonical(category) for category in categories if category not in self))
@@ -156,15 +153,12 @@ class Names:
         return tuple(found)
 
     def betrays(self, text: str, category: str) -> str | None:
-        """Returns the words that name a category or give it away, None when there are none.
-
-        So do, for one of two, the name without a side and the other side's name.
-        """
+        """Returns the words that name a category (with any side or none) or give it away, None when there are none."""
         spoken = words(text)
         own, base = self.canonical(category), self.base(category)
         sides = {own, base, *(f"{side} {base}" for side in SIDES if self.side(category))}
         if category not in self:  # "vertebrae L1" is given away by "vertebra"
-            sides |= self.mentions(own)
+            sides |= {mention.category for mention in self.find(words(own))}
         texts = tuple(word.text for word in spoken)
         for mention in self.find(spoken, [category]):
             if mention.category in sides:
@@ -176,11 +170,7 @@ class Names:
 
 
 def load_names(extra: str | None = None, source: str = "the further names") -> Names:
-    """Reads the table, and YAML in the same form whose entries add to it or replace those of the same key.
-
-    Raises:
-        InputError: the text has another form, or a name is used for two categories; all problems are listed.
-    """
+    """Reads the table, and YAML in the same form whose entries add to it or replace those of the same key."""
     problems: list[str] = []
     entries = _parse(str(NAMES_FILE), read_names(NAMES_FILE), problems)
     if extra is not None:
@@ -199,11 +189,7 @@ def load_names(extra: str | None = None, source: str = "the further names") -> N
 
 
 def read_names(path: Path) -> str:
-    """Returns the text of a table of names, for `load_names`.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
+    """Returns the text of a table of names, for `load_names`."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -229,22 +215,11 @@ def _parse(source: str, text: str, problems: list[str]) -> dict[str, Entry]:
     return entries
 
 
-def _sided(entries: Mapping[str, Entry]) -> Iterator[tuple[str, Entry]]:
-    for category, entry in entries.items():
-        for side in SIDES if entry.sided else ():
-            names, labels = ([f"{side} {name}" for name in each] for each in (entry.names, entry.labels))
-            yield f"{side} {category}", Entry(names=names, labels=labels, hints=entry.hints)
-
-
 @lru_cache(maxsize=4096)
 def words(text: str) -> tuple[Word, ...]:
-    """Returns the words of a text as they are compared: lower case, no accents, American spelling, no possessive.
-
-    An abbreviation with dots is one word: "I.V.C." is "ivc".
-    """
+    """Returns the words of a text in lower case and American spelling, without accents, 's and dots ("ivc")."""
     plain = "".join(each for each in unicodedata.normalize("NFKD", text.lower()) if not unicodedata.combining(each))
-    plain = _DOTTED.sub(lambda match: match.group().replace(".", ""), plain)
-    found = _WORD.findall(plain)
+    found = _WORD.findall(_DOTTED.sub(lambda match: match.group().replace(".", ""), plain))
     return tuple(Word(_american(re.sub(r"['’]s$", "", word)), word.endswith(("'s", "’s"))) for word in found)
 
 
@@ -258,13 +233,13 @@ def _american(word: str) -> str:
 @lru_cache(maxsize=4096)
 def _key(category: str) -> tuple[str, ...]:
     """Returns a label as a key, its side first: "kidney_left" and "Left-Kidney" are ("left", "kidney")."""
-    return tuple(_side_first(list(_split(category))))
+    return tuple(_side_first(_split(category)))
 
 
-def _side_first(parts: list[str]) -> list[str]:
+def _side_first(parts: Sequence[str]) -> list[str]:
     sides = [part for part in parts if part.lower() in SIDES]
     # "heart ventricle left" keeps its order behind the side: names.yaml has "left heart ventricle".
-    return sides + [part for part in parts if part.lower() not in SIDES] if len(sides) == 1 else parts
+    return sides + [part for part in parts if part.lower() not in SIDES] if len(sides) == 1 else list(parts)
 
 
 class _Forms:

@@ -1,18 +1,21 @@
-"""An item's image and mask as pixels, and as the PNGs that the review page overlays.
+"""An item's image and mask as pixels, as the PNGs that the review page overlays, and on their way to a model.
 
 Shapes: H, W image; h, w overlay.
 """
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data_gen.core.calls import IMAGE_PREFIX
 from data_gen.core.items import Item
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import inside, sha256
@@ -27,11 +30,7 @@ _SHORTEST_SIDE_SHOWN = 640
 
 
 def item_image(item: Item, root: Path) -> NDArray[np.uint8]:
-    """Reads an item's image (H, W, 3), RGB.
-
-    Raises:
-        InputError: it is missing, cannot be read, is outside the root, or is not the one that the item was made from.
-    """
+    """Reads an item's image (H, W, 3), RGB; it must be the one that the item was made from."""
     path, where = inside(root, item.image, f"item {item.id!r}"), f"item {item.id!r}: image {item.image!r}"
     image = read_image(path)
     if image.shape[:2] != (item.height, item.width):
@@ -44,12 +43,7 @@ def item_image(item: Item, root: Path) -> NDArray[np.uint8]:
 
 
 def item_mask(item: Item, root: Path) -> NDArray[np.bool_]:
-    """Reads an item's mask (H, W).
-
-    Raises:
-        InputError: it is missing, cannot be read, is outside the root, differs from the image in size, or is not the
-            one that the item was made from.
-    """
+    """Reads an item's mask (H, W); it must be the one that the item was made from."""
     where, size = f"item {item.id!r}", (item.height, item.width)
     if isinstance(item.mask, str):
         path, named = inside(root, item.mask, where), f"{where}: mask {item.mask!r}"
@@ -74,34 +68,56 @@ def _check_content(path: Path, expected: str, where: str) -> None:
 
 
 def image_png(item: Item, root: Path) -> bytes:
-    """Returns an item's image as PNG, in its original size; raises like `item_image`."""
-    return _png(Image.fromarray(item_image(item, root)))
+    """Returns an item's image as PNG, in its original size."""
+    return _png(item_image(item, root))
 
 
 def mask_png(item: Item, root: Path) -> bytes:
-    """Returns an item's mask as a PNG overlay: filled lightly, with a solid contour.
-
-    It is enlarged by a whole number, so that the contour is thin on a small image, too; raises like `item_mask`.
-    """
+    """Returns an item's mask as a PNG overlay, enlarged by a whole number: filled lightly, with a solid, thin contour."""
     mask = item_mask(item, root)
     scale = max(1, math.ceil(_SHORTEST_SIDE_SHOWN / max(mask.shape)))
     large = mask.repeat(scale, axis=0).repeat(scale, axis=1)
-    picture_hw4 = np.zeros((*large.shape, 4), np.uint8)
-    picture_hw4[..., :3] = _COLOR
-    picture_hw4[large, 3] = _FILL
-    picture_hw4[_contour(large), 3] = 255
-    return _png(Image.fromarray(picture_hw4))
-
-
-def _contour(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    inner = np.pad(mask, _LINE)
+    inner = np.pad(large, _LINE)
     for _ in range(_LINE):
         shifted = [np.roll(inner, step, axis) for axis in (0, 1) for step in (1, -1)]
         inner = np.logical_and.reduce([inner, *shifted])
-    return mask & ~inner[_LINE:-_LINE, _LINE:-_LINE]
+    picture_hw4 = np.zeros((*large.shape, 4), np.uint8)
+    picture_hw4[..., :3] = _COLOR
+    picture_hw4[large, 3] = _FILL
+    picture_hw4[large & ~inner[_LINE:-_LINE, _LINE:-_LINE], 3] = 255
+    return _png(picture_hw4)
 
 
-def _png(image: Image.Image) -> bytes:
+def _png(pixels: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def identify(root: Path, image: str) -> tuple[str, str]:
+    """Returns an image's SHA-256 and its path relative to the root, which name it in a stored request."""
+    path = inside(root, image, "the ledger")
+    try:
+        return sha256(path), image
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected an image; check --root.") from error
+
+
+def with_pixels(body: dict[str, Any], root: Path) -> dict[str, Any]:
+    """Returns a request's body with each image in it as a data URL of an 8-bit PNG, as a viewer shows it."""
+
+    def filled(part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] != "image_url":
+            return part
+        digest, _, name = part["image_url"]["url"].removeprefix(IMAGE_PREFIX).partition(":")
+        if identify(root, name)[0] != digest:
+            raise InputError(
+                f"{root / name}: has changed since this run read it; restore the image or start a new ledger."
+            )
+        url = f"data:image/png;base64,{base64.b64encode(_png(read_image(root / name))).decode('ascii')}"
+        return {"type": "image_url", "image_url": {"url": url}}
+
+    contents = [message["content"] for message in body["messages"]]
+    shown = [[filled(part) for part in each] if isinstance(each, list) else each for each in contents]
+    messages = zip(body["messages"], shown, strict=True)
+    return {**body, "messages": [{**message, "content": content} for message, content in messages]}

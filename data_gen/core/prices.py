@@ -46,18 +46,18 @@ class Price(BaseModel):
         return (fresh * self.input + tokens_cached * self.cached + tokens_out * self.output) / 1e6
 
 
+# The price of the offline author and of your own servers.
 FREE = Price(input=0, cached=0, output=0, batch_input=0, batch_output=0)
-"""The price of the offline author and of your own servers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """The size of a request: characters of text, messages, images, and the most tokens of its answer."""
+    """The size of a request."""
 
-    characters: int
+    characters: int  # of all texts, with the schema, which servers put into the prompt
     messages: int
     images: int
-    answer: int
+    answer: int  # the most tokens of it
 
     def tokens(self, price: Price, characters: float = CHARACTERS) -> float:
         """Returns the tokens of the prompt, given the characters per token."""
@@ -69,7 +69,7 @@ class Size:
 
 
 def size_of(body: Mapping[str, Any]) -> Size:
-    """Measures the body of a request, including its schema, which servers put into the prompt."""
+    """Measures the body of a request."""
     contents = [message["content"] for message in body["messages"]]
     parts = [part for each in contents for part in (each if isinstance(each, list) else [{"text": each}])]
     characters = sum(len(part.get("text", "")) for part in parts)
@@ -80,33 +80,25 @@ def size_of(body: Mapping[str, Any]) -> Size:
 
 
 def load_prices(extra: Path | None = None) -> dict[str, Price]:
-    """Reads our price table and, over it, the user's.
-
-    Raises:
-        InputError: a file cannot be read or has another form.
-    """
-    return {name: price for path in (FILE, extra) if path for name, price in _read(path).items()}
+    """Reads our price table and, over it, the user's."""
+    form = "a mapping from model names to input, cached, output, batch_input and batch_output"
+    prices: dict[str, Price] = {}
+    for path in filter(None, (FILE, extra)):
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            prices |= TypeAdapter(dict[str, Price]).validate_python(content)
+        except ValidationError as error:
+            raise InputError(f"{path}: {reason}; expected {form}; correct it." for reason in reasons(error)) from error
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"{path}: not a readable price table ({error}); expected {form}; correct it.") from error
+    return prices
 
 
 def find_price(prices: dict[str, Price], model: str) -> Price:
-    """Returns the price of a model, or of the model that it is a dated version of.
-
-    Raises:
-        InputError: the table has no price for it.
-    """
+    """Returns the price of a model, or of the model that it is a dated version of."""
     if price := prices.get(model) or prices.get(re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model)):
         return price
     raise InputError(
         f"--model {model}: no price is known for it;{nearest(model, prices)} Add one with --prices FILE (in the form of"
         " data_gen/core/prices.yaml), or pass --free when the server is your own."
     )
-
-
-def _read(path: Path) -> dict[str, Price]:
-    form = "a mapping from model names to input, cached, output, batch_input and batch_output"
-    try:
-        return TypeAdapter(dict[str, Price]).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        raise InputError(f"{path}: {reason}; expected {form}; correct it." for reason in reasons(error)) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a readable price table ({error}); expected {form}; correct it.") from error

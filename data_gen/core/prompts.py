@@ -7,7 +7,6 @@ changes from item to item is in the user message, so that servers can cache the 
 from __future__ import annotations
 
 import json
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
@@ -18,43 +17,21 @@ from data_gen.core.calls import IMAGE_PREFIX, Fault, Request
 from data_gen.core.schemas import Mode, Stage, json_schema, response_format
 
 FOLDER = Path(__file__).with_name("prompts")
-FIELDS: dict[str, set[str]] = {
-    "caption": {"modality"},
-    "describe_first": {"modality", "caption", "entities", "target", "focus"},
-    "describe_second": {"modality", "caption", "entities", "target", "focus"},
-    "revise": {"modality", "caption", "entities", "target", "descriptions"},
-    "transform": {"modality", "entities", "target", "descriptions"},
-    "converse": {"modality", "caption", "entities", "target", "turns", "length", "perspective"},
-    "again": {"attempt", "faults"},
-    "form": {"schema"},
-}
-"""The fields of each prompt."""
-
+# The most tokens of an answer: about three times the usual number, so that few are cut off.
 MAX_TOKENS: dict[Stage, int] = {"caption": 200, "describe": 400, "revise": 600, "transform": 800, "converse": 800}
-"""The most tokens of an answer: about three times the usual number, so that few are cut off."""
-
 _FOCUS = (
     "Tell what is most telling.",
     "Leave out what comes to mind first; tell something less usual, and put it in other words.",
     "Tell a detail that only somebody with much experience would think of.",
     "Be as plain as you can, in everyday words.",
 )
-MOST_VARIANTS = len(_FOCUS)
-"""The most variants of a template; each asks for something else."""
+MOST_VARIANTS = len(_FOCUS)  # of a template; each asks for something else
 
 
 @cache
 def load(name: str) -> tuple[str, str]:
-    """Returns the system and the user part of a prompt; the system part may be empty.
-
-    Raises:
-        ValueError: a file of the package does not have the fields that it should have.
-    """
-    text = (FOLDER / f"{name}.txt").read_text(encoding="utf-8")
-    system, mark, user = text.partition("=== user ===\n")
-    found = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
-    if not mark or found != FIELDS[name] or "{" in system:
-        raise ValueError(f"prompts/{name}.txt has the fields {sorted(found)}; expected {sorted(FIELDS[name])}")
+    """Returns the system and the user part of a prompt; the system part may be empty."""
+    system, _, user = (FOLDER / f"{name}.txt").read_text(encoding="utf-8").partition("=== user ===\n")
     return system.strip(), user.strip()
 
 
@@ -69,10 +46,8 @@ def request(
 ) -> Request:
     """Returns the request of a stage; without strict schemas the schema is part of the prompt.
 
-    Args:
-        fields: facts about the item; see `data_gen.core.recipe.fields_of`.
-        parameters: further keys of the chat completion, such as temperature.
-        image: SHA-256 and path of the image to show.
+    `fields` are those of `data_gen.core.recipe.fields_of`, `parameters` further keys of the chat completion, and
+    `image` is the SHA-256 and the path of the image to show.
     """
     system, user = load(f"describe_{fields['template']}" if stage == "describe" else stage)
     if mode != "strict":

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from data_gen.core.calls import Request
 from data_gen.core.items import Drop, Item, Pair, Template
 from data_gen.core.names import Names
-from data_gen.core.pixels import identify
+from data_gen.core.pictures import identify
 from data_gen.core.prompts import MAX_TOKENS, request
 from data_gen.core.schemas import Mode, Stage
 
@@ -31,17 +31,14 @@ class Recipe:
     variants: int = 2  # passes of each template; each asks for something else
     captioner: str | None = None  # the model that captions the images
     captions: Mapping[str, str] = field(default_factory=dict)  # given ones by record id; they precede the captioner's
-    limit_name: Literal["max_tokens", "max_completion_tokens"] = (
-        "max_completion_tokens"  # the key that the server knows
-    )
+    # The key that the server knows.
+    limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_completion_tokens"
     parameters: Mapping[str, Any] = field(default_factory=dict)  # further keys of each request, such as temperature
     seed: int = 0  # of random choices: the cells of conversations, the offline author's wordings
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """The result of an item."""
-
+class Outcome:  # of an item
     pairs: list[Pair]
     drops: list[Drop]
 
@@ -54,10 +51,7 @@ def pair_id(item: str, template: str, cell: str, variant: int) -> str:
 def fields_of(
     item: Item, names: Names, caption: str, *, template: Template = "first", variant: int = 1
 ) -> dict[str, Any]:
-    """Returns the facts that prompts are filled with and that the offline author answers from.
-
-    Categories have their canonical names, which answers should use.
-    """
+    """Returns the facts for prompts and the offline author, with the categories' names that answers should use."""
     return {
         "item": item.id,
         "modality": item.modality,

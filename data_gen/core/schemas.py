@@ -23,14 +23,10 @@ class _Answer(BaseModel):
 
 
 class Caption(_Answer):
-    """A few plain sentences about an image."""
-
-    caption: str
+    caption: str  # a few plain sentences about an image
 
 
-class Descriptions(_Answer):
-    """Four descriptions of one target, none of which names it."""
-
+class Descriptions(_Answer):  # of one target; none of them names it
     attribute_short: str
     attribute_long: str
     location_short: str
@@ -41,46 +37,34 @@ class Descriptions(_Answer):
         return getattr(self, cell.replace("-", "_"))
 
 
-class Revision(_Answer):
-    """The verdict on one description; `text` is empty when it is removed."""
-
+class Revision(_Answer):  # the verdict on one description
     cell: Cell
     verdict: Literal["keep", "revise", "remove"]
-    text: str
+    text: str  # empty when it is removed
     reason: str
 
 
 class Revisions(_Answer):
-    """The verdict on each description."""
-
     descriptions: list[Revision]
 
 
-class CellPair(_Answer):
-    """The question and the answer made from one description."""
-
+class CellPair(_Answer):  # made from one description
     cell: Cell
     question: str
     answer: str
 
 
 class CellPairs(_Answer):
-    """The question and the answer made from each description."""
-
     pairs: list[CellPair]
 
 
 class ConversationTurn(_Answer):
-    """One turn of a conversation."""
-
     question: str
     answer: str
 
 
 class Conversation(_Answer):
-    """The turns of a conversation, in order; the last asks for the target."""
-
-    turns: list[ConversationTurn]
+    turns: list[ConversationTurn]  # in order; the last asks for the target
 
 
 ANSWERS: dict[Stage, type[BaseModel]] = {
@@ -94,10 +78,7 @@ ANSWERS: dict[Stage, type[BaseModel]] = {
 
 @cache
 def json_schema(stage: Stage) -> dict[str, Any]:
-    """Returns the JSON schema of a stage's answer: all keys required, no others allowed, no references.
-
-    The result is cached: do not modify it.
-    """
+    """Returns the JSON schema of a stage's answer, to be left unchanged: all keys required, no others, no references."""
     schema = ANSWERS[stage].model_json_schema()
     parts = schema.pop("$defs", {})
 
@@ -125,13 +106,10 @@ def response_format(stage: Stage, mode: Mode) -> dict[str, Any] | None:
 
 
 def read_answer(stage: Stage, text: str, mode: Mode = "strict") -> BaseModel:
-    """Reads a stage's answer from the text of a reply.
+    """Reads a stage's answer from the text of a reply; ValueError gives the first reason why it is not one.
 
     With mode "none" the server may wrap its JSON in words or a fenced block, so the outermost braces are taken, and a
     caption may be plain text.
-
-    Raises:
-        ValueError: it is not the JSON of this stage; the message gives the first reason.
     """
     text = text.strip()
     if mode == "none":

@@ -17,9 +17,8 @@ async def work_through(jobs: Iterator[Job], work: Callable[[Job], Awaitable[None
     errors: list[BaseException] = []
 
     async def worker() -> None:
-        while not errors:
-            job = next(jobs, None)
-            if job is None:
+        for job in jobs:
+            if errors:
                 return
             try:
                 await work(job)

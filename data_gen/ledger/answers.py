@@ -22,16 +22,16 @@ _STORE = (
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """The requests of one stage to one model: answers of all attempts, their tokens, and their price in US dollars."""
+    """The requests of one stage to one model."""
 
     stage: str
     model: str
     requests: int
-    answers: int
+    answers: int  # of all attempts
     good: int
-    usage_in: int
+    usage_in: int  # tokens
     usage_out: int
-    price: float
+    price: float  # in US dollars
 
 
 class Answers:
@@ -47,7 +47,7 @@ class Answers:
             # A form is what many requests share: model, system message, schema, parameters.
             first, *rest = each.body["messages"]
             form = canonical({**each.body, "messages": [first]})
-            rows.append((form, (each.key, each.stage, each.item, each.model), canonical(rest)))
+            rows.append((form, (each.key, each.stage, each.item, each.body["model"]), canonical(rest)))
 
         def operation(connection: sqlite3.Connection) -> None:
             for form, identity, prompt in rows:
@@ -103,8 +103,7 @@ class Answers:
 
     def open_batches(self) -> list[tuple[str, str | None]]:
         """Returns token and id of the batches whose answers have not been collected, oldest first."""
-        rows = self._store.read("SELECT token, id FROM batches WHERE status IN ('begun', 'submitted') ORDER BY created")
-        return [(token, identity) for token, identity in rows]
+        return self._store.read("SELECT token, id FROM batches WHERE status IN ('begun', 'submitted') ORDER BY created")
 
     def collect_batch(self, token: str, answers: list[tuple[str, Answer]]) -> None:
         """Stores the answers of a batch and closes it, in one transaction."""
@@ -118,16 +117,13 @@ class Answers:
 
     def spent(self) -> float:
         """Returns the price of all answers and all charges so far, in US dollars."""
-        return self._store.read(
-            "SELECT (SELECT total(price) FROM answers) + (SELECT total(value) FROM facts WHERE name='charged')"
-        )[0][0]
+        charged = "SELECT total(value) FROM facts WHERE name='charged'"
+        return self._store.read(f"SELECT (SELECT total(price) FROM answers) + ({charged})")[0][0]
 
     def charge(self, price: float) -> Future[None]:
         """Adds what a call may have cost whose answer never came, in US dollars."""
-        return self._store.execute(
-            "INSERT INTO facts VALUES('charged', ?) ON CONFLICT(name) DO UPDATE SET value = value + excluded.value",
-            price,
-        )
+        add = "INSERT INTO facts VALUES('charged', ?) ON CONFLICT(name) DO UPDATE SET value = value + excluded.value"
+        return self._store.execute(add, price)
 
     def counts(self) -> list[Count]:
         """Returns the requests of each stage to each model, ordered by stage and model."""
@@ -140,11 +136,11 @@ class Answers:
 
     def faults(self) -> dict[str, int]:
         """Returns how often each rule was broken in an answer, including faults that were corrected later."""
-        rows = self._store.read(
+        query = (
             "SELECT json_extract(each.value, '$[1]'), count(*) FROM answers, json_each(answers.verdict) AS each "
             "WHERE verdict IS NOT NULL GROUP BY 1 ORDER BY 1"
         )
-        return dict(rows)
+        return dict(self._store.read(query))
 
 
 def _row(key: str, answer: Answer) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 from data_gen.core.calls import canonical
 from data_gen.core.items import Decision, Drop, Item, Pair
 from data_gen.core.names import Names, load_names
-from data_gen.ledger.answers import Answers, Count
+from data_gen.ledger.answers import Answers
 from data_gen.ledger.store import Store
 from medisee.foundation.errors import InputError
 
@@ -34,19 +34,10 @@ _ITEM = TypeAdapter(Item)
 
 
 class Ledger:
-    """The file behind a data set. Use it as a context manager; every method may be called in any thread.
-
-    Attributes:
-        path: the SQLite file.
-        answers: its requests and answers.
-    """
+    """The file behind a data set. Use it as a context manager; every method may be called in any thread."""
 
     def __init__(self, path: Path | str, *, create: bool = False) -> None:
-        """Opens a ledger; `create` makes a missing file.
-
-        Raises:
-            InputError: the file is missing, cannot be opened or is not a ledger of this version.
-        """
+        """Opens a ledger; `create` makes a missing file."""
         self.path = Path(path)
         if not create and not self.path.is_file():
             raise InputError(
@@ -63,30 +54,18 @@ class Ledger:
             ) from error
         self.answers = Answers(self._store)
 
-    def close(self) -> None:
-        """Writes what is queued and closes the file."""
-        self._store.close()
-
     def __enter__(self) -> Ledger:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._store.close()
 
     def _fact(self, name: str) -> str | None:
         rows = self._store.read("SELECT value FROM facts WHERE name=?", name)
         return rows[0][0] if rows else None
 
-    # Runs and items
-
     def start_run(self, fixed: dict[str, Any], free: dict[str, Any]) -> int:
-        """Stores that a run begins, and returns its number.
-
-        All runs of a ledger share the `fixed` settings, since their results would not fit together otherwise.
-
-        Raises:
-            InputError: the ledger was created with other fixed settings; each is listed.
-        """
+        """Stores that a run begins, and returns its number; all runs of a ledger must share the `fixed` settings."""
         known = self.settings() or fixed
         problems = [
             f"{self.path}: was begun with {key} = {json.dumps(known.get(key))}, this run has "
@@ -122,22 +101,16 @@ class Ledger:
         return load_names(self._fact("names"), f"{self.path}: its further names")
 
     def root(self) -> Path:
-        """Returns the folder that the items' image and mask paths are relative to.
-
-        Raises:
-            InputError: there are no items yet.
-        """
+        """Returns the folder that the items' image and mask paths are relative to."""
         relative = self._fact("root")
         if relative is None:
             raise InputError(f"{self.path}: holds no items yet; start with `python -m data_gen run`.")
         return Path(os.path.normpath(self.path.resolve().parent / relative))
 
     def add_items(self, items: Iterable[Item], root: Path, *, complete: bool) -> None:
-        """Stores new items, in the order of the manifest, in one transaction; `complete` if it has no others.
-
-        The folder of the images is stored relative to the ledger's, so that both can be moved together.
-        """
+        """Stores new items, in the order of the manifest, in one transaction; `complete` if it has no others."""
         rows = [(item.id, _dump(item)) for item in items]
+        # Relative to the ledger's folder, so that both can be moved together.
         relative = os.path.relpath(root.resolve(), self.path.resolve().parent)
 
         def operation(connection: sqlite3.Connection) -> None:
@@ -159,21 +132,13 @@ class Ledger:
         ((done, count),) = self._store.read(
             "SELECT count(outcomes.item), count(*) FROM items LEFT JOIN outcomes ON item = id AND style = ? "
             "WHERE ? IS NULL OR number <= ?",
-            style,
-            limit,
-            limit,
+            *(style, limit, limit),
         )
         return count - done, count
 
     def item(self, identity: str) -> Item:
-        """Returns the item with an id.
-
-        Raises:
-            KeyError: there is none.
-        """
-        for (content,) in self._store.read("SELECT content FROM items WHERE id=?", identity):
-            return _item(content)
-        raise KeyError(identity)
+        """Returns the item with an id that the ledger has."""
+        return _item(self._store.read("SELECT content FROM items WHERE id=?", identity)[0][0])
 
     def items(self) -> list[Item]:
         """Returns all items in the order of their ids."""
@@ -188,16 +153,6 @@ class Ledger:
             *(limit, limit, style),
         ):
             yield _item(content)
-
-    def counts(self) -> list[Count]:
-        """See `Answers.counts`."""
-        return self.answers.counts()
-
-    def faults(self) -> dict[str, int]:
-        """See `Answers.faults`."""
-        return self.answers.faults()
-
-    # Outcomes
 
     def finish(self, item: str, style: str, pairs: list[Pair], drops: list[Drop]) -> Future[None]:
         """Stores the outcome of an item, once; the future is done when it is on the disk."""
@@ -229,11 +184,11 @@ class Ledger:
         found = dict(self._store.read("SELECT state, count(*) FROM pairs GROUP BY state"))
         return {state: found.get(state, 0) for state in ("new", "kept", "duplicate")}
 
-    def settled(self) -> bool:
+    def is_deduplicated(self) -> bool:
         """Returns whether all pairs have been compared with each other."""
         return not self._store.read("SELECT 1 FROM pairs WHERE state='new' LIMIT 1")
 
-    def settle(self, rewritten: list[Pair], drops: list[Drop]) -> None:
+    def mark_deduplicated(self, rewritten: list[Pair], drops: list[Drop]) -> None:
         """Ends a pass over near-duplicates: of the new pairs some are rewritten, some dropped, the others kept."""
         pair_rows, drop_rows = [(_dump(pair), pair.id) for pair in rewritten], [astuple(drop) for drop in drops]
 
@@ -252,14 +207,8 @@ class Ledger:
         )
         return [Drop(*row) for row in rows]
 
-    # Decisions of people
-
     def decide(self, decision: Decision) -> None:
-        """Stores a reviewer's decision; it is on the disk when this returns.
-
-        Raises:
-            InputError: the ledger has no such pair.
-        """
+        """Stores a reviewer's decision; it is on the disk when this returns."""
         done = self._store.execute(
             f"INSERT INTO decisions({_DECISION}, created) SELECT ?, ?, ?, ?, ?, ?, ? "
             "WHERE EXISTS (SELECT 1 FROM pairs WHERE id=?)",

@@ -78,20 +78,16 @@ class _Bucket:
 
 @dataclass
 class ErrorBudget:
-    """Ends a run in which nothing works, before it costs much.
-
-    A call is bad when it brought no usable answer after all its attempts.
-    """
+    """Ends a run in which nothing works, before it costs much."""
 
     in_a_row: int = 20  # this many consecutive bad calls end the run
     share: float = 0.5  # so does a larger fraction of bad calls among the last `window`
     window: int = 200
-    _last: deque[bool] = field(init=False)
     _row: int = 0
     _reasons: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self._last = deque(maxlen=self.window)
+        self._last: deque[bool] = deque(maxlen=self.window)
 
     def good(self) -> None:
         """Counts a call that worked."""
@@ -99,11 +95,7 @@ class ErrorBudget:
         self._last.append(True)
 
     def bad(self, reason: str) -> None:
-        """Counts a call that did not work.
-
-        Raises:
-            StopRun: the budget is used up.
-        """
+        """Counts a call without a usable answer after all its attempts; StopRun when the budget is used up."""
         self._row += 1
         self._reasons[reason] += 1
         self._last.append(False)
@@ -128,11 +120,7 @@ class MoneyBudget:
     _held: float = 0.0
 
     def hold(self, most: float) -> None:
-        """Sets aside the most that a call can cost.
-
-        Raises:
-            StopRun: the call could exceed the limit.
-        """
+        """Sets aside the most that a call can cost; StopRun when it could exceed the limit."""
         if self.limit is not None and self.spent + self._held + most > self.limit:
             raise StopRun(
                 f"stopped: {self.spent:.4f} USD are spent and {self._held:.4f} USD set aside for calls under way. One "

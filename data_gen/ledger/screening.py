@@ -1,4 +1,4 @@
-"""The pairs after people's decisions: which are kept, in which wording, and why the others are not.
+"""The pairs after people's decisions: which are kept, in which wording, and how far the reviewers agree.
 
 The rules, the same for one reviewer and for many:
 - a pair that nobody has judged is kept as it is (or left out, when only screened pairs are wanted);
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Literal, get_args
 
 from data_gen.core.items import Decision, Pair
@@ -24,27 +25,20 @@ KEPT: tuple[Outcome, ...] = ("unscreened", "accepted", "edited")
 
 @dataclass(frozen=True, slots=True)
 class Screened:
-    """A pair in its final wording, and the outcome of its screening."""
-
-    pair: Pair
+    pair: Pair  # in its final wording
     outcome: Outcome
 
 
 @dataclass(frozen=True, slots=True)
 class Screening:
-    """All pairs after screening."""
-
     pairs: tuple[Screened, ...]  # those that are kept, in the given order
     counts: dict[Outcome, int]  # of every outcome
     judged: int  # how many pairs at least one person has judged
 
 
 def screen(pairs: Sequence[Pair], decisions: Iterable[Decision], *, screened_only: bool = False) -> Screening:
-    """Applies decisions, one per reviewer and pair, to pairs in the order of their ids.
-
-    With `screened_only` only what a person has accepted or edited is kept.
-    """
-    kept = KEPT[1:] if screened_only else KEPT
+    """Applies decisions, one per reviewer and pair, to pairs in the order of their ids."""
+    kept = KEPT[1:] if screened_only else KEPT  # screened: accepted or edited by a person
     by_pair: dict[str, list[Decision]] = {}
     for decision in decisions:
         by_pair.setdefault(decision.pair, []).append(decision)
@@ -82,3 +76,29 @@ def _judge(pair: Pair, decisions: Sequence[Decision]) -> Screened:
         question, answer = edits.pop()
         return Screened(replace(pair, question=question, answer=answer), "edited")
     return Screened(pair, "accepted")
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:  # of two reviewers
+    first: str
+    second: str
+    pairs: int  # how many both have judged
+    raw: float  # fraction of these with the same verdict (accept, reject, edit)
+    kappa: float | None  # Cohen's (1960), in [-1, 1]: 0 is chance; None when both gave one and the same verdict only
+
+
+def agreements(decisions: Sequence[Decision]) -> list[Agreement]:
+    """Compares all reviewers who share a pair, in the order of their names; one decision per reviewer and pair."""
+    verdicts: dict[str, dict[str, str]] = {}
+    for decision in decisions:
+        verdicts.setdefault(decision.reviewer, {})[decision.pair] = decision.verdict
+    found: list[Agreement] = []
+    for first, second in combinations(sorted(verdicts), 2):
+        if shared := verdicts[first].keys() & verdicts[second].keys():
+            count = len(shared)
+            raw = sum(verdicts[first][pair] == verdicts[second][pair] for pair in shared) / count
+            ours, theirs = (Counter(verdicts[name][pair] for pair in shared) for name in (first, second))
+            chance = sum(ours[verdict] * theirs[verdict] for verdict in ours) / count**2
+            kappa = None if chance == 1 else (raw - chance) / (1 - chance)
+            found.append(Agreement(first, second, count, raw, kappa))
+    return found

@@ -17,7 +17,6 @@ from medisee.foundation.errors import InputError
 
 Operation: TypeAlias = Callable[[sqlite3.Connection], Any]
 _Job: TypeAlias = tuple[Operation, "Future[Any]"]
-
 BUSY_SECONDS = 60.0  # another process, such as a review page beside a run, may hold the lock for a moment
 
 
@@ -25,11 +24,7 @@ class Store:
     """Reads at once; writes in order: the future of an operation is done when its transaction is on the disk."""
 
     def __init__(self, path: Path, prepare: Operation) -> None:
-        """Opens a file, which is created when missing; `prepare` makes or checks its tables.
-
-        Raises:
-            sqlite3.Error: it is not an SQLite file or cannot be opened.
-        """
+        """Opens a file, which is created when missing; `prepare` makes or checks its tables. May raise sqlite3.Error."""
         self.path = path
         self._lock = threading.Lock()
         self._connection = sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False, isolation_level=None)
@@ -91,13 +86,9 @@ class Store:
 
     def _commit(self, group: list[_Job]) -> None:
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
+            with self._connection:  # commits, or rolls back after an error
+                self._connection.execute("BEGIN IMMEDIATE")
                 results = [operation(self._connection) for operation, _ in group]
-                self._connection.execute("COMMIT")
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
         except Exception as error:  # goes to those who wait, not to this thread
             problem = error
             if isinstance(error, sqlite3.Error):

@@ -21,7 +21,7 @@ import openai
 from data_gen.authors import client
 from data_gen.authors.client import NoCompletion, Server
 from data_gen.core.calls import Answer, Request
-from data_gen.core.pixels import with_pixels
+from data_gen.core.pictures import with_pixels
 from data_gen.core.prices import Price, size_of
 from data_gen.core.schemas import Mode
 from data_gen.ledger.answers import Answers

@@ -82,7 +82,7 @@ async def deduplicate(ledger: Ledger, recipe: Recipe, ask: Ask, *, workers: int)
         for turns, breach in repeated
         for turn in turns
     ]
-    ledger.settle(rewritten, drops)
+    ledger.mark_deduplicated(rewritten, drops)
 
 
 def _conversations(pairs: Iterator[Pair]) -> Iterator[list[Pair]]:

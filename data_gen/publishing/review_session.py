@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_gen.core.items import Decision, Item, Pair
 from data_gen.core.pictures import image_png, mask_png
-from data_gen.ledger.agreement import agreements
 from data_gen.ledger.ledger import Ledger
+from data_gen.ledger.screening import agreements
 from data_gen.rules import checks as rules
 from medisee.foundation.errors import InputError
 
@@ -67,7 +67,9 @@ class ReviewSession:
         items = [item for item in ledger.items() if item.id in self._of_item]
         if not items:
             reason = (
-                "holds no pair to review" if ledger.settled() else "its pairs have not been compared with each other"
+                "holds no pair to review"
+                if ledger.is_deduplicated()
+                else "its pairs have not been compared with each other"
             )
             raise InputError(f"{ledger.path}: {reason}; let `python -m data_gen run` finish first.")
         ranked = sorted(items, key=lambda item: hashlib.sha256(f"{seed} {item.id}".encode()).hexdigest())

@@ -72,7 +72,7 @@ def statistics_of_ledger(ledger: Ledger) -> Statistics:
         ],
         author=authorship(pairs),
         dropped=count_drops(ledger.drops(), len(candidates)),
-        faults=ledger.faults(),
+        faults=ledger.answers.faults(),
         calls=[
             {
                 **{name: getattr(count, name) for name in ("stage", "model", "requests", "answers")},
@@ -80,7 +80,7 @@ def statistics_of_ledger(ledger: Ledger) -> Statistics:
                 "tokens out": count.usage_out,
                 "US dollars": round(count.price, 4),
             }
-            for count in ledger.counts()
+            for count in ledger.answers.counts()
         ],
     )
 

@@ -12,9 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_gen.core.items import Drop, Item, Pair
 from data_gen.core.recipe import OFFLINE
-from data_gen.ledger.agreement import agreements
 from data_gen.ledger.ledger import Ledger
-from data_gen.ledger.screening import Screening
+from data_gen.ledger.screening import Screening, agreements
 from data_gen.publishing.entries import Entry
 from data_gen.publishing.splits import SPLITS
 from medisee.foundation.errors import InputError, first_line
@@ -104,7 +103,7 @@ def summary(
     labels = {name: f"reviewer {number}" for number, name in enumerate(reviewers, start=1)}
     candidates = sum(screening.counts.values())
     models: dict[str, list[str]] = {}
-    for count in ledger.counts():
+    for count in ledger.answers.counts():
         models.setdefault(count.stage, []).append(count.model)
     from_source = Counter(_source_of(entry.item, sources) for entry in entries)
     of_category: dict[str, list[Entry]] = {}
@@ -131,7 +130,7 @@ def summary(
                     "first": labels[one.first],
                     "second": labels[one.second],
                     "pairs": one.pairs,
-                    "raw": None if one.raw is None else round(one.raw, 6),
+                    "raw": round(one.raw, 6),
                     "kappa": None if one.kappa is None else round(one.kappa, 6),
                 }
                 for one in agreements(decisions)

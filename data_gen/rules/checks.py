@@ -1,26 +1,14 @@
 """Rules that code can check, for the texts of any author: descriptions, questions, answers, turns of conversations.
 
-Whether a statement is medically true is not checked here; people screen that. Names are matched as described in
-`data_gen.core.names`. Each breach has the short name of its rule and a reason that can be sent to a model:
-
-- `words`: a description or a question has 5-15 words (short) or 10-20 (long), an answer about 15, from 8 to 25.
-- `names_target`: a description, a question or an early turn contains the target's name, a synonym, plural,
-  abbreviation or a word that gives it away.
-- `names_other`: it is about another labelled object ("which spleen", "find the spleen", "the spleen, which ...", "this
-  organ is the spleen"). Another object as a landmark is allowed: "the organ to the right of the spleen".
-- `coordinates`: numbers that are positions: lists of numbers, rows and columns, fractions, percentages, pixels.
-- `position`: it places the target in a half of the image that its box does not reach.
-- `question`: a description is a question, or a question is neither a question nor a request.
-- `answer_names_label`: the answer does not name the target, denies it ("not the liver"), names another labelled object
-  before it, or says that it is something else ("it is the pancreas, beside the liver").
-- `same_target`: the short and the long description, or question, of a perspective contradict each other.
-- `duplicate`: see `data_gen.rules.duplicates`.
+data_gen/README.md lists them by the short names that a breach has, with a reason that can be sent to a model. Names are
+matched as described in `data_gen.core.names`. Another labelled object is allowed as a landmark ("the organ to the right
+of the spleen"). Whether a statement is medically true is not checked; people screen that.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -124,9 +112,7 @@ _EXTREMES = (
 
 @dataclass(frozen=True, slots=True)
 class Breach:
-    """A rule that a text breaks, and the reason."""
-
-    rule: str
+    rule: str  # which a text breaks
     reason: str
 
 
@@ -165,19 +151,17 @@ def check_turn(question: str, answer: str, item: Item, names: Names) -> list[Bre
 
 
 def check_same_target(short: str, long: str, item: Item, names: Names) -> list[Breach]:
-    """Returns why the short and the long text of one perspective cannot be about the same target.
-
-    They contradict each other about left and right of the image or of the patient, upper and lower, largest and
-    smallest, or name different objects first (only answers should name any).
-    """
+    """Returns why the short and the long text of one perspective cannot be about the same target: they contradict each
+    other about sides, halves of the image or sizes, or name different objects first (only answers should name any)."""
     reasons = [
         f'the short text says "{first}" of the image and the long one "{second}"'
         for first, second in product(claims(short), claims(long))
         if _OPPOSITE[first] == second
     ]
+    sides = [{(left or right).lower() for left, right in _PATIENT.findall(text)} for text in (short, long)]
     reasons += [
         f"one text says the patient's {first} and the other the patient's {second}"
-        for first, second in product(_sides(short), _sides(long))
+        for first, second in product(*sides)
         if first != second
     ]
     reasons += [
@@ -186,7 +170,8 @@ def check_same_target(short: str, long: str, item: Item, names: Names) -> list[B
         if (one.search(short) and other.search(long)) or (other.search(short) and one.search(long))
     ]
     target = names.canonical(item.category)
-    found = {names.first(text, _categories(item)) for text in (short, long)} - {None}
+    mentioned = [names.find(words(text), _categories(item)) for text in (short, long)]
+    found = {mentions[0].category for mentions in mentioned if mentions}
     if target in found and len(found) > 1:
         reasons.append(f"one text names the {target}, the other the {next(iter(found - {target}))}")
     return [Breach("same_target", f"{reason}; both must be about the same target") for reason in dict.fromkeys(reasons)]
@@ -204,7 +189,6 @@ def _words(text: str, what: str, least: int, most: int) -> Iterator[Breach]:
 
 
 def _before_answer(text: str, item: Item, names: Names) -> Iterator[Breach]:
-    """Yields breaches of the rules for every text before the answer."""
     if found := names.betrays(text, item.category):
         yield Breach("names_target", f'"{found}" gives the target away; describe it without its name or parts of it')
     yield from _position(text, item)
@@ -265,9 +249,5 @@ def _labelled(item: Item, names: Names) -> set[str]:
     return {names.canonical(entity.category) for entity in item.entities}
 
 
-def _categories(item: Item) -> Iterable[str]:
+def _categories(item: Item) -> list[str]:
     return [item.category, *(entity.category for entity in item.entities)]
-
-
-def _sides(text: str) -> set[str]:
-    return {next(filter(None, match.groups())).lower() for match in _PATIENT.finditer(text)}

@@ -4,10 +4,9 @@ Two texts are compared by the Jaccard similarity of their parts. Within an image
 meaning, in whichever request they occur ("Which organ makes bile?", "Please find the organ that makes bile."). Across
 images, they are all words and pairs of neighbouring words: a fact may recur in another wording.
 
-The search across images is exact and fast. Two sets of which the smaller has n parts and which have a similarity of at
-least t differ in at most d = (1 - t) n / t parts. When their parts are distributed over d + 1 partitions by their
-hashes, at least one partition is the same in both sets, so only texts with a partition in common are compared (the
-pigeonhole principle, as in PartEnum: Arasu et al. 2006).
+The search across images is exact and fast, as in PartEnum (Arasu et al. 2006). Two sets of which the smaller has n
+parts and which have a similarity of at least t differ in at most d = (1 - t) n / t parts. When their parts are
+distributed over d + 1 partitions by their hashes, one partition is the same, so only texts that share one are compared.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from itertools import pairwise
 from data_gen.core.names import words
 from data_gen.rules.checks import Breach
 
+# The similarities from which two questions are duplicates.
 WITHIN_IMAGE = 0.8
 ACROSS_IMAGES = 0.9
 _BUCKETS = 1 << 20
@@ -37,15 +37,9 @@ _REQUEST_WORDS = frozenset(_REQUESTS.split())
 
 
 class Duplicates:
-    """The questions seen so far.
+    """The questions seen so far."""
 
-    Args:
-        within_image: the similarity from which two questions about one item are duplicates.
-        across_images: the same for questions about different items.
-    """
-
-    def __init__(self, within_image: float = WITHIN_IMAGE, across_images: float = ACROSS_IMAGES) -> None:
-        self._within, self._across = within_image, across_images
+    def __init__(self) -> None:
         # Arrays and bare numbers, as a data set has hundreds of thousands of questions.
         self._ids: list[str] = []
         self._parts: list[array[int]] = []
@@ -56,20 +50,17 @@ class Duplicates:
         self._texts, self._before = array("q"), array("q")
 
     def add(self, id: str, text: str) -> Breach | None:
-        """Remembers a pair's question, or returns a breach if it is a near-duplicate of one that was added before.
-
-        The part of the pair's id before its "#" is the item's.
-        """
+        """Remembers a pair's question, or returns a breach if it is a near-duplicate of one that was added before."""
         item = id.partition("#")[0]
         spoken = [word.text for word in words(text)]
         meaning = {_number(word) for word in spoken if word not in _REQUEST_WORDS} or set(map(_number, spoken))
         for other, content in self._of_item[item]:
-            if _jaccard(meaning, content) >= self._within:
+            if _jaccard(meaning, content) >= WITHIN_IMAGE:
                 return Breach("duplicate", f"it tells the same as {other}; tell something else about the target")
         parts = {*map(_number, spoken), *(_number(f"{first} {second}") for first, second in pairwise(spoken))}
-        partitions = list(self._partitions(parts))
+        partitions = list(_partitions(parts))
         for place in sorted({place for each in partitions for place in self._texts_in(each)}):
-            if _jaccard(parts, self._parts[place]) >= self._across:
+            if _jaccard(parts, self._parts[place]) >= ACROSS_IMAGES:
                 return Breach("duplicate", f"it repeats the words of {self._ids[place]}; put it in other words")
         for each in partitions:
             self._before.append(self._latest[each])
@@ -86,17 +77,15 @@ class Duplicates:
             yield self._texts[entry]
             entry = self._before[entry]
 
-    def _partitions(self, parts: set[int]) -> Iterator[int]:
-        """Yields a number for each partition of a set, from its content and position.
 
-        A similar text has t n to n / t parts; the number of partitions that suits the larger of the two is among those
-        computed for both.
-        """
-        sizes = range(math.floor(self._across * len(parts)), math.ceil(len(parts) / self._across) + 1)
-        for count in sorted({math.floor((1 - self._across) * size / self._across + 1e-9) + 1 for size in sizes}):
-            for rest in range(count):
-                # Python hashes numbers alike in every run; a collision costs a comparison and no more.
-                yield hash((count, rest, *sorted(part for part in parts if part % count == rest))) % _BUCKETS
+def _partitions(parts: set[int]) -> Iterator[int]:
+    """Yields a number for each partition of a set, from its content and position."""
+    # A similar text has t n to n / t parts; the number of partitions that suits the larger is computed for both.
+    sizes = range(math.floor(ACROSS_IMAGES * len(parts)), math.ceil(len(parts) / ACROSS_IMAGES) + 1)
+    for count in sorted({math.floor((1 - ACROSS_IMAGES) * size / ACROSS_IMAGES + 1e-9) + 1 for size in sizes}):
+        for rest in range(count):
+            # Python hashes numbers alike in every run; a collision costs a comparison and no more.
+            yield hash((count, rest, *sorted(part for part in parts if part % count == rest))) % _BUCKETS
 
 
 def _jaccard(first: set[int], second: array[int]) -> float:

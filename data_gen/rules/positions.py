@@ -41,9 +41,7 @@ _CLAIM = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Landmark:
-    """An object that a statement may refer to."""
-
+class Landmark:  # an object that a statement may refer to
     name: str  # such as "the liver"
     box: Box  # (x0, y0, x1, y1) as fractions of width and height
     compact: bool  # it is one piece, about where its box is
@@ -51,31 +49,24 @@ class Landmark:
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """A true statement about the target."""
-
     phrase: str  # completes "the organ that ...": "lies above the liver in the image"
     kinds: tuple[Kind, ...]  # of its parts: a place in the image, a relation to landmarks, an extent compared with all
 
 
 @dataclass(frozen=True, slots=True)
 class _Fact:
-    """A place or, for an extent, a whole phrase; `fits` tells of each other object whether a reader could mean it."""
-
-    phrase: str
+    phrase: str  # a place or, for an extent, a whole phrase
     kind: Kind
-    fits: Sequence[bool]
+    fits: Sequence[bool]  # of each other object whether a reader could mean it
 
 
 def statements(
     target: Box, others: Sequence[Entity], landmarks: Sequence[Landmark], *, compact: bool
 ) -> list[Statement]:
-    """Returns statements that are true of the target and of none of the others, the simple ones first.
+    """Returns statements that are true of the target and of none of the other labelled objects, the simple ones first.
 
-    Args:
-        target: its box (x0, y0, x1, y1), as fractions of width and height.
-        others: all other labelled objects of the image.
-        landmarks: those of them that may be mentioned, each with a unique name.
-        compact: the target is one piece; the box of a pair of organs does not tell what is at its centre.
+    `target` is its box (x0, y0, x1, y1), as fractions of width and height. `landmarks` are those of the others that may
+    be mentioned. The target is `compact` if it is one piece: the box of a pair of organs does not tell what is inside.
     """
     facts = list(_facts(target, [entity.box for entity in others], landmarks, compact))
     found = [Statement(_phrase(fact), (fact.kind,)) for fact in facts if not any(fact.fits)]
@@ -90,7 +81,7 @@ def _both(first: Sequence[bool], second: Sequence[bool]) -> list[bool]:
 
 
 def _reads_well(first: _Fact, second: _Fact) -> bool:
-    """Returns whether two facts make a good sentence: not two places, nor one direction twice, nor "directly"."""
+    """Not two places, nor one direction twice, nor "directly"."""
     words = [fact.phrase.partition(" the ")[0] for fact in (first, second)]
     is_direct = any(word.startswith("directly") for word in words)
     return not (first.kind == second.kind == "place") and words[0] != words[1] and not is_direct
@@ -109,7 +100,7 @@ def _facts(target: Box, others: Sequence[Box], landmarks: Sequence[Landmark], co
     for landmark in landmarks:
         yield from _relations(target, others, landmark, _slack(compact, landmark))
     for first, second in permutations(landmarks, 2):
-        yield from _between(target, others, first, second, slack=_slack(compact, first, second))
+        yield from _between(target, others, first, second, _slack(compact, first, second))
     if others:
         for phrase in _extents(target, others):
             yield _Fact(phrase, "extent", [False] * len(others))
@@ -120,7 +111,6 @@ def _slack(compact: bool, *landmarks: Landmark) -> float:
 
 
 def _places(target: Box, others: Sequence[Box], compact: bool) -> Iterator[_Fact]:
-    """Yields the halves and quarters of the image, and its centre."""
     middle, slack = (0.5, 0.5, 0.5, 0.5), _slack(compact)
     halves = {
         name: [_centre(box)[axis] < 0.5 + _MARGIN if low else _centre(box)[axis] > 0.5 - _MARGIN for box in others]
@@ -151,16 +141,14 @@ def _relations(target: Box, others: Sequence[Box], landmark: Landmark, slack: fl
             yield _Fact(f"directly {words} {landmark.name}", "relation", _both(fits, near))
 
 
-def _between(target: Box, others: Sequence[Box], first: Landmark, second: Landmark, *, slack: float) -> Iterator[_Fact]:
+def _between(target: Box, others: Sequence[Box], first: Landmark, second: Landmark, slack: float) -> Iterator[_Fact]:
+    one, two = first.box, second.box
     for axis in (0, 1):
-        if (
-            _apart(first.box, second.box, axis, True, slack)
-            and _is_beside(target, first.box, axis, False, slack=slack, aligned=_ALIGNED)
-            and _is_beside(target, second.box, axis, True, slack=slack, aligned=_ALIGNED)
-        ):
+        is_after_one = _is_beside(target, one, axis, False, slack=slack, aligned=_ALIGNED)
+        is_before_two = _is_beside(target, two, axis, True, slack=slack, aligned=_ALIGNED)
+        if is_after_one and is_before_two and _apart(one, two, axis, True, slack):
             fits = [
-                _could_be_beside(box, first.box, axis, False) and _could_be_beside(box, second.box, axis, True)
-                for box in others
+                _could_be_beside(box, one, axis, False) and _could_be_beside(box, two, axis, True) for box in others
             ]
             yield _Fact(f"between {first.name} and {second.name}", "relation", fits)
 
@@ -182,12 +170,12 @@ def _could_be_beside(box: Box, other: Box, axis: int, before: bool) -> bool:
 
 
 def _is_beside(box: Box, other: Box, axis: int, before: bool, *, slack: float, aligned: float) -> bool:
-    """Returns whether a box is before (or behind) another along an axis and level with it along the other axis."""
+    """Whether a box is before (or behind) another along an axis and level with it along the other axis."""
     return _apart(box, other, axis, before, slack) and _shared(box, other, 1 - axis) >= aligned
 
 
 def _apart(box: Box, other: Box, axis: int, before: bool, slack: float) -> bool:
-    """Returns whether a box is before (or behind) another along an axis, but for a fraction of the smaller."""
+    """Whether a box is before (or behind) another along an axis, but for a fraction of the smaller."""
     return _gap(box, other, axis, before) >= -slack * min(_length(box, axis), _length(other, axis))
 
 
@@ -226,8 +214,7 @@ def claims(text: str) -> set[str]:
 def contradiction(text: str, box: Box) -> str | None:
     """Returns the words of a text that place the target in a half of the image that its box does not reach.
 
-    Only places "of the image" (or slice, scan, picture, view) count, such as "the upper left part of the image"; sides
-    of the patient and of landmarks do not.
+    Only places "of the image" (or slice, scan, picture) count; sides of the patient and of landmarks do not.
     """
     for match in _CLAIM.finditer(text):
         for axis, low in map(_HALVES.__getitem__, _halves_in(match)):

@@ -45,7 +45,7 @@ def make_ledger(tmp_path: Path) -> LedgerMaker:
             drop = Drop(items[0].id, "transform", "words", "it has 30 words", f"{items[0].id}#second-location-long")
             ledger.finish(items[0].id, "other", [], [drop]).result()
             if settled:
-                ledger.settle([], [])
+                ledger.mark_deduplicated([], [])
             ledger.end_run(run, "done")
         return path
 

@@ -35,7 +35,7 @@ def test_a_run_asks_what_was_planned(
     common = ["--records", str(path), "--model", "gpt-4o", "--base-url", server.url, "--limit", "3"]
     run.main([*common, "--ledger", str(tmp_path / "l.sqlite")])
     with Ledger(tmp_path / "l.sqlite") as ledger:
-        counts = {count.stage: count for count in ledger.counts()}
+        counts = {count.stage: count for count in ledger.answers.counts()}
     assert planned["describe"][0] == counts["describe"].requests == 12
     assert planned["revise"][0] == counts["revise"].requests == 12
     assert planned["transform"][0] == 12

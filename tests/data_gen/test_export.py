@@ -297,7 +297,8 @@ def test_missing_and_changed_pictures_are_all_named(make_ledger: LedgerMaker, tm
 
 
 def test_an_empty_ledger_has_nothing_to_export(tmp_path: Path, capsys: Capture) -> None:
-    Ledger(tmp_path / "empty.sqlite", create=True).close()
+    with Ledger(tmp_path / "empty.sqlite", create=True):
+        pass
     assert "expected a pair, found none" in refused(
         capsys, "--ledger", tmp_path / "empty.sqlite", "--out", tmp_path / "out"
     )

@@ -70,7 +70,7 @@ def test_faults_and_kills_change_nothing(tmp_path: Path, seed: int) -> None:
     faulty = sum(each["fault"] is not None for each in requests) / len(requests)
     late = again = 0
     with Ledger(stormy) as ledger:
-        assert ledger.count_open("single") == (0, RECORDS) and ledger.settled()
+        assert ledger.count_open("single") == (0, RECORDS) and ledger.is_deduplicated()
         ends = {pair.id for pair in ledger.pairs()} | {drop.pair for drop in ledger.drops() if drop.reason}
         assert ends >= {
             pair_id(item.id, *each) for item in ledger.items() for each in product(TEMPLATES, CELLS, (1, 2))

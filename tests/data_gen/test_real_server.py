@@ -91,9 +91,9 @@ def test_a_small_models_answers_are_stored_and_judged(records: Callable[[int], P
         assert done.returncode == 0, done.stderr
         again = subprocess.run(argv, capture_output=True, text=True)
     with Ledger(path) as ledger:
-        counts, pairs, drops, names = ledger.counts(), ledger.pairs(), ledger.drops(), ledger.names()
+        counts, pairs, drops, names = ledger.answers.counts(), ledger.pairs(), ledger.drops(), ledger.names()
         rows = ledger.answers._store.read("SELECT stage, status, text, verdict FROM answers JOIN requests USING(key)")
-        assert ledger.count_open("single") == (0, 2) and ledger.settled()
+        assert ledger.count_open("single") == (0, 2) and ledger.is_deduplicated()
         items = {item.id: item for item in ledger.items()}
     for stage, status, text, verdict in rows:
         print(f"{stage} {status} {text[:300]!r} {verdict}")

@@ -322,7 +322,8 @@ def test_bad_input(make_ledger: LedgerMaker, tmp_path: Path, capsys: pytest.Capt
     assert all(word in told for word in ("--reviewer", "--share 0.0", "--port 70000"))
     assert "--share nan" in refused("--ledger", path, "--reviewer", "a", "--share", "nan")
     assert "no such ledger" in refused("--ledger", tmp_path / "none", "--reviewer", "a")
-    Ledger(tmp_path / "empty.sqlite", create=True).close()
+    with Ledger(tmp_path / "empty.sqlite", create=True):
+        pass
     assert "holds no items yet" in refused("--ledger", tmp_path / "empty.sqlite", "--reviewer", "a")
     with site_of(path) as site:
         port = str(site.server.port)
@@ -334,7 +335,7 @@ def test_words_that_may_still_change_are_not_shown(make_ledger: LedgerMaker) -> 
     with Ledger(path) as ledger:
         with pytest.raises(InputError, match="have not been compared with each other"):
             ReviewSession(ledger, "anna")
-        ledger.settle([], [])
+        ledger.mark_deduplicated([], [])
         first = ledger.items()[0]
         late = replace(ledger.pairs()[0], id=f"{first.id}#late", question="Which late one is not settled yet?")
         ledger.finish(first.id, "other style", [late], []).result()
@@ -346,7 +347,7 @@ def test_words_that_may_still_change_are_not_shown(make_ledger: LedgerMaker) -> 
 def test_a_ledger_without_pairs_has_nothing_to_review(make_ledger: LedgerMaker) -> None:
     with Ledger(make_ledger(cases=1)) as ledger:
         item = ledger.items()[0]
-        ledger.settle([], [])
+        ledger.mark_deduplicated([], [])
         empty = ledger.path.with_name("no_pairs.sqlite")
         with Ledger(empty, create=True) as other:
             other.add_items([item], ledger.root(), complete=True)

@@ -47,7 +47,7 @@ def test_a_run_makes_pairs_and_says_what_it_made(
     told = capsys.readouterr().out
     assert "images 6 of 6" in told and "revise: removed" in told and "0.00 USD" in told
     with Ledger(ledger) as found:
-        assert found.settled() and found.root() == (tmp_path / "records").resolve()
+        assert found.is_deduplicated() and found.root() == (tmp_path / "records").resolve()
         assert len(found.pairs()) + sum(bool(drop.pair) for drop in found.drops()) == 48, (
             "each is there or has its reason"
         )
@@ -290,7 +290,7 @@ def test_signals_end_a_run_cleanly(records: Records, serve: Serve, tmp_path: Pat
     out, err = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in err and "of 40, pairs" in out
     with Ledger(ledger) as found:
-        assert sum(each.answers for each in found.counts()) == server.count >= 9, "what was under way was kept"
+        assert sum(each.answers for each in found.answers.counts()) == server.count >= 9, "what was under way was kept"
         assert found.count_open("single")[0] > 0
 
 

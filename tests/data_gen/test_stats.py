@@ -86,6 +86,7 @@ def test_bad_input(make_ledger: LedgerMaker, tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "data.json").write_text('{"author": "models", "dropped": []}')
     assert "holds no question" in refused("--export", tmp_path, "--out", out)
     assert "holds something else" in refused("--ledger", make_ledger(), "--out", tmp_path)
-    Ledger(tmp_path / "empty.sqlite", create=True).close()
+    with Ledger(tmp_path / "empty.sqlite", create=True):
+        pass
     assert "holds no pair" in refused("--ledger", tmp_path / "empty.sqlite", "--out", out)
     assert not out.exists()

@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 
 from data_gen import run
 from data_gen.authors.captioner import LocalCaptioner
-from data_gen.core.pixels import identify
+from data_gen.core.pictures import identify
 from data_gen.core.prompts import MAX_TOKENS, request
 from data_gen.ledger.ledger import Ledger
 from medisee.foundation.errors import InputError
@@ -69,7 +69,7 @@ def test_a_run_with_a_local_captioner(
     argv = ["--records", str(records(2)), "--ledger", str(tmp_path / "l.sqlite"), "--model", "m", "--free"]
     run.main([*argv, "--base-url", server.url, "--variants", "1", "--captioner", f"local:{llava}"])  # pyright: ignore
     with Ledger(tmp_path / "l.sqlite") as ledger:
-        counts = {count.stage: count for count in ledger.counts()}
+        counts = {count.stage: count for count in ledger.answers.counts()}
         assert counts["caption"].model == "local:tiny" and counts["caption"].good
         assert ledger.settings()["captioner"] == "local:tiny" and ledger.pairs()
 

@@ -20,7 +20,7 @@ from PIL import Image
 from data_gen.authors import client
 from data_gen.authors.client import Client, Server, Unreachable, retry_after
 from data_gen.core.calls import Reply, Request
-from data_gen.core.pixels import identify
+from data_gen.core.pictures import identify
 from data_gen.core.prices import FREE, Price
 from data_gen.core.prompts import request
 from data_gen.ledger.limits import MoneyBudget, RateLimit, StopRun

@@ -108,9 +108,9 @@ def test_answers_and_their_verdicts_come_back(ledger: Ledger) -> None:
     answers.store(request.key, judged).result()
     assert answers.find(request.key) == judged
     assert answers.spent() == 0.75
-    (count,) = ledger.counts()
+    (count,) = ledger.answers.counts()
     assert (count.requests, count.answers, count.good, count.usage_in, count.usage_out) == (1, 2, 1, 15, 3)
-    assert ledger.faults() == {"malformed": 1, "words": 1}
+    assert ledger.answers.faults() == {"malformed": 1, "words": 1}
 
 
 def test_a_good_answer_precedes_later_ones(ledger: Ledger) -> None:
@@ -132,14 +132,14 @@ def test_an_unknown_request_has_no_answer(ledger: Ledger) -> None:
 
 def test_pairs_are_kept_renamed_or_dropped(ledger: Ledger, tmp_path: Path) -> None:
     ledger.add_items([an_item(0), an_item(1)], tmp_path, complete=True)
-    assert ledger.settled()
+    assert ledger.is_deduplicated()
     ledger.finish("r1/a", "single", [a_pair(1)], [Drop("r1/a", "revise", "removed", "poor", "x")]).result()
     ledger.finish("r0/a", "single", [a_pair(0), a_pair(0, "second-location-long")], []).result()
-    assert not ledger.settled()
+    assert not ledger.is_deduplicated()
     assert [pair.id for pair in ledger.pairs()] == sorted(pair.id for pair in ledger.pairs())
     new = Pair(**{**{f: getattr(a_pair(0), f) for f in Pair.__dataclass_fields__}, "question": "Other?"})
-    ledger.settle([new], [Drop("r1/a", "duplicates", "duplicate", "same", a_pair(1).id)])
-    assert ledger.settled()
+    ledger.mark_deduplicated([new], [Drop("r1/a", "duplicates", "duplicate", "same", a_pair(1).id)])
+    assert ledger.is_deduplicated()
     assert ledger.pairs() == [new, a_pair(0, "second-location-long")]
     assert [pair.id for pair in ledger.pairs_in("duplicate")] == [a_pair(1).id]
     assert ledger.count_pairs() == {"new": 0, "kept": 2, "duplicate": 1}

@@ -52,7 +52,7 @@ def test_waves_make_what_calls_make(records: Records, serve: Serve, tmp_path: Pa
     assert waves.count == 0 and each_once(waves)
     assert 3 <= len(waves.batches) <= 3 * 3 + 2, "a few waves: one a stage, and those asked again"
     with Ledger(tmp_path / "waves.sqlite") as ledger:
-        assert ledger.answers.open_batches() == [] and ledger.settled()
+        assert ledger.answers.open_batches() == [] and ledger.is_deduplicated()
 
 
 def test_captions_are_asked_live(records: Records, serve: Serve, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_batch_is_half_the_price(
     more = ["--prices", str(prices)]
     run.main(in_batches(records(2), serve(), tmp_path / "l.sqlite", *more))
     with Ledger(tmp_path / "l.sqlite") as ledger:
-        answers = sum(count.answers for count in ledger.counts())
+        answers = sum(count.answers for count in ledger.answers.counts())
         assert ledger.answers.spent() == pytest.approx(answers * (400 * 5 + 100 * 10) / 1e6)
     server = serve()
     assert ends(in_batches(records(2), server, tmp_path / "poor.sqlite", *more, "--max-cost", "0.001")) == 1
@@ -198,7 +198,7 @@ def test_a_line_that_condemns_all_ends_the_run(
     err = capsys.readouterr().err
     assert told in err and SECRET not in err
     with Ledger(ledger) as found:
-        assert sum(count.answers for count in found.counts()) == 3, "the other answers are stored"
+        assert sum(count.answers for count in found.answers.counts()) == 3, "the other answers are stored"
     assert ends(in_batches(path, server, ledger)) == 0
     run.main(options(path, serve(), tmp_path / "calm.sqlite"))
     assert content(ledger) == content(tmp_path / "calm.sqlite"), "nothing was dropped for it"

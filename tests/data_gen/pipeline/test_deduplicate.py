@@ -46,7 +46,7 @@ def test_duplicates_are_put_anew(ledger: Ledger, tmp_path: Path) -> None:
     assert len({pair.question for pair in before}) == 8 and len(before) == 16
     author.asked.clear()
     pairs = settled(ledger, tmp_path, author)
-    assert len(pairs) == 16 == len({pair.question for pair in pairs}) and ledger.settled()
+    assert len(pairs) == 16 == len({pair.question for pair in pairs}) and ledger.is_deduplicated()
     assert [pair for pair in pairs if pair.item == items[0].id] == before[:8], "the first one stays"
     assert author.stages() == ["transform+"] * 8
     assert "repeats the words of" in author.asked[0].body["messages"][-1]["content"]

@@ -247,7 +247,7 @@ def test_a_bad_attempt_costs_nothing_but_itself(ledger: Ledger, item: Item, tmp_
     stormy = run(item, recipe(tmp_path), ledger, Author(say))
     with Ledger(tmp_path / "calm.sqlite", create=True) as calm:
         assert run(item, recipe(tmp_path), calm, Author(usual)) == stormy
-    assert {count.stage: count.answers // count.requests for count in ledger.counts()} == {
+    assert {count.stage: count.answers // count.requests for count in ledger.answers.counts()} == {
         "describe": 3,
         "revise": 3,
         "transform": 3,
@@ -279,7 +279,7 @@ def test_captions_are_asked_for_and_told(ledger: Ledger, item: Item, tmp_path: P
 
     author = Author(say)
     run(item, recipe(tmp_path, captioner="v"), ledger, author)
-    assert author.stages()[:2] == ["caption", "caption+"] and author.asked[0].model == "v"
+    assert author.stages()[:2] == ["caption", "caption+"] and author.asked[0].body["model"] == "v"
     assert 'leave out "may"' in author.asked[1].body["messages"][-1]["content"]
     assert "Caption: A slice of the belly." in author.asked[2].body["messages"][1]["content"]
 
@@ -329,6 +329,6 @@ def test_an_outcome_is_stored_once(ledger: Ledger, item: Item, tmp_path: Path) -
     outcome = run(item, recipe(tmp_path), ledger, Author(keeping))
     ledger.add_items([item], tmp_path, complete=True)
     ledger.finish(item.id, "single", outcome.pairs, []).result()
-    ledger.settle([], [])
+    ledger.mark_deduplicated([], [])
     ledger.finish(item.id, "single", [], [Drop(item.id, "revise", "removed", "late")]).result()
-    assert ledger.settled() and len(ledger.pairs()) == 8 and not ledger.drops()
+    assert ledger.is_deduplicated() and len(ledger.pairs()) == 8 and not ledger.drops()
