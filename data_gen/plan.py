@@ -40,14 +40,10 @@ _REASON = "the description has 17 words; write 5 to 15"
 
 @dataclass
 class Measure:
-    """An `Ask` that answers with placeholder texts of the usual length, and measures the requests.
-
-    Attributes:
-        inputs: of the run.
-        sums: of each stage the calls, their tokens in and out, and the tokens in and out of what is asked again.
-    """
+    """An `Ask` that answers with placeholder texts of the usual length, and measures the requests."""
 
     inputs: Inputs
+    # Of each stage the calls, their tokens in and out, and the tokens in and out of what is asked again.
     sums: defaultdict[Stage, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0] * 5))
 
     async def __call__(self, request: Request, check: Check) -> Answered:

@@ -154,7 +154,7 @@ class Client:
             # openai's typed method would check the request and the answer field by field: half of the time, for a body
             # that is ours and an answer that `reply_from` checks.
             response = await self._client.post("/chat/completions", cast_to=httpx2.Response, body=body)
-            reply, why = _reply(response.content, self._price), ""
+            reply, why = reply_from(from_json(response.content), self._price), ""
             self._rate.give_back(tokens - reply.usage_in - reply.usage_out)
         except openai.APIConnectionError as error:
             # A server that is too late may have worked and may charge for it. openai's aiohttp transport calls every
@@ -245,9 +245,10 @@ def rejection(status: int, code: str | None, why: str, server: Server) -> Reply 
     return Reply(status="rejected", text="", why=f"the server does not accept the request ({why})")
 
 
-def _reply(content: bytes, price: Price) -> Reply:
+def from_json(text: bytes | str) -> Any:
+    """Reads what a server sent; NoCompletion if it is not JSON."""
     try:
-        return reply_from(json.loads(content), price)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise NoCompletion(f"the answer is not JSON ({error})") from error
 

@@ -30,8 +30,7 @@ from data_gen.publishing.review_session import Refused, ReviewSession
 from medisee.foundation.errors import InputError
 
 ADDRESS = "127.0.0.1"
-MOST_BYTES = 64 * 1024
-"""Largest body of a request: an edited pair is a few hundred bytes."""
+MOST_BYTES = 64 * 1024  # of a request's body: an edited pair is a few hundred bytes
 PAGE = Path(__file__).with_name("review_page.html")
 _HEADERS = {
     "Cache-Control": "no-store",
@@ -43,25 +42,15 @@ _HEADERS = {
 
 
 class ReviewServer(uvicorn.Server):
-    """Serves the review page of one session; `run` returns when `should_exit` is set.
-
-    Attributes:
-        token: what every request but the one for the page must carry.
-        socket: bound to 127.0.0.1.
-        port: of the socket.
-    """
+    """Serves the review page of one session; `run` returns when `should_exit` is set."""
 
     def __init__(self, session: ReviewSession, port: int) -> None:
-        """Binds the port; 0 takes a free one.
-
-        Raises:
-            InputError: the port is taken or not allowed.
-        """
+        """Binds the port of 127.0.0.1; 0 takes a free one."""
         try:
             self.socket = socket.create_server((ADDRESS, port))
         except OSError as error:
             raise InputError(f"--port {port}: cannot be used ({error.strerror}); name a free port, or 0.") from error
-        self.token = secrets.token_urlsafe(24)
+        self.token = secrets.token_urlsafe(24)  # of every request but the one for the page
         self.port: int = self.socket.getsockname()[1]
         config = uvicorn.Config(
             _app(session, self.token, (f"{ADDRESS}:{self.port}", f"localhost:{self.port}")),

@@ -39,24 +39,12 @@ class DecisionBody(BaseModel):
 
 
 class ReviewSession:
-    """What the page's requests mean. Every method may be called in any thread and may raise Refused or InputError.
-
-    Attributes:
-        total: how many pairs there are to review.
-    """
+    """What the page's requests mean. Every method may be called in any thread and may raise Refused or InputError."""
 
     def __init__(self, ledger: Ledger, reviewer: str, *, share: float = 1.0, seed: int = 0) -> None:
-        """Draws the items to review.
+        """Draws a share of the items that have pairs, by a hash of seed and id: a larger share contains a smaller one.
 
-        Args:
-            ledger: where pairs come from and decisions go.
-            reviewer: the name that decisions are stored under.
-            share: of the items that have pairs, chosen by a hash of the seed and the id: a larger share contains a
-                smaller one.
-            seed: of the choice.
-
-        Raises:
-            InputError: the ledger holds no pair whose words are final.
+        The ledger must hold a pair whose words are final.
         """
         self._ledger, self._reviewer, self._names, self._root = ledger, reviewer, ledger.names(), ledger.root()
         self._lock = threading.Lock()
@@ -66,15 +54,13 @@ class ReviewSession:
             self._of_item.setdefault(pair.item, []).append(pair)
         items = [item for item in ledger.items() if item.id in self._of_item]
         if not items:
-            reason = (
-                "holds no pair to review" if ledger.settled() else "its pairs have not been compared with each other"
-            )
-            raise InputError(f"{ledger.path}: {reason}; let `python -m data_gen run` finish first.")
+            why = "holds no pair to review" if ledger.settled() else "its pairs have not been compared with each other"
+            raise InputError(f"{ledger.path}: {why}; let `python -m data_gen run` finish first.")
         ranked = sorted(items, key=lambda item: hashlib.sha256(f"{seed} {item.id}".encode()).hexdigest())
         self._items = ranked[: math.ceil(share * len(ranked))]
         self._number = {item.id: number for number, item in enumerate(self._items)}
         self._pairs = {pair.id: pair for item in self._items for pair in self._of_item[item.id]}
-        self.total = len(self._pairs)
+        self.total = len(self._pairs)  # to review
         self._mine = self._read_mine()
 
     @property

@@ -35,11 +35,7 @@ class ImageSource(BaseModel):
 
 
 def read_sources(*extra: Path) -> dict[str, ImageSource]:
-    """Reads the package's table of sources, then files of the same form, whose entries win.
-
-    Raises:
-        InputError: a file cannot be read or has another form; all problems are named.
-    """
+    """Reads the package's table of sources, then files of the same form, whose entries win."""
     found: dict[str, ImageSource] = {}
     problems: list[str] = []
     for path in (SOURCES_FILE, *extra):
@@ -90,15 +86,7 @@ def summary(
     sources: dict[str, ImageSource],
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Returns the content of data.json. It holds no time, path, price or name of a reviewer.
-
-    Args:
-        ledger: what the data set was made from.
-        entries: the data set.
-        screening: what people made of the candidates.
-        sources: the known sources of images.
-        settings: what the data set was exported with.
-    """
+    """Returns the content of data.json. It holds no time, path, price or name of a reviewer."""
     decisions = ledger.decisions()
     reviewers = sorted({decision.reviewer for decision in decisions})
     labels = {name: f"reviewer {number}" for number, name in enumerate(reviewers, start=1)}
