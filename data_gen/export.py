@@ -1,7 +1,6 @@
 """Exports the data set from a ledger: what the machine accepted and people did not take out. Run it as
 
   python -m data_gen export --ledger data/mlmr_sd/ledger.sqlite --out data/mlmr_sd/export
-  python -m data_gen export --ledger data/mlmr_sd/ledger.sqlite --out final --screened-only    what people accepted
 
 Writes into OUT (which must be new, empty or an earlier export):
   train.jsonl, val.jsonl, test.jsonl     manifests for training and evaluation; test_short and test_long as in the paper

@@ -3,8 +3,6 @@
   python -m data_gen run --records data/demo/train_class.jsonl --ledger data/mlmr_sd/ledger.sqlite --author offline
   python -m data_gen run --records data/train.jsonl --ledger data/mlmr_sd/ledger.sqlite --model gpt-4o --max-cost 50
   python -m data_gen run ... --model NAME --base-url http://127.0.0.1:8000/v1 --free      vLLM, llama.cpp, your own
-  python -m data_gen run ... --model gpt-4o --batch                                       half the price, within a day
-  python -m data_gen run ... --captioner local:FOLDER                                     LLaVA-Med describes the images
 
 Everything is in the ledger before anything is built on it. Stop a run in any way and start the same command again: what
 has an answer is not asked again. The key of the model's server is read from OPENAI_API_KEY, that of a captioner's own
@@ -175,7 +173,7 @@ async def _run_live(ledger: Ledger, recipe: Recipe, asker: Asker, arguments: arg
     else:
         raise StopRun(f"stopped: {left:,} items had no answer from the server ({why}); run again to go on.")
     try:
-        await deduplicate(ledger, recipe, asker, workers=_workers(arguments))
+        await deduplicate(ledger, recipe, asker, workers=arguments.workers)
     except Unreachable as error:
         raise StopRun(f"stopped: the server does not answer ({error}); run again to go on.") from error
 
@@ -221,13 +219,8 @@ async def _pass(ledger: Ledger, recipe: Recipe, ask: Ask, arguments: argparse.Na
             bar.update()
             bar.set_postfix(pairs=made, dropped=dropped, refresh=False)
 
-        await work_through(ledger.open_items(style, limit), work, _workers(arguments))
+        await work_through(ledger.open_items(style, limit), work, arguments.workers)
     return left, why
-
-
-def _workers(arguments: argparse.Namespace) -> int:
-    # A few more images in progress than requests: while one answer is judged, another image's request takes its place.
-    return arguments.concurrency + arguments.concurrency // 4
 
 
 def _servers(arguments: argparse.Namespace) -> tuple[Server, Server]:
@@ -306,4 +299,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         problems.append("--batch: the offline author has no batches; leave it out.")
     if problems:
         raise InputError(problems)
+    # A few more images in progress than requests: while one answer is judged, another image's request takes its place.
+    arguments.workers = arguments.concurrency * 5 // 4
     return arguments

@@ -4,13 +4,10 @@
   python -m data_gen stats --export data/mlmr_sd/export --out data/mlmr_sd/stats
 
 Writes into OUT (which must be new, empty or earlier statistics):
-  cloud_categories.png    Figure 4 (a): the categories, sized by their question-answer pairs
-  cloud_questions.png     the words of the questions
-  frequency.png           Figure 4 (b): pairs and images of each category
-  lengths.png             words of questions and answers
-  perspectives.png        pairs of each perspective and length
-  dropped.png             what each rule objected to and dropped
-  stats.json, stats.md    the numbers
+  cloud_categories.png, frequency.png    Figure 4 (a) and (b): question-answer pairs, and images, of each category
+  cloud_questions.png, lengths.png       the words of the questions; how many words questions and answers have
+  perspectives.png, dropped.png          pairs of each perspective and length; what each rule objected to and dropped
+  stats.json, stats.md                   the numbers
 From a ledger they include tokens and prices, and what the rules objected to before an answer was corrected.
 """
 

@@ -17,6 +17,8 @@ from data_gen.ledger.ledger import Ledger
 from data_gen.rules import checks as rules
 from medisee.foundation.errors import InputError
 
+_SHOWN = ("category", "modality", "source", "case", "width", "height", "box")  # what the page shows of an item
+
 
 class Refused(Exception):
     """A request that is not carried out: the HTTP status and the JSON that the page is sent."""
@@ -102,10 +104,7 @@ class ReviewSession:
             ]
         return {
             "number": number,
-            **{
-                name: getattr(item, name)
-                for name in ("category", "modality", "source", "case", "width", "height", "box")
-            },
+            **{name: getattr(item, name) for name in _SHOWN},
             "others": sorted({entity.category for entity in item.entities} - {item.category}),
             "pairs": pairs,
         }

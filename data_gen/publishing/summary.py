@@ -95,18 +95,15 @@ def summary(
     for count in ledger.counts():
         models.setdefault(count.stage, []).append(count.model)
     from_source = Counter(_source_of(entry.item, sources) for entry in entries)
-    of_category: dict[str, list[Entry]] = {}
+    images, pairs = Counter(entry.item.category for entry in entries), Counter[str]()
     for entry in entries:
-        of_category.setdefault(entry.item.category, []).append(entry)
+        pairs[entry.item.category] += len(entry.pairs)
     return {
         "author": authorship(one.pair for entry in entries for one in entry.pairs),
         "models": models,
         "settings": settings,
         "counts": {split: _counts([entry for entry in entries if entry.split == split]) for split in SPLITS},
-        "categories": {
-            name: {"images": len(listed), "pairs": sum(len(entry.pairs) for entry in listed)}
-            for name, listed in sorted(of_category.items())
-        },
+        "categories": {name: {"images": images[name], "pairs": pairs[name]} for name in sorted(images)},
         "dropped": count_drops(ledger.drops(), candidates),
         "screening": {
             "pairs": candidates,
