@@ -71,7 +71,7 @@ def export(
         write_splits(folder, {split: [entry.record(seed) for entry in chosen] for split, chosen in of_split.items()})
         write_json(folder / "categories.json", _categories(listed, ledger.names()))
         for split, chosen in of_split.items():
-            if chosen:  # in the authors' form, which has no example: the keys of a line are those of `Question`
+            if chosen:  # the authors' form; they published no example, so a line's keys are those of `Question`
                 release = folder / "release" / f"{split}.json"
                 write_json(release, {entry.image: {entry.mask: entry.item.category} for entry in chosen})
                 questions = (question for entry in chosen for question in entry.questions)

@@ -282,7 +282,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rpm", type=float, metavar="N", help="most requests per minute (default: no limit)")
     add("--tpm", type=float, metavar="N", help="most tokens per minute (default: no limit)")
     add("--timeout", type=float, default=120, metavar="S", help="seconds to wait for an answer (default: 120)")
-    add("--sends", type=int, default=8, metavar="N", help="sends of a request while they fail (default: 8)")
+    add("--sends", type=int, default=8, metavar="N", help="most sends of a request that fails (default: 8)")
     add("--attempts", type=int, default=4, metavar="N", help="answers tried until one has the right form (default: 4)")
     add("--max-failures", type=int, default=20, metavar="N", help="failed calls in a row that end a run (default: 20)")
     add("--max-cost", type=float, metavar="USD", help="most that all runs of this ledger may cost (default: no limit)")
