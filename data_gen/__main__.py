@@ -18,14 +18,13 @@ from importlib.util import find_spec
 
 from medisee.foundation.errors import InputError, exit_code, nearest
 
-COMMANDS: dict[str, tuple[str, ...]] = {
+COMMANDS: dict[str, tuple[str, ...]] = {  # and what each needs of the extra `engine`
     "plan": ("openai", "aiohttp"),
     "run": ("openai", "aiohttp"),
     "review": ("starlette", "uvicorn"),
     "export": ("datasets",),
     "stats": ("wordcloud",),
 }
-"""The commands, and what each needs of the extra `engine`."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

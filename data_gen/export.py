@@ -1,7 +1,6 @@
 """Exports the data set from a ledger: what the machine accepted and people did not take out. Run it as
 
   python -m data_gen export --ledger data/mlmr_sd/ledger.sqlite --out data/mlmr_sd/export
-  python -m data_gen export --ledger data/mlmr_sd/ledger.sqlite --out final --screened-only    what people accepted
 
 Writes into OUT (which must be new, empty or an earlier export):
   train.jsonl, val.jsonl, test.jsonl     manifests for training and evaluation; test_short and test_long as in the paper
@@ -36,11 +35,11 @@ from data_gen.ledger.screening import screen
 from data_gen.publishing.card import card
 from data_gen.publishing.entries import Entry, entries
 from data_gen.publishing.parquet import write_parquet
-from data_gen.publishing.release import write_release
 from data_gen.publishing.splits import SPLITS
 from data_gen.publishing.summary import ImageSource, read_sources, summary
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import atomic_path, inside, is_new_or_earlier, write_json, write_text
+from medisee.records.jsonl import write_lines
 from medisee.sources.mlmr_sd import write_splits
 
 SUMMARY = "data.json"
@@ -48,28 +47,12 @@ _OWN_KEY = "screening"  # in no other data.json
 
 
 def export(
-    ledger: Ledger,
-    out: Path,
-    *,
-    seed: int = 0,
-    screened_only: bool = False,
-    sources: dict[str, ImageSource],
+    ledger: Ledger, out: Path, *, seed: int = 0, screened_only: bool = False, sources: dict[str, ImageSource]
 ) -> dict[str, Any]:
-    """Writes the data set into a folder, whole or not at all.
+    """Writes the data set into a folder, whole or not at all, and returns the content of its data.json.
 
-    Args:
-        ledger: what was made and decided; the result depends on nothing else but the arguments.
-        out: the folder; if it exists it must be empty or an earlier export, which is replaced.
-        seed: of the splits and of the words around questions and answers.
-        screened_only: only pairs that a person accepted or edited.
-        sources: where images come from, for the card.
-
-    Returns:
-        The content of data.json.
-
-    Raises:
-        InputError: nothing is left to export, `out` holds something else, the ledger or its images, or images or masks
-            are missing or wrong; all of these are named.
+    The result depends on the ledger and the arguments only. An earlier export in the folder is replaced. The seed draws
+    the splits and the words around questions and answers; `sources` says where images come from, for the card.
     """
     check_out(out, SUMMARY, _OWN_KEY)
     candidates = ledger.pairs()
@@ -84,10 +67,15 @@ def export(
     with atomic_path(out) as folder:
         folder.mkdir()
         _write_pictures(listed, ledger.root(), folder)
-        records = {split: [entry.record(seed) for entry in listed if entry.split == split] for split in SPLITS}
-        write_splits(folder, records)
+        of_split = {split: [entry for entry in listed if entry.split == split] for split in SPLITS}
+        write_splits(folder, {split: [entry.record(seed) for entry in chosen] for split, chosen in of_split.items()})
         write_json(folder / "categories.json", _categories(listed, ledger.names()))
-        write_release(folder / "release", listed)
+        for split, chosen in of_split.items():
+            if chosen:  # the authors' form; they published no example, so a line's keys are those of `Question`
+                release = folder / "release" / f"{split}.json"
+                write_json(release, {entry.image: {entry.mask: entry.item.category} for entry in chosen})
+                questions = (question for entry in chosen for question in entry.questions)
+                write_lines(release.with_suffix(".jsonl"), questions, omit_empty=("history",))
         write_parquet(folder / "hub", folder, listed)
         write_text(folder / "hub" / "README.md", card(facts))
         write_json(folder / SUMMARY, facts)
@@ -95,11 +83,7 @@ def export(
 
 
 def check_out(out: Path, file: str, key: str) -> None:
-    """Refuses a folder that holds something other than an earlier result, which has a JSON file with a certain key.
-
-    Raises:
-        InputError: it does.
-    """
+    """Refuses a folder that holds something other than an earlier result, which has a JSON file with a certain key."""
     if not is_new_or_earlier(out, file, key):
         raise InputError(
             f"--out {out}: holds something else; name a new or empty folder, or an earlier result with {file}."
@@ -152,7 +136,15 @@ def _categories(listed: Sequence[Entry], names: Names) -> dict[str, list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Exports a data set from the command line."""
-    arguments = _parser().parse_args(argv)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m data_gen export", description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--ledger", type=Path, required=True, help="the ledger that `run` wrote")
+    add("--out", type=Path, required=True, help="folder to write; an earlier export in it is replaced")
+    add("--screened-only", action="store_true", help="leave out what no person has accepted or edited")
+    add("--seed", type=int, default=0, help="seed of splits and wordings (default: 0)")
+    add("--sources", type=Path, metavar="FILE", help="more sources and licences for the card, as in sources.yaml")
+    arguments = parser.parse_args(argv)
     check_out(arguments.out, SUMMARY, _OWN_KEY)
     sources = read_sources(*([arguments.sources] if arguments.sources else []))
     with Ledger(arguments.ledger) as ledger:
@@ -162,28 +154,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "run` again before you publish this.",
                 file=sys.stderr,
             )
-        options = {"seed": arguments.seed, "screened_only": arguments.screened_only}
-        facts = export(ledger, arguments.out, **options, sources=sources)
+        screened_only = arguments.screened_only
+        facts = export(ledger, arguments.out, seed=arguments.seed, screened_only=screened_only, sources=sources)
     for split, counts in facts["counts"].items():
         line = f"{counts['images']:,} images of {counts['cases']:,} cases, {counts['pairs']:,} pairs"
         print(f"{split:<6}{line if counts['images'] else 'empty: there are too few cases'}")
     if facts["author"] != "models":
         print(f"made by: {facts['author']}")
     print(f"done: {arguments.out}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m data_gen export", description=__doc__, formatter_class=raw)
-    add = parser.add_argument
-    add("--ledger", type=Path, required=True, help="the ledger that `run` wrote")
-    add("--out", type=Path, required=True, help="folder to write; an earlier export in it is replaced")
-    add("--screened-only", action="store_true", help="leave out what no person has accepted or edited")
-    add("--seed", type=int, default=0, help="seed of splits and wordings (default: 0)")
-    add(
-        "--sources",
-        type=Path,
-        metavar="FILE",
-        help="more sources and licences for the card, in the form of sources.yaml",
-    )
-    return parser

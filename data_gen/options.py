@@ -28,12 +28,12 @@ _BOUNDS = {"variants": (1, MOST_VARIANTS), "again": (0, 10), "limit": (1, None),
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What the options amount to: images, recipe, additional names as YAML, and the prices of the two models."""
+    """What the options amount to."""
 
     manifest: Manifest
     recipe: Recipe
-    names: str | None
-    price: Price
+    names: str | None  # additional ones, as YAML
+    price: Price  # of the model
     caption_price: Price
 
 
@@ -48,8 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--again", type=int, default=2, metavar="K", help="retries of an answer that breaks a rule (default: 2)")
     add("--limit", type=int, metavar="N", help="use only the first N images (default: all)")
     add("--seed", type=int, default=0, help="seed of the drawn targets and wordings (default: 0)")
-    names = "additional names of categories, in the form of data_gen/core/names.yaml"
-    add("--names", type=Path, metavar="FILE", help=names)
+    add("--names", type=Path, metavar="FILE", help="additional names of categories, as in data_gen/core/names.yaml")
     add = parser.add_argument_group("model and server").add_argument
     add("--model", metavar="NAME", help=f"the model that writes, such as gpt-4o; its key is read from {KEY}")
     add("--author", choices=(OFFLINE,), help="write offline from the package's own knowledge, without a model")
@@ -57,8 +56,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--schema", choices=_SCHEMAS, default="strict", help="how the server enforces the JSON form (default: strict)")
     add("--temperature", type=float, metavar="T", help="sampling temperature of the model (default: the server's)")
     add("--captioner", metavar="NAME", help=f"a vision model for captions, or {LOCAL}FOLDER of a Llava (default: none)")
-    url = f"the captioner's server; its key is read from {CAPTION_KEY} (default: --base-url, with the model's key)"
-    add("--caption-url", metavar="URL", help=url)
+    add("--caption-url", metavar="URL", help=f"the captioner's server, key in {CAPTION_KEY} (default: --base-url)")
     add("--caption-schema", choices=_SCHEMAS, help="how the captioner's server does it (default: as --schema)")
     add("--captions", type=Path, metavar="FILE", help="given captions: JSON Lines of record and caption")
     add = parser.add_argument_group("pricing").add_argument
@@ -67,11 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_inputs(arguments: argparse.Namespace) -> Inputs:
-    """Checks the options and reads the files that they name.
-
-    Raises:
-        InputError: an option or a file is wrong.
-    """
+    """Checks the options and reads the files that they name."""
     _check(arguments)
     prices = load_prices(arguments.prices)
     price, caption_price = (

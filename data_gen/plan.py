@@ -17,7 +17,6 @@ import asyncio
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -38,51 +37,19 @@ _WORD = "anatomical"  # with its space as long as a token and a half: medical En
 _REASON = "the description has 17 words; write 5 to 15"
 
 
-@dataclass
-class Measure:
-    """An `Ask` that answers with placeholder texts of the usual length, and measures the requests.
-
-    Attributes:
-        inputs: of the run.
-        sums: of each stage the calls, their tokens in and out, and the tokens in and out of what is asked again.
-    """
-
-    inputs: Inputs
-    sums: defaultdict[Stage, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0] * 5))
-
-    async def __call__(self, request: Request, check: Check) -> Answered:
-        """Returns a placeholder answer."""
-        value = _placeholder(request.stage, request.fields)
-        text = value.model_dump_json()
-        price = self.inputs.caption_price if request.stage == "caption" else self.inputs.price
-        again = self.inputs.recipe.again
-        repeated = ask_again(request, text, [Fault("attribute-short", "words", _REASON)] * 2, 1)
-        tokens = size_of(request.body).tokens(price)
-        repeated_tokens = size_of(repeated.body).tokens(price)
-        out = len(text) / CHARACTERS
-        row = (1, tokens, out, again * repeated_tokens, again * out)
-        self.sums[request.stage] = [total + value for total, value in zip(self.sums[request.stage], row, strict=True)]
-        return Answered(value, text, ())
-
-
 def _placeholder(stage: Stage, fields: dict[str, Any]) -> BaseModel:
     def words(count: int) -> str:
         return " ".join([_WORD] * count)
 
     cells: list[str] = list(fields.get("descriptions", CELLS))
-    descriptions = {cell: words(10 if cell.endswith("short") else 15) for cell in cells}
+    texts = {cell: words(10 if cell.endswith("short") else 15) for cell in cells}
+    revised = [{"cell": cell, "verdict": "revise", "text": text, "reason": words(8)} for cell, text in texts.items()]
+    pairs = [{"cell": cell, "question": text, "answer": words(15)} for cell, text in texts.items()]
     values: dict[Stage, Any] = {
         "caption": {"caption": words(40)},
-        "describe": {cell.replace("-", "_"): text for cell, text in descriptions.items()},
-        "revise": {
-            "descriptions": [
-                {"cell": cell, "verdict": "revise", "text": text, "reason": words(8)}
-                for cell, text in descriptions.items()
-            ]
-        },
-        "transform": {
-            "pairs": [{"cell": cell, "question": text, "answer": words(15)} for cell, text in descriptions.items()]
-        },
+        "describe": {cell.replace("-", "_"): text for cell, text in texts.items()},
+        "revise": {"descriptions": revised},
+        "transform": {"pairs": pairs},
         "converse": {"turns": [{"question": words(12), "answer": words(15)}] * fields.get("turns", 0)},
     }
     return ANSWERS[stage].model_validate_json(json.dumps(values[stage]))
@@ -102,12 +69,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 async def _measure(items: Iterable[Item], inputs: Inputs) -> tuple[dict[Stage, list[float]], int, int]:
-    """Returns the sums by stage, the number of items, and the number of pairs that they can become."""
-    measure, measured, pairs = Measure(inputs), 0, 0
+    """Returns the sums by stage, the number of items, and the number of pairs that they can become.
+
+    A stage's sums are the calls, their tokens in and out, and the tokens in and out of what is asked again.
+    """
+    sums: defaultdict[Stage, list[float]] = defaultdict(lambda: [0.0] * 5)
+    again, measured, pairs = inputs.recipe.again, 0, 0
+
+    async def ask(request: Request, _: Check) -> Answered:
+        value = _placeholder(request.stage, request.fields)
+        text = value.model_dump_json()
+        price = inputs.caption_price if request.stage == "caption" else inputs.price
+        repeated = ask_again(request, text, [Fault("attribute-short", "words", _REASON)] * 2, 1)
+        tokens, repeated_tokens = size_of(request.body).tokens(price), size_of(repeated.body).tokens(price)
+        out = len(text) / CHARACTERS
+        row = (1, tokens, out, again * repeated_tokens, again * out)
+        sums[request.stage] = [total + value for total, value in zip(sums[request.stage], row, strict=True)]
+        return Answered(value, text, ())
+
     for item in items:
-        outcome = await make(item, inputs.recipe, measure)
+        outcome = await make(item, inputs.recipe, ask)
         measured, pairs = measured + 1, pairs + len(outcome.pairs)
-    return measure.sums, measured, pairs
+    return sums, measured, pairs
 
 
 def count_items(manifest: Manifest, limit: int | None) -> int:

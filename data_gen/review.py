@@ -29,8 +29,7 @@ _LONGEST_NAME = 64
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Serves the page until Ctrl-C."""
-    arguments = _parser().parse_args(argv)
-    _check_arguments(arguments)
+    arguments = _arguments(argv)
     with Ledger(arguments.ledger) as ledger:
         session = ReviewSession(ledger, arguments.reviewer, share=arguments.share, seed=arguments.seed)
         server = ReviewServer(session, arguments.port)
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"\n{session.done} of {session.total} pairs are judged by {arguments.reviewer}.")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m data_gen review", description=__doc__, formatter_class=raw)
     add = parser.add_argument
@@ -51,11 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--share", type=float, default=1.0, help="share of the images to review, above 0 up to 1 (default: 1)")
     add("--seed", type=int, default=0, help="seed of the choice of these images (default: 0)")
     add("--port", type=int, default=8765, help="port of the page; 0 takes a free one (default: 8765)")
-    return parser
-
-
-def _check_arguments(arguments: argparse.Namespace) -> None:
-    problems = []
+    arguments = parser.parse_args(argv)
+    problems: list[str] = []
     name = arguments.reviewer
     if not name.strip() or name != name.strip() or len(name) > _LONGEST_NAME or not name.isprintable():
         problems.append(f"--reviewer {name!r}: give a name of 1 to {_LONGEST_NAME} printable characters.")
@@ -65,3 +61,4 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         problems.append(f"--port {arguments.port}: expected 0 to 65535; correct it.")
     if problems:
         raise InputError(problems)
+    return arguments

@@ -3,8 +3,6 @@
   python -m data_gen run --records data/demo/train_class.jsonl --ledger data/mlmr_sd/ledger.sqlite --author offline
   python -m data_gen run --records data/train.jsonl --ledger data/mlmr_sd/ledger.sqlite --model gpt-4o --max-cost 50
   python -m data_gen run ... --model NAME --base-url http://127.0.0.1:8000/v1 --free      vLLM, llama.cpp, your own
-  python -m data_gen run ... --model gpt-4o --batch                                       half the price, within a day
-  python -m data_gen run ... --captioner local:FOLDER                                     LLaVA-Med describes the images
 
 Everything is in the ledger before anything is built on it. Stop a run in any way and start the same command again: what
 has an answer is not asked again. The key of the model's server is read from OPENAI_API_KEY, that of a captioner's own
@@ -28,26 +26,33 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_gen.authors.client import CAPTION_KEY, KEY, Client, Server, api_key, is_same
+from data_gen.authors.client import CAPTION_KEY, KEY, Client, Server, Unreachable, api_key, is_same
 from data_gen.authors.offline import OfflineAuthor
 from data_gen.core.calls import Request
-from data_gen.core.items import items_from_manifest
+from data_gen.core.items import Item, items_from_manifest
 from data_gen.core.prices import Price
-from data_gen.core.recipe import OFFLINE
+from data_gen.core.recipe import OFFLINE, Recipe
+from data_gen.core.workers import work_through
 from data_gen.ledger.ledger import Ledger
 from data_gen.ledger.limits import ErrorBudget, MoneyBudget, RateLimit, StopRun
 from data_gen.options import LOCAL, Inputs, add_options, fixed_settings, read_inputs
-from data_gen.pipeline.asking import Answered, Asker, Author, Check
+from data_gen.pipeline.asking import Answered, Ask, Asker, Author, Check, Pending
 from data_gen.pipeline.batch import BatchServer, Waves
-from data_gen.pipeline.engine import Job, Signals, run_live, run_waves
+from data_gen.pipeline.deduplicate import deduplicate
+from data_gen.pipeline.stages import make
 from data_gen.plan import count_items
 from medisee.foundation.errors import InputError
+
+_ROUNDS = 3  # over items that the server did not answer for
+_EMPTY = 3  # batches without any answer
+_GRACE = 20.0  # seconds that calls under way are given after the first signal
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_INTERRUPTED = "interrupted; run again to go on"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Makes pairs from the command line."""
-    arguments = _parser().parse_args(argv)
-    _check(arguments)
+    arguments = _arguments(argv)
     inputs = read_inputs(arguments)
     style, limit = inputs.recipe.style, arguments.limit
     if not arguments.author:
@@ -58,29 +63,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         number = ledger.start_run(fixed_settings(arguments, inputs.recipe), free)
         ledger.keep_names(inputs.names)
         _add_items(ledger, inputs, limit)
-        stopped, signals = "", Signals()
+        stopped, signals = "", list[int]()
         try:
             asyncio.run(_run(ledger, inputs, arguments, signals))
         except StopRun as error:
             stopped = str(error)
         except asyncio.CancelledError:
-            stopped = "interrupted; run again to go on"
+            stopped = _INTERRUPTED
         ledger.end_run(number, stopped or "done")
         print(_summary(ledger, limit, style))
-    if signals.number == signal.SIGINT:
-        raise KeyboardInterrupt
-    if signals.number is not None:
-        raise SystemExit(128 + signals.number)
+    if signals:
+        raise KeyboardInterrupt if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
     if stopped:
         print(stopped, file=sys.stderr)
         raise SystemExit(1)
 
 
-async def _run(ledger: Ledger, inputs: Inputs, arguments: argparse.Namespace, signals: Signals) -> None:
+async def _run(ledger: Ledger, inputs: Inputs, arguments: argparse.Namespace, signals: list[int]) -> None:
     """Connects to what answers, and works until everything is done or the run stops."""
     recipe = inputs.recipe
-    # A few more images in progress than requests: while one answer is judged, another image's request takes its place.
-    job = Job(ledger, recipe, arguments.limit, workers=arguments.concurrency + arguments.concurrency // 4)
     rate = RateLimit(arguments.rpm, arguments.tpm)
     money = MoneyBudget(arguments.max_cost, ledger.answers.spent(), ledger.answers)
     budget = ErrorBudget(arguments.max_failures)
@@ -102,7 +103,7 @@ async def _run(ledger: Ledger, inputs: Inputs, arguments: argparse.Namespace, si
         captioner = connect(caption_server, inputs.caption_price)
     asker = Asker(ledger.answers, author, captioner, attempts=arguments.attempts, budget=budget)
     try:
-        with signals.handled(asker):
+        with _handled(asker, signals):
             if not arguments.batch:
                 # What a batch will answer would be asked, and paid for, a second time.
                 if count := len(ledger.answers.open_batches()):
@@ -110,7 +111,7 @@ async def _run(ledger: Ledger, inputs: Inputs, arguments: argparse.Namespace, si
                         f"stopped: {count} batches have answers that were not collected; run the same command with --batch "
                         "until they are. To give a batch up, cancel it at the server, then run with --batch."
                     )
-                await run_live(job, asker)
+                await _run_live(ledger, recipe, asker, arguments)
                 return
             waves = Waves(ledger.answers, attempts=arguments.attempts)
             batches = BatchServer(
@@ -123,7 +124,6 @@ async def _run(ledger: Ledger, inputs: Inputs, arguments: argparse.Namespace, si
                 attempts=arguments.attempts,
                 budget=budget,
                 poll=arguments.poll,
-                say=tqdm.write,
             )
             clients.append(batches)
 
@@ -131,20 +131,102 @@ async def _run(ledger: Ledger, inputs: Inputs, arguments: argparse.Namespace, si
                 # Captions are asked for live: their captioner may be another server or this machine.
                 return await (asker if request.stage == "caption" else waves)(request, check)
 
-            await run_waves(job, waves, ask, batches)
+            await _run_waves(ledger, recipe, ask, arguments, waves=waves, server=batches)
     finally:
         for client in clients:
             await client.close()
 
 
+@contextmanager
+def _handled(asker: Asker, signals: list[int]) -> Iterator[None]:
+    """Ends a run at SIGINT or SIGTERM, whose number is added to `signals`.
+
+    No further call begins, and those under way get some time to finish. After that, or at a second signal, the run's
+    task, which is the one in this block, is cancelled.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+
+    def handle(number: int) -> None:
+        signals.append(number)
+        if len(signals) > 1:
+            task.cancel()
+            return
+        asker.stopping = _INTERRUPTED
+        loop.call_later(_GRACE, task.cancel)
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, handle, number)
+    try:
+        yield
+    finally:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+
+
+async def _run_live(ledger: Ledger, recipe: Recipe, asker: Asker, arguments: argparse.Namespace) -> None:
+    """Finishes all items: the calls of one pass follow each other, many items are worked on at once."""
+    for _ in range(_ROUNDS):
+        left, why = await _pass(ledger, recipe, asker, arguments)
+        if not left:
+            break
+    else:
+        raise StopRun(f"stopped: {left:,} items had no answer from the server ({why}); run again to go on.")
+    try:
+        await deduplicate(ledger, recipe, asker, workers=arguments.workers)
+    except Unreachable as error:
+        raise StopRun(f"stopped: the server does not answer ({error}); run again to go on.") from error
+
+
+async def _run_waves(
+    ledger: Ledger, recipe: Recipe, ask: Ask, arguments: argparse.Namespace, *, waves: Waves, server: BatchServer
+) -> None:
+    """Finishes all items in waves of the Batch API; `ask` asks `waves`, but for what is answered at once."""
+    await server.collect()
+    empty = 0
+    while empty < _EMPTY:
+        left, why = await _pass(ledger, recipe, ask, arguments)
+        if not left:
+            try:
+                await deduplicate(ledger, recipe, ask, workers=1)
+                return
+            except Pending:
+                pass
+        keys = waves.take()
+        if not keys:
+            raise StopRun(f"stopped: {left:,} items had no answer from the server ({why}); run again to go on.")
+        await server.submit(keys)
+        empty += not await server.collect()
+    raise StopRun(f"stopped: {_EMPTY} batches brought no answer; look at them, then run again to go on.")
+
+
+async def _pass(ledger: Ledger, recipe: Recipe, ask: Ask, arguments: argparse.Namespace) -> tuple[int, str]:
+    """Works on all items without an outcome; returns how many still have none, and why."""
+    style, limit = recipe.style, arguments.limit
+    open_count, count = ledger.count_open(style, limit)
+    left, why, made, dropped = 0, "", 0, 0
+    with tqdm(total=count, initial=count - open_count, unit="image", disable=None, desc="making pairs") as bar:
+
+        async def work(item: Item) -> None:
+            nonlocal left, why, made, dropped
+            try:
+                outcome = await make(item, recipe, ask)
+            except (Unreachable, Pending) as error:
+                left, why = left + 1, str(error)
+                return
+            await asyncio.wrap_future(ledger.finish(item.id, style, outcome.pairs, outcome.drops))
+            made, dropped = made + len(outcome.pairs), dropped + len(outcome.drops)
+            bar.update()
+            bar.set_postfix(pairs=made, dropped=dropped, refresh=False)
+
+        await work_through(ledger.open_items(style, limit), work, arguments.workers)
+    return left, why
+
+
 def _servers(arguments: argparse.Namespace) -> tuple[Server, Server]:
     """Returns the model's server and the captioner's, which does not get the model's key if it is another one."""
-    server = Server(
-        base_url=arguments.base_url,
-        concurrency=arguments.concurrency,
-        timeout=arguments.timeout,
-        sends=arguments.sends,
-    )
+    given = {name: getattr(arguments, name) for name in ("base_url", "concurrency", "timeout", "sends")}
+    server = Server(**given)
     url = arguments.caption_url or arguments.base_url
     return server, replace(server, base_url=url, key_name=KEY if is_same(url, arguments.base_url) else CAPTION_KEY)
 
@@ -190,7 +272,7 @@ def _summary(ledger: Ledger, limit: int | None, style: str) -> str:
     return "\n".join(lines)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m data_gen run", description=__doc__, formatter_class=raw)
     parser.add_argument("--ledger", type=Path, required=True, metavar="FILE", help="SQLite file; created if missing")
@@ -200,22 +282,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--rpm", type=float, metavar="N", help="most requests per minute (default: no limit)")
     add("--tpm", type=float, metavar="N", help="most tokens per minute (default: no limit)")
     add("--timeout", type=float, default=120, metavar="S", help="seconds to wait for an answer (default: 120)")
-    add(
-        "--sends",
-        type=int,
-        default=8,
-        metavar="N",
-        help="sends of a request while server or network fails (default: 8)",
-    )
+    add("--sends", type=int, default=8, metavar="N", help="most sends of a request that fails (default: 8)")
     add("--attempts", type=int, default=4, metavar="N", help="answers tried until one has the right form (default: 4)")
     add("--max-failures", type=int, default=20, metavar="N", help="failed calls in a row that end a run (default: 20)")
     add("--max-cost", type=float, metavar="USD", help="most that all runs of this ledger may cost (default: no limit)")
     add("--batch", action="store_true", help="use the Batch API: half the price, answers within a day")
     add("--poll", type=float, default=30, metavar="S", help="seconds between status checks of a batch (default: 30)")
-    return parser
-
-
-def _check(arguments: argparse.Namespace) -> None:
+    arguments = parser.parse_args(argv)
     numbers = ("concurrency", "rpm", "tpm", "timeout", "sends", "attempts", "max_failures", "max_cost", "poll")
     problems = [
         f"--{name.replace('_', '-')} is {value}; expected a number above 0; correct it."
@@ -226,3 +299,6 @@ def _check(arguments: argparse.Namespace) -> None:
         problems.append("--batch: the offline author has no batches; leave it out.")
     if problems:
         raise InputError(problems)
+    # A few more images in progress than requests: while one answer is judged, another image's request takes its place.
+    arguments.workers = arguments.concurrency * 5 // 4
+    return arguments

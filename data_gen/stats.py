@@ -4,13 +4,10 @@
   python -m data_gen stats --export data/mlmr_sd/export --out data/mlmr_sd/stats
 
 Writes into OUT (which must be new, empty or earlier statistics):
-  cloud_categories.png    Figure 4 (a): the categories, sized by their question-answer pairs
-  cloud_questions.png     the words of the questions
-  frequency.png           Figure 4 (b): pairs and images of each category
-  lengths.png             words of questions and answers
-  perspectives.png        pairs of each perspective and length
-  dropped.png             what each rule objected to and dropped
-  stats.json, stats.md    the numbers
+  cloud_categories.png, frequency.png    Figure 4 (a) and (b): question-answer pairs, and images, of each category
+  cloud_questions.png, lengths.png       the words of the questions; how many words questions and answers have
+  perspectives.png, dropped.png          pairs of each perspective and length; what each rule objected to and dropped
+  stats.json, stats.md                   the numbers
 From a ledger they include tokens and prices, and what the rules objected to before an answer was corrected.
 """
 
@@ -36,28 +33,30 @@ STATS = "stats.json"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draws the statistics from the command line."""
-    arguments = _parser().parse_args(argv)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m data_gen stats", description=__doc__, formatter_class=raw)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--ledger", type=Path, help="the ledger that `run` wrote")
+    source.add_argument("--export", type=Path, metavar="DIR", help="the folder that `export` wrote")
+    out_help = "folder to write; earlier statistics in it are replaced"
+    parser.add_argument("--out", type=Path, required=True, help=out_help)
+    arguments = parser.parse_args(argv)
     check_out(arguments.out, STATS, "balance")
     if arguments.ledger is not None:
         with Ledger(arguments.ledger) as ledger:
             found = statistics_of_ledger(ledger)
     else:
         found = statistics_of_export(arguments.export, _facts(arguments.export))
-    write_stats(found, arguments.out)
+    balances = {name: round(balance(getattr(found, name)), 4) for name in ("images", "pairs", "cells")}
+    with atomic_path(arguments.out) as folder:
+        folder.mkdir()
+        figures = draw_figures(found, folder)
+        write_json(folder / STATS, {**asdict(found), "figures": figures, "balance": balances})
+        write_text(folder / "stats.md", _markdown(found, balances))
     print(
         f"done: {arguments.out} ({sum(found.pairs.values()):,} pairs, {sum(found.images.values()):,} images, "
         f"{len(found.pairs)} categories, author: {found.author})"
     )
-
-
-def write_stats(statistics: Statistics, out: Path) -> None:
-    """Writes figures, stats.json and stats.md into a folder, whole or not at all."""
-    balances = {name: round(balance(getattr(statistics, name)), 4) for name in ("images", "pairs", "cells")}
-    with atomic_path(out) as folder:
-        folder.mkdir()
-        figures = draw_figures(statistics, folder)
-        write_json(folder / STATS, {**asdict(statistics), "figures": figures, "balance": balances})
-        write_text(folder / "stats.md", _markdown(statistics, balances))
 
 
 def _markdown(statistics: Statistics, balances: dict[str, float]) -> str:
@@ -87,15 +86,3 @@ def _facts(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"--export {folder}: {SUMMARY} cannot be read ({error}); name a folder that `python -m data_gen export` wrote."
         ) from error
-
-
-def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m data_gen stats", description=__doc__, formatter_class=raw)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--ledger", type=Path, help="the ledger that `run` wrote")
-    source.add_argument("--export", type=Path, metavar="DIR", help="the folder that `export` wrote")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder to write; earlier statistics in it are replaced"
-    )
-    return parser

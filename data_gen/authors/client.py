@@ -134,11 +134,7 @@ class Client:
             # openai's typed method would check the request and the answer field by field: half of the time, for a body
             # that is ours and an answer that `reply_from` checks.
             response = await self._client.post("/chat/completions", cast_to=httpx2.Response, body=body)
-            try:
-                completion = json.loads(response.content)
-            except (ValueError, RecursionError) as error:
-                raise NoCompletion(f"the answer is not JSON ({error})") from error
-            reply, why = reply_from(completion, self._price), ""
+            reply, why = reply_from(from_json(response.content), self._price), ""
             self._rate.give_back(tokens - reply.usage_in - reply.usage_out)
         except openai.APIConnectionError as error:
             # A server that is too late may have worked and may charge for it. openai's aiohttp transport calls every
@@ -216,6 +212,14 @@ def rejection(status: int, code: str | None, why: str, server: Server) -> Reply 
     if any(word in why for word in ("response_format", "json_schema", "guided", "grammar")):
         raise StopRun(f"stopped: the server takes no strict schema ({why}); run with --schema json_object or none.")
     return Reply(status="rejected", text="", why=f"the server does not accept the request ({why})")
+
+
+def from_json(text: bytes | str) -> Any:
+    """Reads what a server sent; NoCompletion if it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise NoCompletion(f"the answer is not JSON ({error})") from error
 
 
 def reply_from(completion: Any, price: Price, *, batch: bool = False) -> Reply:

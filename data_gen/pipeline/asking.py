@@ -1,16 +1,20 @@
-"""Asking: first the ledger, then an author; every answer is judged and stored before anything uses it."""
+"""Asking: first the ledger, then an author; every answer is judged and stored before anything uses it.
+
+The last function is the loop that all stages share: it asks until the rules are kept.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from pydantic import BaseModel
 
 from data_gen.authors.client import Unreachable
 from data_gen.core.calls import Answer, Fault, Reply, Request
+from data_gen.core.prompts import ask_again
 from data_gen.core.schemas import Mode, Stage, read_answer
 from data_gen.ledger.answers import Answers
 from data_gen.ledger.limits import ErrorBudget, StopRun
@@ -21,9 +25,7 @@ Check: TypeAlias = Callable[[BaseModel], list[Fault]]
 class Author(Protocol):
     """What answers requests: a server, the offline author, a model on this machine."""
 
-    async def send(self, request: Request) -> Reply:
-        """Answers one request."""
-        ...
+    async def send(self, request: Request) -> Reply: ...
 
 
 class Pending(Exception):
@@ -32,19 +34,12 @@ class Pending(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The final answer to a request.
+    """The final answer to a request."""
 
-    Attributes:
-        value: the answer; None when no attempt brought one of the right form.
-        text: as it came.
-        faults: what the rules say against it.
-        again: whether it is worth asking again with the reasons; not after a refusal.
-    """
-
-    value: BaseModel | None
-    text: str
-    faults: tuple[Fault, ...]
-    again: bool = True
+    value: BaseModel | None  # None when no attempt brought an answer of the right form
+    text: str  # as it came
+    faults: tuple[Fault, ...]  # what the rules say against it
+    again: bool = True  # whether it is worth asking again with the reasons; not after a refusal
 
 
 Ask: TypeAlias = Callable[[Request, Check], Awaitable[Answered]]
@@ -54,8 +49,8 @@ Ask: TypeAlias = Callable[[Request, Check], Awaitable[Answered]]
 class Asker:
     """An `Ask` with a ledger: what has an answer there is not asked again.
 
-    Attributes:
-        stopping: why no further request may be sent; None while the run goes on.
+    The captioner answers the requests for captions, the author all others. Up to `attempts` answers to one request are
+    tried until one has the right form; `budget` limits the calls that bring no usable answer.
     """
 
     def __init__(
@@ -67,27 +62,13 @@ class Asker:
         attempts: int = 4,
         budget: ErrorBudget | None = None,
     ) -> None:
-        """Nothing is asked yet.
-
-        Args:
-            answers: of the ledger, where everything is stored.
-            author: answers all stages but the captions.
-            captioner: answers the captions.
-            attempts: how many answers to one request are tried until one has the right form.
-            budget: limits the calls that bring no usable answer.
-        """
         self._answers, self._author, self._captioner = answers, author, captioner
         self._attempts, self._budget = attempts, budget or ErrorBudget()
         self._under_way: dict[str, asyncio.Future[None]] = {}
-        self.stopping: str | None = None
+        self.stopping: str | None = None  # why no further request may be sent
 
     async def __call__(self, request: Request, check: Check) -> Answered:
-        """Returns the final answer to a request.
-
-        Raises:
-            Unreachable: the server gave none; the item can be tried again later.
-            StopRun: the run ends.
-        """
+        """Returns the final answer; Unreachable when the server gave none, StopRun when the run ends."""
         while under_way := self._under_way.get(request.key):  # another item asks the very same
             await asyncio.wait([under_way])  # and not the future itself: a cancelled waiter would cancel it
         done = self._under_way[request.key] = asyncio.get_running_loop().create_future()
@@ -129,11 +110,7 @@ def is_final(answer: Answer, attempts: int) -> bool:
 
 
 def count_reply(budget: ErrorBudget, reply: Reply) -> None:
-    """Counts a final reply as good or bad.
-
-    Raises:
-        StopRun: too many are bad.
-    """
+    """Counts a final reply as good or bad."""
     if reply.status == "ok":
         budget.good()
     else:
@@ -162,3 +139,45 @@ async def read_stored(answers: Answers, request: Request, answer: Answer, check:
     if reply.status != "ok":
         return Answered(None, reply.text, faults, again=reply.status not in ("refused", "filtered", "rejected"))
     return Answered(read_answer(request.stage, reply.text, request.mode), reply.text, faults)
+
+
+@dataclass(frozen=True, slots=True)
+class Validated:
+    """What a stage brought."""
+
+    parts: dict[str, Any]  # by cell, those that keep the rules
+    faults: tuple[Fault, ...]  # of the cells that are missing
+
+
+async def ask_until_valid(
+    request: Request,
+    cells: list[str],
+    judge: Callable[[BaseModel, dict[str, Any]], list[Fault]],
+    parts: Callable[[BaseModel], dict[str, Any]],
+    *,
+    ask: Ask,
+    again: int,
+) -> Validated:
+    """Asks until all cells keep the rules, at most `again` more times; a part that is good once stays as it is.
+
+    `judge` returns an answer's faults, given the parts that are good already, and need not look at those; `parts`
+    returns an answer's content by cell. The result has the order of `cells`, whatever became good first.
+    """
+    good: dict[str, Any] = {}
+    faults: tuple[Fault, ...] = ()
+    current = request
+    for attempt in range(again + 1):
+        kept = dict(good)
+        answer = await ask(current, lambda value, kept=kept: judge(value, kept))
+        faults = answer.faults
+        broken = {fault.cell for fault in faults}
+        if answer.value is not None and "" not in broken:
+            found = parts(answer.value)
+            good |= {cell: found[cell] for cell in cells if cell not in good and cell not in broken}
+        if len(good) == len(cells) or not answer.again:
+            break
+        current = ask_again(request, answer.text, faults, attempt + 1)
+    return Validated(
+        {cell: good[cell] for cell in cells if cell in good},
+        tuple(fault for fault in faults if fault.cell not in good),
+    )

@@ -11,12 +11,13 @@ import asyncio
 import json
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import openai
+from tqdm import tqdm
 
 from data_gen.authors import client
 from data_gen.authors.client import NoCompletion, Server
@@ -40,17 +41,12 @@ class Waves:
     """An `Ask` that answers from the ledger and notes what is missing for the next wave."""
 
     def __init__(self, answers: Answers, *, attempts: int = 4) -> None:
-        """See `data_gen.pipeline.asking.Asker`."""
         self._answers, self._attempts = answers, attempts
         self._missing: dict[str, None] = {}
         self._unstored: list[Request] = []
 
     async def __call__(self, request: Request, check: Check) -> Answered:
-        """Returns the final answer to a request.
-
-        Raises:
-            Pending: there is none yet; the request is noted.
-        """
+        """Returns the final answer to a request, or notes the request and raises Pending."""
         found = self._answers.find(request.key)
         if found is None or not is_final(found, self._attempts):
             if request.key not in self._missing:
@@ -74,31 +70,17 @@ class Waves:
 
 @dataclass(kw_only=True)
 class BatchServer:
-    """Submits waves, waits for them and collects their answers.
-
-    Attributes:
-        server: where the model is.
-        root: folder of the images.
-        answers: of the ledger.
-        price: of the model.
-        money: the budget of the ledger.
-        mode: how the server is held to the schemas.
-        attempts: see `data_gen.pipeline.asking.Asker`.
-        budget: limits the requests that bring no usable answer.
-        poll: seconds between two looks at a batch.
-        say: receives progress messages.
-    """
+    """Submits waves, waits for them and collects their answers."""
 
     server: Server
-    root: Path
+    root: Path  # folder of the images
     answers: Answers
     price: Price
     money: MoneyBudget
     mode: Mode
-    attempts: int = 4
-    budget: ErrorBudget = field(default_factory=ErrorBudget)
-    poll: float = 30.0
-    say: Callable[[str], None] = print
+    attempts: int  # answers to one request until one has the right form
+    budget: ErrorBudget
+    poll: float  # seconds between two looks at a batch
     _held: float = 0.0
 
     def __post_init__(self) -> None:
@@ -110,11 +92,7 @@ class BatchServer:
         await self._client.close()
 
     async def submit(self, keys: list[str]) -> None:
-        """Sends a wave as one or more batches.
-
-        Raises:
-            StopRun: it could exceed the budget, or the server takes no batch.
-        """
+        """Sends a wave as one or more batches."""
         for key in keys:
             most = size_of(self.answers.body(key)).most(self.price, batch=True)
             self.money.hold(most)
@@ -130,7 +108,7 @@ class BatchServer:
                     raise StopRun(
                         f"stopped: the server takes no batch ({self._redacted(error.message)}); run again to go on."
                     ) from error
-                self.say(f"submitted a batch of {size:,} requests")
+                tqdm.write(f"submitted a batch of {size:,} requests")
 
     async def _create(self, token: str, handle: IO[bytes]) -> None:
         try:
@@ -142,13 +120,8 @@ class BatchServer:
         once = self._client.with_options(max_retries=0)
         for left in reversed(range(self.server.sends)):
             try:
-                created = await once.batches.create(
-                    completion_window="24h",
-                    endpoint=ENDPOINT,
-                    input_file_id=uploaded.id,
-                    metadata={_TOKEN: token},
-                )
-                identity = created.id
+                options = {"endpoint": ENDPOINT, "input_file_id": uploaded.id, "metadata": {_TOKEN: token}}
+                identity = (await once.batches.create(completion_window="24h", **options)).id
             except openai.APIError as error:
                 is_refused = isinstance(error, openai.APIStatusError) and client.is_lasting(error.status_code)
                 identity = None if is_refused else await self._find(token)
@@ -166,11 +139,7 @@ class BatchServer:
             yield json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
     async def collect(self) -> int:
-        """Waits for all batches under way, stores their answers and returns how many came.
-
-        Raises:
-            StopRun: the server refused a batch, or cannot be reached.
-        """
+        """Waits for all batches under way, stores their answers and returns how many came."""
         collected = 0
         try:
             for token, identity in self.answers.open_batches():
@@ -200,7 +169,7 @@ class BatchServer:
     async def _collect(self, token: str, identity: str) -> int:
         while (batch := await self._client.batches.retrieve(identity)).status not in _ENDED:
             counts = batch.request_counts
-            self.say(f"batch {batch.status}" + (f" {counts.completed:,} of {counts.total:,}" if counts else ""))
+            tqdm.write(f"batch {batch.status}" + (f" {counts.completed:,} of {counts.total:,}" if counts else ""))
             await asyncio.sleep(self.poll)
         if batch.status == "failed":
             self.answers.mark_batch(token, identity, "failed")
@@ -225,7 +194,7 @@ class BatchServer:
             self.money.release(0, answer.reply.price)
         self.answers.collect_batch(token, list(found.items()))
         if empty:
-            self.say(f"{len(empty):,} lines of the batch hold no answer; the first: {self._redacted(empty[0])}")
+            tqdm.write(f"{len(empty):,} lines of the batch hold no answer; the first: {self._redacted(empty[0])}")
         if stops:  # only now, when the others are stored
             raise stops[0]
         # Keys are hashes: in their order good and bad are mixed, while the server puts all bad ones at the end.
@@ -235,16 +204,8 @@ class BatchServer:
         return len(found)
 
     def _answer(self, text: str) -> tuple[str, Answer]:
-        """Reads one line of an output or error file.
-
-        Raises:
-            NoCompletion: it holds no answer; the request stays open.
-            StopRun: it says that no request can succeed.
-        """
-        try:
-            line: Any = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise NoCompletion(f"it is not JSON ({error})") from error
+        """Reads one line of an output or error file; after NoCompletion its request stays open."""
+        line = client.from_json(text)
         key = line.get("custom_id") if isinstance(line, dict) else None
         stage = self.answers.stage(key) if isinstance(key, str) and key.isascii() else None
         if key is None or stage is None:

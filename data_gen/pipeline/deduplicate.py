@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 
 from pydantic import BaseModel
@@ -29,16 +30,7 @@ async def deduplicate(ledger: Ledger, recipe: Recipe, ask: Ask, *, workers: int)
     """Compares all new pairs with each other and with those kept before.
 
     A near-duplicate is asked for again in other words, at most `recipe.again` times, then dropped; of a conversation
-    the last question counts.
-
-    Args:
-        ledger: where the pairs are.
-        recipe: how they were made.
-        ask: see `data_gen.pipeline.asking`.
-        workers: how many are asked for again at once.
-
-    Raises:
-        StopRun, Unreachable, Pending: an answer did not come; nothing is stored then but the answers that did.
+    the last question counts. When an answer does not come (StopRun, Unreachable, Pending) nothing else is stored.
     """
     seen = Duplicates()
     for turns in _conversations(ledger.pairs_in("kept")):
@@ -49,23 +41,19 @@ async def deduplicate(ledger: Ledger, recipe: Recipe, ask: Ask, *, workers: int)
         if breach := seen.add(turns[-1].id, turns[-1].question):
             repeated.append((turns, breach))
     rewritten: list[Pair] = []
+    new: dict[str, Pair] = {}
+    pending: list[Pending] = []
+
+    async def rewrite(one: tuple[list[Pair], Breach], attempt: int) -> None:
+        try:
+            if pair := await _rewrite(one[0][-1], one[1], ledger, recipe, ask, attempt=attempt):
+                new[pair.id] = pair
+        except Pending as error:
+            pending.append(error)
+
     for attempt in range(1, recipe.again + 1):
-        new: dict[str, Pair] = {}
-        pending: list[Pending] = []
-
-        async def rewrite(
-            one: tuple[list[Pair], Breach],
-            attempt: int = attempt,
-            new: dict[str, Pair] = new,
-            pending: list[Pending] = pending,
-        ) -> None:
-            try:
-                if pair := await _rewrite(one[0][-1], one[1], ledger, recipe, ask, attempt=attempt):
-                    new[pair.id] = pair
-            except Pending as error:
-                pending.append(error)
-
-        await work_through(iter(repeated), rewrite, workers)
+        new.clear()
+        await work_through(iter(repeated), partial(rewrite, attempt=attempt), workers)
         if pending:
             raise pending[0]
         left: list[tuple[list[Pair], Breach]] = []

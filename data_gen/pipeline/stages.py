@@ -10,18 +10,27 @@ What becomes of an item depends on the recipe and on the answers only, so it can
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 from typing import Any, cast
 
 from pydantic import BaseModel
 
 from data_gen.core.calls import Fault
-from data_gen.core.items import PERSPECTIVES, TEMPLATES, Drop, Item, Pair, length_of, perspective_of
+from data_gen.core.items import LENGTHS, PERSPECTIVES, TEMPLATES, Drop, Item, Pair, length_of, perspective_of
 from data_gen.core.recipe import Outcome, Recipe, fields_of, pair_id, request_of
-from data_gen.core.schemas import CELLS, Caption, CellPair, CellPairs, Descriptions, Revision, Revisions
-from data_gen.pipeline.asking import Ask
-from data_gen.pipeline.conversations import converse
-from data_gen.pipeline.retry import Validated, ask_until_valid
+from data_gen.core.schemas import (
+    CELLS,
+    Caption,
+    CellPair,
+    CellPairs,
+    Conversation,
+    ConversationTurn,
+    Descriptions,
+    Revision,
+    Revisions,
+)
+from data_gen.pipeline.asking import Ask, Validated, ask_until_valid
 from data_gen.rules import checks as rules
 
 CAPTION_WORDS = 80
@@ -33,7 +42,7 @@ async def make(item: Item, recipe: Recipe, ask: Ask) -> Outcome:
     drops: list[Drop] = []
     caption = await _caption(item, recipe, ask, drops)
     if recipe.style == "multi-turn":
-        return Outcome(await converse(item, recipe, ask, caption=caption, drops=drops), drops)
+        return Outcome(await _converse(item, recipe, ask, caption=caption, drops=drops), drops)
     passes = [
         _one_pass(item, recipe, ask, fields_of(item, recipe.names, caption, template=template, variant=variant))
         for template in TEMPLATES
@@ -199,3 +208,55 @@ def _judge_same_target(texts: dict[str, str], good: dict[str, Any], item: Item, 
             breaches = rules.check_same_target(texts[short], texts[long], item, recipe.names)
             faults += [Fault(at_fault, breach.rule, breach.reason) for breach in breaches]
     return faults
+
+
+async def _converse(item: Item, recipe: Recipe, ask: Ask, *, caption: str, drops: list[Drop]) -> list[Pair]:
+    """Makes one conversation of 2 to 4 turns, the last of which asks for the target in a drawn perspective and length.
+
+    The form is that of MedSeg-QA (MedSeg-R, arXiv 2506.10465): from the image as a whole to one structure and its mask.
+    """
+    draw = int.from_bytes(hashlib.sha256(f"{recipe.seed} {item.id}".encode()).digest()[:8], "big")
+    turns = 2 + draw % 3
+    perspective, length = PERSPECTIVES[draw // 3 % 2], LENGTHS[draw // 6 % 2]
+    fields = fields_of(item, recipe.names, caption)
+    fields |= {"turns": turns, "perspective": perspective, "length": length}
+
+    def judge(value: BaseModel, _: dict[str, Any]) -> list[Fault]:
+        found = cast(Conversation, value).turns
+        if len(found) != turns:
+            return [Fault("", "turns", f"the conversation has {len(found)} turns; write exactly {turns}")]
+        breaches = [
+            (number, breach)
+            for number, turn in enumerate(found[:-1], 1)
+            for breach in rules.check_turn(turn.question, turn.answer, item, recipe.names)
+        ]
+        last = rules.check_pair(found[-1].question, found[-1].answer, length, item, recipe.names)
+        breaches += [(turns, breach) for breach in last]
+        return [Fault("", breach.rule, f"turn {number}: {breach.reason}") for number, breach in breaches]
+
+    valid = await ask_until_valid(
+        request_of("converse", fields, recipe, item),
+        ["turns"],
+        judge,
+        lambda value: {"turns": cast(Conversation, value).turns},
+        ask=ask,
+        again=recipe.again,
+    )
+    identity = pair_id(item.id, "first", f"{perspective}-{length}", 1)
+    drops += [Drop(item.id, "converse", fault.rule, fault.reason, identity) for fault in valid.faults[:1]]
+    made: list[ConversationTurn] = valid.parts.get("turns", [])
+    return [
+        Pair(
+            id=f"{identity}-t{number}",
+            item=item.id,
+            template="first",
+            perspective=perspective,
+            length=length,
+            question=turn.question.strip(),
+            answer=turn.answer.strip(),
+            turn=number,
+            conversation=identity,
+            author=recipe.model,
+        )
+        for number, turn in enumerate(made, 1)
+    ]

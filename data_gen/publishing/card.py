@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,6 +12,7 @@ from data_gen.publishing.parquet import HUB_NAMES
 from data_gen.publishing.splits import PAPER_COUNTS, SPLITS
 from data_gen.publishing.summary import SA_MED2D_LICENCE
 
+TEMPLATE = Path(__file__).with_name("card.txt")
 _AUTHORS = {
     "offline": "> **Made by the offline author.** No language model wrote these questions and answers: they are composed "
     "from a curated knowledge file and from the positions of the boxes, through the same checks as a model's. They "
@@ -33,50 +35,34 @@ _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000
 
 def card(summary: dict[str, Any]) -> str:
     """Returns the README.md of a data set, from its summary (`data_gen.publishing.summary.summary`)."""
-    counts = summary["counts"]
+    counts, screening = summary["counts"], summary["screening"]
     columns = ("images", "cases", "categories", "pairs", "attribute", "location", "short", "long", "conversations")
     models = [(stage, ", ".join(f"`{model}`" for model in listed)) for stage, listed in summary["models"].items()]
     dropped = [(f"`{one['rule']}`", one["count"], f"{one['share']:.2%}") for one in summary["dropped"]]
-    parts = [
-        f"---\n{yaml.safe_dump(_front(summary), sort_keys=False)}---",
-        "# MLMR-SD, made anew",
-        "Images of medical objects with masks, boxes, and implicit questions that a model must reason about to find the "
-        "object, each with an explanatory answer: a data set in the form of MLMR-SD (*MediSee: Reasoning-based "
-        "Pixel-level Perception in Medical Images*, arXiv 2504.11008), made by `data_gen`. The paper's own data set was "
-        "not published; this one shares no text with it. Research use only, not for medical decisions.",
-        _AUTHORS[summary["author"]],
-        "## Contents",
-        markdown_table(("split", *columns), [(split, *(counts[split][name] for name in columns)) for split in SPLITS]),
-        "Cases (patients or volumes) are never cut between splits. The paper has "
-        + " / ".join(f"{PAPER_COUNTS[split]:,}" for split in SPLITS)
-        + " images; where there are fewer, the splits have these proportions as near as whole cases allow. Keep the "
-        "cases of validation and test out of everything else that you train on.",
-        "Each row is one image with one target: `id`, `target`, `image`, `mask`, `category`, `box` (x0, y0, x1, y1 in "
-        "pixels, half-open), `modality`, `source`, `case`, and `qa`: question, answer, perspective (attribute or "
-        "location), length (short or long), template, conversation and turn, author, screening.",
-        "## How it was made",
-        markdown_table(("stage", "models"), models) if models else "No request to a model is on record.",
-        *(
-            (
-                "What the rules dropped for good, after all attempts:",
-                markdown_table(("rule", "dropped", "of all"), dropped),
-            )
-            if dropped
-            else ("The rules dropped nothing.",)
-        ),
-        "## Screening by people",
-        *_screening(summary["screening"]),
-        "## Sources and licences",
-        markdown_table(
-            ("images from", "licence", "images"),
-            [
-                (f"[{one['name']}]({one['url']})" if one["url"] else one["name"], one["licence"], one["images"])
-                for one in summary["sources"]
-            ],
-        ),
-        "The terms of the images apply, and for the texts those of the models that wrote them.",
+    drops = "What the rules dropped for good, after all attempts:\n\n"
+    drops += markdown_table(("rule", "dropped", "of all"), dropped)
+    outcomes = [(_OUTCOMES[name], count) for name, count in screening["outcomes"].items()]
+    contents = [(split, *(counts[split][name] for name in columns)) for split in SPLITS]
+    agreement = [
+        f"- {one['first']} and {one['second']}: {one['raw']:.1%} the same verdict on {one['pairs']:,} pairs, Cohen's kappa "
+        + ("not defined" if one["kappa"] is None else f"{one['kappa']:.2f}")
+        for one in screening["agreement"]
     ]
-    return "\n\n".join(parts) + "\n"
+    sources = [
+        (f"[{one['name']}]({one['url']})" if one["url"] else one["name"], one["licence"], one["images"])
+        for one in summary["sources"]
+    ]
+    return TEMPLATE.read_text(encoding="utf-8").format(
+        front=yaml.safe_dump(_front(summary), sort_keys=False),
+        author=_AUTHORS[summary["author"]],
+        contents=markdown_table(("split", *columns), contents),
+        paper=" / ".join(f"{PAPER_COUNTS[split]:,}" for split in SPLITS),
+        models=markdown_table(("stage", "models"), models) if models else "No request to a model is on record.",
+        dropped=drops if dropped else "The rules dropped nothing.",
+        outcomes=markdown_table(("outcome", "pairs"), outcomes) + ("\n\n" + "\n".join(agreement) if agreement else ""),
+        sources=markdown_table(("images from", "licence", "images"), sources),
+        **{name: screening[name] for name in ("judged", "pairs", "share", "reviewers")},
+    )
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -92,11 +78,8 @@ def _front(summary: dict[str, Any]) -> dict[str, Any]:
     counts = summary["counts"]
     images = sum(one["images"] for one in counts.values())
     licences = {one["licence"] for one in summary["sources"]}
-    files = [
-        {"split": HUB_NAMES[split], "path": f"data/{HUB_NAMES[split]}-*.parquet"}
-        for split in SPLITS
-        if counts[split]["images"]
-    ]
+    names = [HUB_NAMES[split] for split in SPLITS if counts[split]["images"]]
+    files = [{"split": name, "path": f"data/{name}-*.parquet"} for name in names]
     return {
         "pretty_name": "MLMR-SD, made anew",
         "language": ["en"],
@@ -106,17 +89,3 @@ def _front(summary: dict[str, Any]) -> dict[str, Any]:
         "size_categories": [next((name for most, name in _SIZES if images < most), "n>1M")],
         "configs": [{"config_name": "default", "data_files": files}],
     }
-
-
-def _screening(screening: dict[str, Any]) -> list[str]:
-    parts = [
-        f"{screening['judged']:,} of {screening['pairs']:,} pairs ({screening['share']:.1%}) were judged by "
-        f"{screening['reviewers']} reviewer(s). One rejection takes a pair out; an edit goes before an accept.",
-        markdown_table(("outcome", "pairs"), [(_OUTCOMES[name], n) for name, n in screening["outcomes"].items()]),
-    ]
-    agreement = [
-        f"- {one['first']} and {one['second']}: {one['raw']:.1%} the same verdict on {one['pairs']:,} pairs, Cohen's kappa "
-        + ("not defined" if one["kappa"] is None else f"{one['kappa']:.2f}")
-        for one in screening["agreement"]
-    ]
-    return [*parts, "\n".join(agreement)] if agreement else parts

@@ -16,22 +16,17 @@ from medisee.records.masks import Box
 from medisee.records.records import Record, Target, Turn
 from medisee.sources.mlmr_sd import Question, worded
 
+_SHARED = ("id", "question", "answer", "perspective", "length", "author")  # fields of pairs and questions
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One image of the data set.
+    """One image of the data set."""
 
-    Attributes:
-        item: the image and its target.
-        split: the split that it belongs to.
-        name: its file name without suffix, unique.
-        pairs: its questions and answers, in the order of conversations, turns and ids.
-    """
-
-    item: Item
+    item: Item  # the image and its target
     split: Split
-    name: str
-    pairs: tuple[Screened, ...]
+    name: str  # its file name without suffix, unique
+    pairs: tuple[Screened, ...]  # in the order of conversations, turns and ids
 
     @property
     def image(self) -> str:
@@ -61,23 +56,14 @@ class Entry:
         item = self.item
         qa = tuple(worded(question, seed) for question in self.questions)
         target = Target(id=item.target, category=item.category, mask=self.mask, box=self.box, qa=qa)
-        return Record(
-            id=item.record,
-            image=self.image,
-            modality=item.modality,
-            source=item.source,
-            case=item.case,
-            targets=(target,),
-        )
+        known = {"modality": item.modality, "source": item.source, "case": item.case}
+        return Record(id=item.record, image=self.image, targets=(target,), **known)
 
 
 def entries(items: Iterable[Item], pairs: Iterable[Screened], seed: int) -> list[Entry]:
-    """Gives each image one target with its pairs, and a split.
+    """Gives each image one target with its pairs, and a split: train, then val, then test, each by the items' ids.
 
     Items without pairs are skipped. Of two items of one image the one with more pairs stays, then the first.
-
-    Returns:
-        train, then val, then test, each in the order of the items' ids.
     """
     of_item: dict[str, list[Screened]] = {}
     for one in sorted(pairs, key=lambda one: in_turns(one.pair)):
@@ -103,28 +89,15 @@ def in_turns(pair: Pair) -> tuple[str, int, str]:
 def questions_of(pairs: Iterable[Pair], category: str, *, image: str = "", mask: str = "") -> list[Question]:
     """Returns what asks for the target: a conversation is one question, its last, with the turns before it.
 
-    Args:
-        pairs: of one item, sorted by `in_turns`.
-        category: of the item.
-        image: path of its image in the data set.
-        mask: path of its mask.
+    The pairs are those of one item, sorted by `in_turns`; `image` and `mask` are paths in the data set.
     """
-    conversations = [list(turns) for _, turns in groupby(pairs, key=lambda pair: pair.conversation or pair.id)]
-    return [
-        Question(
-            id=last.id,
-            image=image,
-            mask=mask,
-            category=category,
-            question=last.question,
-            answer=last.answer,
-            perspective=last.perspective,
-            length=last.length,
-            history=tuple(Turn(turn.question, turn.answer) for turn in earlier),
-            author=last.author,
-        )
-        for *earlier, last in conversations
-    ]
+    questions: list[Question] = []
+    for _, turns in groupby(pairs, key=lambda pair: pair.conversation or pair.id):
+        *earlier, last = turns
+        shared = {name: getattr(last, name) for name in _SHARED}
+        history = tuple(Turn(turn.question, turn.answer) for turn in earlier)
+        questions.append(Question(image=image, mask=mask, category=category, history=history, **shared))
+    return questions
 
 
 def _names(items: Iterable[Item]) -> dict[str, str]:

@@ -5,18 +5,17 @@ They are drawn without a window and hold no date, so the same numbers give the s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from wordcloud import STOPWORDS, WordCloud
 
 from data_gen.publishing.statistics import Statistics
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-MOST_CATEGORIES = 120
-"""Bars of the frequency plot; the paper has 109 categories."""
+MOST_CATEGORIES = 120  # bars of the frequency plot; the paper has 109 categories
 _AUTHORS = {
     "models": "written by models",
     "offline": "made by the offline author",
@@ -26,24 +25,19 @@ _BLUE, _ORANGE, _GREEN, _GREY = "#0072b2", "#e69f00", "#009e73", "#666666"
 
 
 def draw_figures(statistics: Statistics, folder: Path) -> list[str]:
-    """Writes the figures as PNG into a folder; one that has nothing to show is left out.
-
-    Returns:
-        The names of the files.
-    """
+    """Writes the figures that have something to show as PNG into a folder; returns the names of the files."""
     drawn: list[str] = []
     for name, values in (("cloud_categories.png", statistics.pairs), ("cloud_questions.png", statistics.words)):
         if values:
             _cloud(values, folder / name, stop=name == "cloud_questions.png")
             drawn.append(name)
-    plots: dict[str, tuple[Callable[[Statistics], Figure], bool]] = {
-        "frequency.png": (_frequency, bool(statistics.pairs)),
-        "lengths.png": (_lengths, bool(statistics.answer_words)),
-        "perspectives.png": (_perspectives, any(statistics.cells.values())),
-        "dropped.png": (_dropped, bool(statistics.dropped or statistics.faults)),
-    }
-    for name, (plot, has_values) in plots.items():
-        if has_values:
+    for name, plot, values in (
+        ("frequency.png", _frequency, statistics.pairs),
+        ("lengths.png", _lengths, statistics.answer_words),
+        ("perspectives.png", _perspectives, sum(statistics.cells.values())),
+        ("dropped.png", _dropped, statistics.dropped or statistics.faults),
+    ):
+        if values:
             # Without this matplotlib writes its version into the file.
             plot(statistics).savefig(folder / name, dpi=150, metadata={"Software": None})
             drawn.append(name)
@@ -52,9 +46,6 @@ def draw_figures(statistics: Statistics, folder: Path) -> list[str]:
 
 def _cloud(values: dict[str, int], path: Path, *, stop: bool) -> None:
     """Draws words sized by their counts; `stop` leaves out stop words, unless there are no others."""
-    import matplotlib
-    from wordcloud import STOPWORDS, WordCloud
-
     kept = {word: count for word, count in values.items() if not (stop and word in STOPWORDS)}
     cloud = WordCloud(
         width=1400,
@@ -71,8 +62,6 @@ def _cloud(values: dict[str, int], path: Path, *, stop: bool) -> None:
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
     # Not pyplot: no window system, and nothing stays in memory.
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
@@ -81,8 +70,6 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tup
 
 
 def _frequency(statistics: Statistics) -> Figure:
-    from matplotlib.ticker import MaxNLocator
-
     names = list(statistics.pairs)[:MOST_CATEGORIES]
     figure, axes = _figure(max(6.0, 0.19 * len(names) + 1.5), 7.0, rows=2)
     for ax, values, label, color in (
@@ -128,8 +115,6 @@ def _perspectives(statistics: Statistics) -> Figure:
 
 
 def _dropped(statistics: Statistics) -> Figure:
-    from matplotlib.ticker import MaxNLocator
-
     rules = sorted(statistics.dropped.keys() | statistics.faults.keys())
     figure, (ax,) = _figure(7.0, 1.6 + 0.45 * len(rules))
     shown = [(statistics.dropped, _ORANGE, "dropped for good")]

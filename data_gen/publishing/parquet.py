@@ -13,20 +13,17 @@ from typing import Any
 from data_gen.publishing.entries import Entry
 from data_gen.publishing.splits import SPLITS, Split
 
-HUB_NAMES: dict[Split, str] = {"train": "train", "val": "validation", "test": "test"}
-"""What dataset hubs call the splits."""
+HUB_NAMES: dict[Split, str] = {"train": "train", "val": "validation", "test": "test"}  # what hubs call the splits
 ROWS_PER_FILE = 2000  # a few hundred megabytes of slices
 _ROWS_PER_GROUP = 100
+_OF_ITEM = ("target", "category", "modality", "source", "case")
 _OF_PAIR = ("id", "question", "answer", "perspective", "length", "template", "conversation", "turn", "author")
 
 
 def write_parquet(folder: Path, pictures: Path, entries: Sequence[Entry]) -> None:
-    """Writes `data/<split>-00000-of-00001.parquet` and so on; a split without an image has no file.
+    """Writes `data/<split>-00000-of-00001.parquet` and so on into a folder; a split without an image has no file.
 
-    Args:
-        folder: where `data/` goes.
-        pictures: the folder that the entries' image and mask paths are relative to.
-        entries: the data set.
+    Image and mask paths of the entries are relative to the folder `pictures`.
     """
     import pyarrow
     import pyarrow.parquet
@@ -56,20 +53,8 @@ def _schema() -> Any:
 
 
 def _row(entry: Entry, pictures: Path) -> dict[str, Any]:
-    item = entry.item
-    return {
-        "id": item.record,
-        "target": item.target,
-        **{
-            kind: {"bytes": (pictures / path).read_bytes(), "path": Path(path).name}
-            for kind, path in (("image", entry.image), ("mask", entry.mask))
-        },
-        "category": item.category,
-        "box": list(entry.box),
-        "modality": item.modality,
-        "source": item.source,
-        "case": item.case,
-        "qa": [
-            {**{name: getattr(one.pair, name) for name in _OF_PAIR}, "screening": one.outcome} for one in entry.pairs
-        ],
-    }
+    row: dict[str, Any] = {name: getattr(entry.item, name) for name in _OF_ITEM}
+    for kind, path in (("image", entry.image), ("mask", entry.mask)):
+        row[kind] = {"bytes": (pictures / path).read_bytes(), "path": Path(path).name}
+    qa = [{**{name: getattr(one.pair, name) for name in _OF_PAIR}, "screening": one.outcome} for one in entry.pairs]
+    return {**row, "id": entry.item.record, "box": list(entry.box), "qa": qa}

@@ -30,8 +30,7 @@ from data_gen.publishing.review_session import Refused, ReviewSession
 from medisee.foundation.errors import InputError
 
 ADDRESS = "127.0.0.1"
-MOST_BYTES = 64 * 1024
-"""Largest body of a request: an edited pair is a few hundred bytes."""
+MOST_BYTES = 64 * 1024  # of a request's body: an edited pair is a few hundred bytes
 PAGE = Path(__file__).with_name("review_page.html")
 _HEADERS = {
     "Cache-Control": "no-store",
@@ -43,26 +42,17 @@ _HEADERS = {
 
 
 class ReviewServer(uvicorn.Server):
-    """Serves the review page of one session; `run` returns when `should_exit` is set.
-
-    Attributes:
-        token: what every request but the one for the page must carry.
-        socket: bound to 127.0.0.1.
-        port: of the socket.
-    """
+    """Serves the review page of one session; `run` returns when `should_exit` is set."""
 
     def __init__(self, session: ReviewSession, port: int) -> None:
-        """Binds the port; 0 takes a free one.
-
-        Raises:
-            InputError: the port is taken or not allowed.
-        """
+        """Binds the port of 127.0.0.1; 0 takes a free one."""
         try:
             self.socket = socket.create_server((ADDRESS, port))
         except OSError as error:
             raise InputError(f"--port {port}: cannot be used ({error.strerror}); name a free port, or 0.") from error
-        self.token = secrets.token_urlsafe(24)
+        self.token = secrets.token_urlsafe(24)  # of every request but the one for the page
         self.port: int = self.socket.getsockname()[1]
+        self.url = f"http://{ADDRESS}:{self.port}/#{self.token}"  # to open
         config = uvicorn.Config(
             _app(session, self.token, (f"{ADDRESS}:{self.port}", f"localhost:{self.port}")),
             loop="asyncio",
@@ -78,11 +68,6 @@ class ReviewServer(uvicorn.Server):
             timeout_graceful_shutdown=1,
         )
         super().__init__(config)
-
-    @property
-    def url(self) -> str:
-        """The address to open, with the token."""
-        return f"http://{ADDRESS}:{self.port}/#{self.token}"
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serves until Ctrl-C, which is raised again as a KeyboardInterrupt, or until `should_exit` is set."""
@@ -111,7 +96,7 @@ def _app(session: ReviewSession, token: str, hosts: tuple[str, ...]) -> Starlett
     # Functions that are not `async` run in threads, so that pictures are read side by side.
     app = Starlette(
         routes=[
-            Route("/", lambda _: _page()),
+            Route("/", _page),
             Route("/api/state", lambda _: _json(session.state())),
             Route("/api/agreement", lambda _: _json(session.agreement())),
             Route("/api/items/{number:int}", lambda request: _json(session.item(request.path_params["number"]))),
@@ -170,7 +155,7 @@ async def _body(request: Request) -> Any:
         raise Refused(400, error=f"not JSON: {error}") from error
 
 
-def _page() -> Response:
+def _page(_: Request) -> Response:
     nonce = base64.b64encode(secrets.token_bytes(16)).decode("ascii")
     policy = (
         f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src blob: data:; "

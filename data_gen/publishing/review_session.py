@@ -17,6 +17,8 @@ from data_gen.ledger.screening import agreements
 from data_gen.rules import checks as rules
 from medisee.foundation.errors import InputError
 
+_SHOWN = ("category", "modality", "source", "case", "width", "height", "box")  # what the page shows of an item
+
 
 class Refused(Exception):
     """A request that is not carried out: the HTTP status and the JSON that the page is sent."""
@@ -39,24 +41,12 @@ class DecisionBody(BaseModel):
 
 
 class ReviewSession:
-    """What the page's requests mean. Every method may be called in any thread and may raise Refused or InputError.
-
-    Attributes:
-        total: how many pairs there are to review.
-    """
+    """What the page's requests mean. Every method may be called in any thread and may raise Refused or InputError."""
 
     def __init__(self, ledger: Ledger, reviewer: str, *, share: float = 1.0, seed: int = 0) -> None:
-        """Draws the items to review.
+        """Draws a share of the items that have pairs, by a hash of seed and id: a larger share contains a smaller one.
 
-        Args:
-            ledger: where pairs come from and decisions go.
-            reviewer: the name that decisions are stored under.
-            share: of the items that have pairs, chosen by a hash of the seed and the id: a larger share contains a
-                smaller one.
-            seed: of the choice.
-
-        Raises:
-            InputError: the ledger holds no pair whose words are final.
+        The ledger must hold a pair whose words are final.
         """
         self._ledger, self._reviewer, self._names, self._root = ledger, reviewer, ledger.names(), ledger.root()
         self._lock = threading.Lock()
@@ -76,7 +66,7 @@ class ReviewSession:
         self._items = ranked[: math.ceil(share * len(ranked))]
         self._number = {item.id: number for number, item in enumerate(self._items)}
         self._pairs = {pair.id: pair for item in self._items for pair in self._of_item[item.id]}
-        self.total = len(self._pairs)
+        self.total = len(self._pairs)  # to review
         self._mine = self._read_mine()
 
     @property
@@ -118,10 +108,7 @@ class ReviewSession:
             ]
         return {
             "number": number,
-            **{
-                name: getattr(item, name)
-                for name in ("category", "modality", "source", "case", "width", "height", "box")
-            },
+            **{name: getattr(item, name) for name in _SHOWN},
             "others": sorted({entity.category for entity in item.entities} - {item.category}),
             "pairs": pairs,
         }

@@ -9,21 +9,17 @@ from collections.abc import Iterable, Sequence
 from data_gen.core.items import Item
 from medisee.records.records import SPLITS, Split
 
-PAPER_COUNTS: dict[Split, int] = {"train": 10_129, "val": 1_257, "test": 1_266}
-"""Image-mask pairs of MLMR-SD (section 3 of the paper)."""
+PAPER_COUNTS: dict[Split, int] = {"train": 10_129, "val": 1_257, "test": 1_266}  # of image-mask pairs, section 3
 
 
 def split_items(items: Iterable[Item], seed: int = 0) -> dict[Split, list[Item]]:
-    """Splits items by case.
+    """Splits items by case; the items of each split are in the order of their ids.
 
     Where there are as many items as in the paper or more, the splits have the paper's counts, and the excess is left
     out, from the most frequent categories first. Where there are fewer, they have the paper's proportions. A case
     is never cut between splits, so counts are as near as whole cases allow. Val and test take only cases whose
     categories all occur in another case, while there are two such cases, so that training sees what is asked later;
     each gets at least one case when there are three. The same items and seed give the same splits, in any order.
-
-    Returns:
-        The items of each split, in the order of their ids.
     """
     cases = _cases(items, seed)
     total = sum(map(len, cases))

@@ -23,40 +23,25 @@ from medisee.sources.mlmr_sd import Question, read_release
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """A data set in numbers.
+    """A data set in numbers. `faults` and `calls` are known from a ledger only.
 
-    Attributes:
-        author: who wrote the texts: "models", "offline" or "models and offline".
-        images: the number of images of each category, the most frequent first (by pairs).
-        pairs: the number of question-answer pairs of each category, in the same order.
-        cells: the number of pairs of each perspective and length, as "attribute short". Here and in the numbers of
-            words the earlier turns of conversations do not count, since they do not ask for the target.
-        question_words: for each length, how many questions have a given number of words.
-        answer_words: how many answers have a given number of words.
-        words: how often each word occurs in a question.
-        dropped: how many pairs or items each rule took out.
-        faults: how often each rule objected to an answer, later corrected ones included; known from a ledger only.
-        calls: requests, tokens and price of each stage and model; known from a ledger only.
+    In `cells` and the numbers of words the earlier turns of conversations do not count: they do not ask for the target.
     """
 
-    author: str
-    images: dict[str, int]
-    pairs: dict[str, int]
-    cells: dict[str, int]
-    question_words: dict[str, dict[int, int]]
-    answer_words: dict[int, int]
-    words: dict[str, int]
-    dropped: dict[str, int]
-    faults: dict[str, int] = field(default_factory=dict)
-    calls: list[dict[str, Any]] = field(default_factory=list)
+    author: str  # of the texts: "models", "offline" or "models and offline"
+    images: dict[str, int]  # by category, in the order of `pairs`
+    pairs: dict[str, int]  # by category, the most frequent first
+    cells: dict[str, int]  # pairs by perspective and length, such as "attribute short"
+    question_words: dict[str, dict[int, int]]  # for each length, how many questions have a given number of words
+    answer_words: dict[int, int]  # how many answers have a given number of words
+    words: dict[str, int]  # how often each word occurs in a question
+    dropped: dict[str, int]  # how many pairs or items each rule took out
+    faults: dict[str, int] = field(default_factory=dict)  # how often each rule objected, also to what was corrected
+    calls: list[dict[str, Any]] = field(default_factory=list)  # requests, tokens and price of each stage and model
 
 
 def statistics_of_ledger(ledger: Ledger) -> Statistics:
-    """Counts what an export of a ledger would hold, given the decisions so far.
-
-    Raises:
-        InputError: there is no pair.
-    """
+    """Counts what an export of a ledger would hold, given the decisions so far."""
     categories = {item.id: item.category for item in ledger.items()}
     candidates = ledger.pairs()
     pairs = [one.pair for one in screen(candidates, ledger.decisions()).pairs]
@@ -86,15 +71,7 @@ def statistics_of_ledger(ledger: Ledger) -> Statistics:
 
 
 def statistics_of_export(folder: Path, facts: dict[str, Any]) -> Statistics:
-    """Counts what an exported data set holds.
-
-    Args:
-        folder: what `python -m data_gen export` wrote.
-        facts: the content of its data.json.
-
-    Raises:
-        InputError: files are missing or wrong.
-    """
+    """Counts what the folder of an export holds; `facts` is the content of its data.json."""
     images: Counter[str] = Counter()
     questions: list[Question] = []
     for path in (folder / "release" / f"{split}.json" for split in SPLITS):

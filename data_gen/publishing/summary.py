@@ -34,11 +34,7 @@ class ImageSource(BaseModel):
 
 
 def read_sources(*extra: Path) -> dict[str, ImageSource]:
-    """Reads the package's table of sources, then files of the same form, whose entries win.
-
-    Raises:
-        InputError: a file cannot be read or has another form; all problems are named.
-    """
+    """Reads the package's table of sources, then files of the same form, whose entries win."""
     found: dict[str, ImageSource] = {}
     problems: list[str] = []
     for path in (SOURCES_FILE, *extra):
@@ -89,15 +85,7 @@ def summary(
     sources: dict[str, ImageSource],
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Returns the content of data.json. It holds no time, path, price or name of a reviewer.
-
-    Args:
-        ledger: what the data set was made from.
-        entries: the data set.
-        screening: what people made of the candidates.
-        sources: the known sources of images.
-        settings: what the data set was exported with.
-    """
+    """Returns the content of data.json. It holds no time, path, price or name of a reviewer."""
     decisions = ledger.decisions()
     reviewers = sorted({decision.reviewer for decision in decisions})
     labels = {name: f"reviewer {number}" for number, name in enumerate(reviewers, start=1)}
@@ -106,18 +94,15 @@ def summary(
     for count in ledger.answers.counts():
         models.setdefault(count.stage, []).append(count.model)
     from_source = Counter(_source_of(entry.item, sources) for entry in entries)
-    of_category: dict[str, list[Entry]] = {}
+    images, pairs = Counter(entry.item.category for entry in entries), Counter[str]()
     for entry in entries:
-        of_category.setdefault(entry.item.category, []).append(entry)
+        pairs[entry.item.category] += len(entry.pairs)
     return {
         "author": authorship(one.pair for entry in entries for one in entry.pairs),
         "models": models,
         "settings": settings,
         "counts": {split: _counts([entry for entry in entries if entry.split == split]) for split in SPLITS},
-        "categories": {
-            name: {"images": len(listed), "pairs": sum(len(entry.pairs) for entry in listed)}
-            for name, listed in sorted(of_category.items())
-        },
+        "categories": {name: {"images": images[name], "pairs": pairs[name]} for name in sorted(images)},
         "dropped": count_drops(ledger.drops(), candidates),
         "screening": {
             "pairs": candidates,

