@@ -11,12 +11,13 @@ from typing import Any, cast
 from pydantic import BaseModel
 
 from data_gen.core.calls import Fault
-from data_gen.core.items import LENGTHS, PERSPECTIVES, Drop, Item, Pair
+from data_gen.core.items import Drop, Item, Pair
 from data_gen.core.recipe import Recipe, fields_of, pair_id, request_of
 from data_gen.core.schemas import Conversation, ConversationTurn
 from data_gen.pipeline.asking import Ask
 from data_gen.pipeline.retry import ask_until_valid
 from data_gen.rules import checks as rules
+from medisee.records.records import LENGTHS, PERSPECTIVES
 
 
 async def converse(item: Item, recipe: Recipe, ask: Ask, *, caption: str, drops: list[Drop]) -> list[Pair]:

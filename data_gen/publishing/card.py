@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from data_gen.publishing.parquet import HUB_NAMES
 from data_gen.publishing.splits import PAPER_COUNTS, SPLITS
 from data_gen.publishing.summary import SA_MED2D_LICENCE
+from medisee.sources.mlmr_sd import HUB_NAMES
 
 _AUTHORS = {
     "offline": "> **Made by the offline author.** No language model wrote these questions and answers: they are composed "

@@ -50,11 +50,7 @@ REQUESTS = (
 
 
 def candidate_text(tokens: Sequence[str]) -> str:
-    """Joins candidate tokens as a sentence does: "[SEG]", "[SEG] and [BBOX]", "[SEG], [BBOX] and [TGT3]".
-
-    Raises:
-        ValueError: there is no token.
-    """
+    """Joins candidate tokens as a sentence does: "[SEG]", "[SEG] and [BBOX]", "[SEG], [BBOX] and [TGT3]"."""
     if not tokens:
         raise ValueError("candidate_text needs at least one candidate token, got none")
     *head, last = tokens
