@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from medisee.foundation.errors import InputError, exit_code, nearest
 from medisee.foundation.files import write_json
@@ -67,19 +68,20 @@ run.json.
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepares a data set from the command line."""
-    arguments = _parser().parse_args(argv)
+    options = vars(_parser().parse_args(argv))
+    command = options.pop("command")
     # Reading the index of a whole data set takes minutes, so what can be checked before is checked before.
-    if problems := _problems(arguments):
+    if problems := _problems(command, options):
         raise InputError(problems)
     started = time.perf_counter()
-    {"demo": _demo, "sa-med2d": _sa_med2d, "mlmr-sd": _mlmr_sd, "ask": _ask}[arguments.command](arguments)
+    {"demo": _demo, "sa-med2d": _sa_med2d, "mlmr-sd": _mlmr_sd, "ask": _ask}[command](options)
     seconds = round(time.perf_counter() - started, 3)
     # Late: the processes that read masks import this module and do not need torch.
     from medisee.foundation.provenance import run_facts
 
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
-    facts = run_facts({"data": options.pop("command"), **options}, arguments.seed, "cpu")
-    write_json(arguments.out / "run.json", {**facts, "seconds": seconds})
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    facts = run_facts({"data": command, **settings}, options["seed"], "cpu")
+    write_json(options["out"] / "run.json", {**facts, "seconds": seconds})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,89 +120,70 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _demo(arguments: argparse.Namespace) -> None:
+def _demo(options: dict[str, Any]) -> None:
     from medisee.sources.demo import prepare_demo
 
-    names = ("out", "copies", "seed", "limit", "train_questions")
-    _print_counts(arguments.out, prepare_demo(**{name: getattr(arguments, name) for name in names}))
+    _print_counts(options["out"], prepare_demo(**options))
 
 
-def _sa_med2d(arguments: argparse.Namespace) -> None:
+def _sa_med2d(options: dict[str, Any]) -> None:
     from medisee.sources.sa_med2d import prepare
     from medisee.sources.subset import parse_subset
 
-    done = prepare(
-        arguments.root,
-        arguments.out,
-        seed=arguments.seed,
-        val=arguments.val,
-        test=arguments.test,
-        min_area=arguments.min_area,
-        datasets=arguments.datasets,
-        workers=arguments.workers,
-        subset=parse_subset(arguments.subset, arguments.seed) if arguments.subset else None,
-        index_only=arguments.index_only,
-    )
+    subset = parse_subset(options["subset"], options["seed"]) if options["subset"] else None
+    done = prepare(**{**options, "subset": subset})
     print(f"{'split':<8}{'images':>12}{'targets':>12}{'cases':>12}")
     for split, images in done.images.items():
         print(f"{split:<8}{images:>12,}{done.targets[split]:>12,}{done.cases[split]:>12,}")
     for reason, files in sorted(done.rejects.items(), key=lambda one: -one[1]):
         print(f"left out: {files:,} file(s), {reason}")
-    print(f"done: {sum(done.images.values()):,} images in {arguments.out}; their root is {arguments.root}")
+    print(f"done: {sum(done.images.values()):,} images in {options['out']}; their root is {options['root']}")
 
 
-def _mlmr_sd(arguments: argparse.Namespace) -> None:
+def _mlmr_sd(options: dict[str, Any]) -> None:
     from medisee.sources.mlmr_sd import prepare
 
-    _print_counts(arguments.out, prepare(arguments.root, arguments.out, seed=arguments.seed))
+    _print_counts(options["out"], prepare(**options))
 
 
-def _ask(arguments: argparse.Namespace) -> None:
+def _ask(options: dict[str, Any]) -> None:
     from medisee.sources.ask import prepare
     from medisee.sources.query_bank import BANKS
 
-    bank = BANKS.get(arguments.bank, Path(arguments.bank))
+    name = options["bank"]
+    bank = BANKS.get(name, Path(name))
     if not bank.is_file():
         raise InputError(
-            f"--bank {arguments.bank}: is neither {' nor '.join(sorted(BANKS))} nor a YAML file; correct it."
-            f"{nearest(arguments.bank, BANKS)}"
+            f"--bank {name}: is neither {' nor '.join(sorted(BANKS))} nor a YAML file; correct it.{nearest(name, BANKS)}"
         )
-    done = prepare(
-        arguments.records,
-        arguments.out,
-        bank=bank,
-        root=arguments.root,
-        copies=arguments.copies,
-        seed=arguments.seed,
-        count=arguments.train_questions,
-    )
+    done = prepare(**{**options, "bank": bank})
     for category, targets in sorted(done.unknown.items()):
         print(f"left out: {targets:,} target(s) of {category!r}, which the bank does not know")
-    _print_counts(arguments.out, done.images)
+    _print_counts(options["out"], done.images)
 
 
 def _print_counts(out: Path, counts: Mapping[str, int]) -> None:
     print(f"done: {out} holds " + ", ".join(f"{name}.jsonl ({count} images)" for name, count in counts.items()))
 
 
-def _problems(arguments: argparse.Namespace) -> list[str]:
-    out = arguments.out
+def _problems(command: str, options: dict[str, Any]) -> list[str]:
+    out = options["out"]
     existing = next((path for path in (out, *out.parents) if path.exists()), out)
     problems = [] if existing.is_dir() else [f"--out {out}: {existing} is a file; expected a folder; choose another."]
-    if arguments.command != "sa-med2d":
+    if command != "sa-med2d":
         return problems
     from medisee.sources.subset import parse_subset
 
     try:
-        parse_subset(arguments.subset or [], arguments.seed)
+        parse_subset(options["subset"] or [], options["seed"])
     except InputError as error:
         problems += error.problems
-    for option, value, least in (("--min-area", arguments.min_area, 0), ("--workers", arguments.workers, 1)):
-        if arguments.index_only and value > least:
+    for option, value, least in (("--min-area", options["min_area"], 0), ("--workers", options["workers"], 1)):
+        if options["index_only"] and value > least:
             problems.append(f"{option}: is about masks, which --index-only does not read; leave one of them out.")
         if value < least:
             problems.append(f"{option} is {value}; expected {least} or more; raise it.")
-    shares = arguments.val, arguments.test
+    shares = options["val"], options["test"]
     if not all(math.isfinite(share) and share >= 0 for share in shares) or sum(shares) >= 1:
         problems.append(f"--val {shares[0]} --test {shares[1]}: expected shares >= 0 with a sum below 1; correct them.")
     return problems

@@ -57,12 +57,7 @@ def candidate_text(tokens: Sequence[str]) -> str:
     return f"{', '.join(head)} and {last}" if head else last
 
 
-def forced_answer(tokens: Sequence[str] = CANDIDATE_TOKENS) -> str:
-    """Returns the answer that teacher-forced scoring gives the model."""
-    return ANSWERS[0].format(candidates=candidate_text(tokens))
-
-
-FORCED_ANSWER = forced_answer()
+FORCED_ANSWER = ANSWERS[0].format(candidates=candidate_text(CANDIDATE_TOKENS))
 
 
 def class_question(name: str, rng: random.Random) -> str:

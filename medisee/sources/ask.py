@@ -36,7 +36,14 @@ class Counts:
 
 
 def prepare(
-    records: Path, out: Path, *, bank: Path, root: Path | None = None, copies: int = 3, seed: int = 0, count: int = 8
+    records: Path,
+    out: Path,
+    *,
+    bank: Path,
+    root: Path | None = None,
+    copies: int = 3,
+    seed: int = 0,
+    train_questions: int = 8,
 ) -> Counts:
     """Writes a data set with questions, whole or not at all; pictures are copied, masks become RLEs.
 
@@ -50,9 +57,9 @@ def prepare(
         root: folder that paths in the manifests are relative to; None: the manifests' own.
         copies: augmented copies of each training image, of COPY_SIDE pixels at most; they are never mirrored.
         seed: of the split of the wordings, the drawing and the augmentation.
-        count: questions for each target of `train_reasoning.jsonl`; a held-out target has two.
+        train_questions: questions for each target of `train_reasoning.jsonl`; a held-out target has two.
     """
-    numbers = {"copies": (copies, 0), "seed": (seed, 0), "train_questions": (count, 1)}
+    numbers = {"copies": (copies, 0), "seed": (seed, 0), "train_questions": (train_questions, 1)}
     check_settings(numbers, out, SUMMARY, "bank", "a data set of this command")
     pools = load_bank(bank, None)
     known = {name.casefold(): key for key, pool in pools.items() for name in (key, *pool.names)}
@@ -78,7 +85,7 @@ def prepare(
                 f"{records}: no target in {' and '.join(lacking)} that {bank} asks about ({', '.join(pools)}); "
                 f"found {', '.join(unknown) or 'none'}; give a bank that has these."
             )
-        written = write_questions(folder, plain, pools, seed, count)
+        written = write_questions(folder, plain, pools, seed, train_questions)
         images = {name: len(listed) for name, listed in written.items()}
         write_json(folder / SUMMARY, {"bank": bank.name, "images": images, "unknown": dict(unknown)})
     return Counts(images, dict(unknown))

@@ -23,19 +23,7 @@ from medisee.foundation.errors import InputError
 from medisee.foundation.files import inside
 from medisee.records.jsonl import Text, null_means, read_line, read_lines, read_object
 from medisee.records.prompts import reasoning_answer, reasoning_question
-from medisee.records.records import (
-    LENGTHS,
-    QA,
-    SPLITS,
-    Length,
-    Perspective,
-    Record,
-    Split,
-    Target,
-    TrueBox,
-    Turn,
-    write_records,
-)
+from medisee.records.records import QA, SPLITS, Length, Perspective, Record, Split, Target, TrueBox, Turn, write_records
 from medisee.sources.sa_med2d_index import ImageName, parse_name
 
 HUB_NAMES: dict[Split, str] = {"train": "train", "val": "validation", "test": "test"}  # of the splits
@@ -124,7 +112,7 @@ def write_splits(out: Path, splits: Mapping[str, list[Record]]) -> dict[str, int
         The number of records in each file, by its name without suffix.
     """
     files = dict(splits)
-    for length in LENGTHS:
+    for length in ("short", "long"):
         files[f"test_{length}"] = []
         for record in splits.get("test", []):
             targets = [replace(t, qa=tuple(qa for qa in t.qa if qa.length == length)) for t in record.targets]

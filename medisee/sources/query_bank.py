@@ -18,18 +18,7 @@ import yaml
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import is_new_or_earlier, write_json
 from medisee.records.prompts import reasoning_answer, reasoning_question
-from medisee.records.records import (
-    LENGTHS,
-    PERSPECTIVES,
-    QA,
-    SPLITS,
-    Length,
-    Perspective,
-    Record,
-    Split,
-    Target,
-    write_records,
-)
+from medisee.records.records import LENGTHS, PERSPECTIVES, QA, SPLITS, Length, Perspective, Record, Split, write_records
 from medisee.sources.brain import STRUCTURES
 
 Cell: TypeAlias = tuple[Perspective, Length]
@@ -100,19 +89,15 @@ def split_bank(bank: Mapping[str, Pool], seed: int) -> dict[Split, dict[str, Poo
     """
     parts: dict[Split, dict[str, Pool]] = {split: {} for split in SPLITS}
     for name, pool in bank.items():
-        ranked = {
-            cell: sorted(queries, key=lambda query: hashlib.sha256(f"{seed} {query}".encode()).hexdigest())
-            for cell, queries in pool.queries.items()
-        }
+        queries: dict[Split, dict[Cell, tuple[str, ...]]] = {split: {} for split in SPLITS}
+        for cell, wordings in pool.queries.items():
+            ranked = tuple(sorted(wordings, key=lambda query: hashlib.sha256(f"{seed} {query}".encode()).hexdigest()))
+            few = max(1, round(len(ranked) * HELD_OUT_SHARE))
+            queries["val"][cell], queries["test"][cell] = ranked[:few], ranked[few : 2 * few]
+            queries["train"][cell] = ranked[2 * few :]
         for split, part in parts.items():
-            part[name] = replace(pool, queries={cell: _share(ranked[cell], split) for cell in ranked})
+            part[name] = replace(pool, queries=queries[split])
     return parts
-
-
-def _share(ranked: list[str], split: Split) -> tuple[str, ...]:
-    held_out = max(1, round(len(ranked) * HELD_OUT_SHARE))
-    start, stop = {"val": (0, held_out), "test": (held_out, 2 * held_out), "train": (2 * held_out, None)}[split]
-    return tuple(ranked[start:stop])
 
 
 def training_questions(pool: Pool, count: int, rng: Random) -> tuple[QA, ...]:
@@ -142,7 +127,7 @@ def _with_questions(
     """Gives each target `count` training questions or, without a count, the two held-out ones."""
     made: list[Record] = []
     for turn, record in enumerate(records):
-        targets: list[Target] = []
+        targets = []
         for place, target in enumerate(record.targets):
             pool, rng = pools[target.category], Random(f"{seed}/{record.id}/{target.id}")
             qa = held_out_questions(pool, turn + place, rng) if count is None else training_questions(pool, count, rng)

@@ -116,7 +116,8 @@ class Index:
     def categories(self) -> set[str]:
         """Returns the names of all classes, as targets have them."""
         chosen = self._classes if self._datasets is None else self._datasets
-        return {_category(name) for dataset in chosen for names in self._classes[dataset].values() for name in names}
+        names = (name for dataset in chosen for names in self._classes[dataset].values() for name in names)
+        return {name.replace("_", " ") for name in names}
 
     def cases(self) -> set[str]:
         """Returns all cases, each "<dataset>/<case>"."""
@@ -150,10 +151,8 @@ class Index:
                 rejects.append(found)
             elif found != _UNION:
                 groups[found].append(mask)
-        names = self._classes.get(name.dataset, {})
-        classes = [
-            ClassMasks(f"{number:04d}", _category(names[number][0]), tuple(groups[number])) for number in sorted(groups)
-        ]
+        names = {number: self._classes[name.dataset][number][0].replace("_", " ") for number in sorted(groups)}
+        classes = [ClassMasks(f"{number:04d}", names[number], tuple(groups[number])) for number in names]
         return Entry(image, name, tuple(classes), tuple(rejects), len(masks))
 
     def _look_up(self, dataset: str, mask: str, code: str) -> int | Reject:
@@ -167,10 +166,6 @@ class Index:
             return Reject(mask, "unknown class", f"{dataset} has {found} for class id {match[1]}")
         self._codes[dataset][code] = _UNION if names[0].startswith("union_") else int(match[1])
         return self._codes[dataset][code]
-
-
-def _category(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _pairs(path: Path) -> Iterator[tuple[str, list[str]]]:
