@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from medisee.foundation.errors import InputError, exit_code, nearest
 from medisee.foundation.files import write_json
@@ -25,111 +26,75 @@ its structures, and questions that describe a structure without naming it.
   python scripts/prepare_data.py demo --out data/demo
   python scripts/prepare_data.py demo --out data/tiny --limit 4 --copies 0      a few slices, to try things out
 
-Writes into OUT (which must be new, empty or an earlier demo data set):
-  images/*.png            the slices, 8-bit grey
-  train_class.jsonl       training slices; questions come from class-name templates
-  train_reasoning.jsonl   the same slices with questions that reason
-  val.jsonl, test.jsonl   slices and wordings that training never sees
-  test_seen.jsonl         test's slices with wordings of training
-  categories.json         the names that count as naming a structure
-  data.json               sources, licences, counts, and what the data can and cannot show
-  run.json                how this was made
+Writes into OUT, which must be new, empty or an earlier demo data set: images/, train_class.jsonl (questions come from
+class-name templates), train_reasoning.jsonl (the same slices with questions that reason), val.jsonl and test.jsonl
+(slices and wordings that training never sees), test_seen.jsonl (test's slices with wordings of training),
+categories.json (the names that count as naming a structure), data.json (sources, licences, counts) and run.json.
 """
 SA_MED2D = """Makes manifests of SA-Med2D-20M. Get SAMed2Dv1.zip from its authors and unzip it; no image is copied.
 
   python scripts/prepare_data.py sa-med2d --root SAMed2Dv1 --out data/sa_med2d --workers 8
-  python scripts/prepare_data.py sa-med2d --root SAMed2Dv1 --out data/btcv --datasets BTCV AMOS2022
-  python scripts/prepare_data.py sa-med2d --root SAMed2Dv1 --out data/all --index-only
   python scripts/prepare_data.py sa-med2d --root SAMed2Dv1 --out data/small --subset 500 liver=2000 --min-area 100
 
-ROOT holds SAMed2D_v1.json, SAMed2D_v1_class_mapping_id.json, images/ and masks/. Writes into OUT:
-  train.jsonl, val.jsonl, test.jsonl   the images of each split; no case (patient or volume) is in two
-  rejects.jsonl                        each file that was left out, and why
-  run.json                             how this was made
-  *.offsets.safetensors                line offsets of manifests above 64 MiB, which then open at once
-Paths in the manifests are relative to ROOT, so name it as their root when you train or evaluate.
-
-Every mask is read, to join instances, to leave out masks that are empty or of a wrong size, and to measure boxes. All
-15.8 million masks take one core half a day; --workers uses more. --index-only takes minutes: it reads only the names in
-the index and opens no image. Masks are then joined and measured whenever they are used: a wrong one ends a training, or
-with data.skip_corrupt is counted and its record replaced. Brain_PTM is left out, as only pixels tell its images from
-masks. --index-only cannot be combined with --min-area or --workers.
-
-The --subset above takes at most 500 targets of each category, but 2000 of liver, over all splits together. Which ones
-depends only on --seed, not on the order of the index. Only masks that may be chosen are read.
+Writes into OUT: train.jsonl, val.jsonl and test.jsonl (no case is in two), rejects.jsonl (the files that were left out,
+and why), run.json, and *.offsets.safetensors beside large manifests, which then open at once. Paths in the manifests
+are relative to ROOT, so name it as their root when you train or evaluate. Every mask is read and measured: all 15.8
+million take one core half a day. --index-only takes minutes; masks are then joined and measured when they are used, a
+wrong one ends a training (unless data.skip_corrupt is set), and Brain_PTM is left out. It excludes --min-area and
+--workers. --subset caps count over all splits together; which targets are chosen depends only on --seed.
 """
 MLMR_SD = """Makes manifests of MLMR-SD, in the JSON formats of the authors' release or in Parquet files of a dataset hub.
 What `python -m data_gen export` writes holds manifests already and needs no preparing.
 
   python scripts/prepare_data.py mlmr-sd --root MLMR-SD --out data/mlmr_sd
-  python scripts/prepare_data.py mlmr-sd --root downloaded/hub --out data/mlmr_sd
 
-ROOT holds either train.json, val.json and test.json, {image: {mask: class}}, with the questions beside them as .jsonl
-(keys: id, image, mask, category, question, answer, perspective, length, and history in a conversation), or
-data/*.parquet.
-Writes into OUT:
-  train.jsonl, val.jsonl, test.jsonl     the images of each split; targets without questions get class-name questions
-  test_short.jsonl, test_long.jsonl      the paper's two test sets
-  images/, masks/                        the pictures, from Parquet files only
-  run.json                               how this was made
-Paths in the manifests are relative to ROOT (from Parquet files: to OUT), so name it as their root when you train.
+ROOT holds train.json, val.json and test.json, {image: {mask: class}}, with the questions beside them as .jsonl (keys:
+id, image, mask, category, question, answer, perspective, length, and history in a conversation), or data/*.parquet.
+Writes into OUT: train.jsonl, val.jsonl, test.jsonl, the paper's two test sets test_short.jsonl and test_long.jsonl,
+run.json and, from Parquet files, images/ and masks/. Paths in the manifests are relative to ROOT (from Parquet files:
+to OUT), so name it as their root when you train. Targets without questions get class-name questions.
 """
 ASK = """Adds questions that describe a target without naming it to manifests that have none, such as those of sa-med2d.
 
-  python scripts/prepare_data.py sa-med2d --root SAMed2Dv1 --out data/btcv --datasets BTCV --val 0.15 --test 0.2
   python scripts/prepare_data.py ask --records data/btcv --root SAMed2Dv1 --bank abdomen --out data/abdomen
 
 BANK is `abdomen` (13 abdominal organs, CT), `brain` (the demo's structures) or a YAML file of the same form; targets
 that it does not know are left out. Pictures are copied, so this is for thousands of images, not millions. Writes into
-OUT (which must be new, empty or an earlier result of this command), with the splits of RECORDS:
-  images/*.png            the pictures, and augmented copies of training's
-  train_class.jsonl       training images; questions come from class-name templates
-  train_reasoning.jsonl   the same images with questions that reason
-  val.jsonl, test.jsonl   images and wordings that training never sees
-  test_seen.jsonl         test's images with wordings of training
-  categories.json         the names that count as naming a category
-  asked.json              counts, and what was left out
-  run.json                how this was made
+OUT, which must be new, empty or an earlier result of this command, with the splits of RECORDS: images/ (with augmented
+copies of training's), the manifests and categories.json of `demo`, asked.json (counts, and what was left out) and
+run.json.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepares a data set from the command line."""
-    arguments = _parser().parse_args(argv)
+    options = vars(_parser().parse_args(argv))
+    command = options.pop("command")
     # Reading the index of a whole data set takes minutes, so what can be checked before is checked before.
-    problems = _problems(arguments)
-    if problems:
+    if problems := _problems(command, options):
         raise InputError(problems)
     started = time.perf_counter()
-    arguments.run(arguments)
+    {"demo": _demo, "sa-med2d": _sa_med2d, "mlmr-sd": _mlmr_sd, "ask": _ask}[command](options)
     seconds = round(time.perf_counter() - started, 3)
     # Late: the processes that read masks import this module and do not need torch.
     from medisee.foundation.provenance import run_facts
 
-    settings = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(arguments).items()
-        if name not in ("command", "run")
-    }
-    facts = run_facts({"data": arguments.command, **settings}, arguments.seed, "cpu")
-    write_json(arguments.out / "run.json", {**facts, "seconds": seconds})
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    facts = run_facts({"data": command, **settings}, options["seed"], "cpu")
+    write_json(options["out"] / "run.json", {**facts, "seconds": seconds})
 
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="demo|sa-med2d|mlmr-sd|ask")
-    demo = commands.add_parser("demo", help="the offline demo data set", description=DEMO, formatter_class=raw)
-    demo.set_defaults(run=_demo)
-    add = demo.add_argument
+    add = commands.add_parser("demo", help="the offline demo", description=DEMO, formatter_class=raw).add_argument
     add("--out", type=Path, required=True, help="folder to write")
     add("--copies", type=int, default=3, metavar="N", help="augmented copies of a training slice (default: 3)")
     add("--seed", type=int, default=0, help="of augmentation and wordings (default: 0)")
     add("--limit", type=int, metavar="N", help="maximum slices per plane and split (default: all)")
     add("--train-questions", type=int, default=8, metavar="N", help="questions per training target (default: 8)")
-    med2d = commands.add_parser("sa-med2d", help="SA-Med2D-20M", description=SA_MED2D, formatter_class=raw)
-    med2d.set_defaults(run=_sa_med2d)
-    add = med2d.add_argument
+    add = commands.add_parser("sa-med2d", help="SA-Med2D-20M", description=SA_MED2D, formatter_class=raw).add_argument
     add("--root", type=Path, required=True, help="the unzipped folder SAMed2Dv1")
     add("--out", type=Path, required=True, help="folder to write; an earlier result in it is replaced")
     add("--val", type=float, default=0.1, metavar="SHARE", help="of each data set's cases (default: 0.1)")
@@ -140,15 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--subset", nargs="+", metavar="CAP", help="maximum targets per category; CATEGORY=CAP for one (default: all)")
     add("--index-only", action="store_true", help="use only the names in the index, open no image")
     add("--workers", type=int, default=1, metavar="N", help="processes that read masks (default: 1)")
-    mlmr_sd = commands.add_parser("mlmr-sd", help="MLMR-SD", description=MLMR_SD, formatter_class=raw)
-    mlmr_sd.set_defaults(run=_mlmr_sd)
-    add = mlmr_sd.add_argument
+    add = commands.add_parser("mlmr-sd", help="MLMR-SD", description=MLMR_SD, formatter_class=raw).add_argument
     add("--root", type=Path, required=True, help="the data set's folder")
     add("--out", type=Path, required=True, help="folder to write; an earlier result in it is replaced")
     add("--seed", type=int, default=0, help="of the words around questions and answers (default: 0)")
-    ask = commands.add_parser("ask", help="questions for manifests without", description=ASK, formatter_class=raw)
-    ask.set_defaults(run=_ask)
-    add = ask.add_argument
+    add = commands.add_parser("ask", help="adds questions", description=ASK, formatter_class=raw).add_argument
     add("--records", type=Path, required=True, help="folder with train.jsonl, val.jsonl and test.jsonl")
     add("--root", type=Path, help="folder that paths in them are relative to (default: their own)")
     add("--bank", required=True, help="abdomen, brain or a YAML file")
@@ -159,95 +120,70 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _demo(arguments: argparse.Namespace) -> None:
+def _demo(options: dict[str, Any]) -> None:
     from medisee.sources.demo import prepare_demo
 
-    counts = prepare_demo(
-        arguments.out,
-        copies=arguments.copies,
-        seed=arguments.seed,
-        limit=arguments.limit,
-        train_questions=arguments.train_questions,
-    )
-    _print_counts(arguments.out, counts)
+    _print_counts(options["out"], prepare_demo(**options))
 
 
-def _sa_med2d(arguments: argparse.Namespace) -> None:
+def _sa_med2d(options: dict[str, Any]) -> None:
     from medisee.sources.sa_med2d import prepare
     from medisee.sources.subset import parse_subset
 
-    done = prepare(
-        arguments.root,
-        arguments.out,
-        seed=arguments.seed,
-        val=arguments.val,
-        test=arguments.test,
-        min_area=arguments.min_area,
-        datasets=arguments.datasets,
-        workers=arguments.workers,
-        subset=parse_subset(arguments.subset, arguments.seed) if arguments.subset else None,
-        index_only=arguments.index_only,
-    )
+    subset = parse_subset(options["subset"], options["seed"]) if options["subset"] else None
+    done = prepare(**{**options, "subset": subset})
     print(f"{'split':<8}{'images':>12}{'targets':>12}{'cases':>12}")
     for split, images in done.images.items():
         print(f"{split:<8}{images:>12,}{done.targets[split]:>12,}{done.cases[split]:>12,}")
     for reason, files in sorted(done.rejects.items(), key=lambda one: -one[1]):
         print(f"left out: {files:,} file(s), {reason}")
-    print(f"done: {sum(done.images.values()):,} images in {arguments.out}; their root is {arguments.root}")
+    print(f"done: {sum(done.images.values()):,} images in {options['out']}; their root is {options['root']}")
 
 
-def _mlmr_sd(arguments: argparse.Namespace) -> None:
+def _mlmr_sd(options: dict[str, Any]) -> None:
     from medisee.sources.mlmr_sd import prepare
 
-    _print_counts(arguments.out, prepare(arguments.root, arguments.out, seed=arguments.seed))
+    _print_counts(options["out"], prepare(**options))
 
 
-def _ask(arguments: argparse.Namespace) -> None:
+def _ask(options: dict[str, Any]) -> None:
     from medisee.sources.ask import prepare
     from medisee.sources.query_bank import BANKS
 
-    bank = BANKS.get(arguments.bank, Path(arguments.bank))
+    name = options["bank"]
+    bank = BANKS.get(name, Path(name))
     if not bank.is_file():
         raise InputError(
-            f"--bank {arguments.bank}: is neither {' nor '.join(sorted(BANKS))} nor a YAML file; correct it."
-            f"{nearest(arguments.bank, BANKS)}"
+            f"--bank {name}: is neither {' nor '.join(sorted(BANKS))} nor a YAML file; correct it.{nearest(name, BANKS)}"
         )
-    done = prepare(
-        arguments.records,
-        arguments.out,
-        bank=bank,
-        root=arguments.root,
-        copies=arguments.copies,
-        seed=arguments.seed,
-        count=arguments.train_questions,
-    )
+    done = prepare(**{**options, "bank": bank})
     for category, targets in sorted(done.unknown.items()):
         print(f"left out: {targets:,} target(s) of {category!r}, which the bank does not know")
-    _print_counts(arguments.out, done.images)
+    _print_counts(options["out"], done.images)
 
 
 def _print_counts(out: Path, counts: Mapping[str, int]) -> None:
     print(f"done: {out} holds " + ", ".join(f"{name}.jsonl ({count} images)" for name, count in counts.items()))
 
 
-def _problems(arguments: argparse.Namespace) -> list[str]:
-    out = arguments.out
+def _problems(command: str, options: dict[str, Any]) -> list[str]:
+    out = options["out"]
     existing = next((path for path in (out, *out.parents) if path.exists()), out)
     problems = [] if existing.is_dir() else [f"--out {out}: {existing} is a file; expected a folder; choose another."]
-    if arguments.command != "sa-med2d":
+    if command != "sa-med2d":
         return problems
     from medisee.sources.subset import parse_subset
 
     try:
-        parse_subset(arguments.subset or [], arguments.seed)
+        parse_subset(options["subset"] or [], options["seed"])
     except InputError as error:
         problems += error.problems
-    for option, value, least in (("--min-area", arguments.min_area, 0), ("--workers", arguments.workers, 1)):
-        if arguments.index_only and value > least:
+    for option, value, least in (("--min-area", options["min_area"], 0), ("--workers", options["workers"], 1)):
+        if options["index_only"] and value > least:
             problems.append(f"{option}: is about masks, which --index-only does not read; leave one of them out.")
         if value < least:
             problems.append(f"{option} is {value}; expected {least} or more; raise it.")
-    shares = arguments.val, arguments.test
+    shares = options["val"], options["test"]
     if not all(math.isfinite(share) and share >= 0 for share in shares) or sum(shares) >= 1:
         problems.append(f"--val {shares[0]} --test {shares[1]}: expected shares >= 0 with a sum below 1; correct them.")
     return problems

@@ -19,12 +19,12 @@ from data_gen.authors.wording import Subject, alike, article, descriptions, join
 from data_gen.authors.wording import answer as word_answer
 from data_gen.authors.wording import question as word_question
 from data_gen.core.calls import Reply, Request, canonical
-from data_gen.core.items import LENGTHS, PERSPECTIVES, TEMPLATES, Entity, Item, Template, length_of, perspective_of
+from data_gen.core.items import TEMPLATES, Entity, Item, Template, length_of, perspective_of
 from data_gen.core.names import Names, load_names
 from data_gen.rules.checks import check_description, check_pair, check_turn
 from data_gen.rules.positions import Landmark, statements
 from medisee.records.masks import Box
-from medisee.records.records import Length, Perspective
+from medisee.records.records import LENGTHS, PERSPECTIVES, Length, Perspective
 
 _ORDER = ("attributes", "functions", "effects", "diseases", "location", "position", "extent")  # in a sentence
 _BOXES = ("position", "extent")  # from boxes; an extent compares the target with what is labelled and says so

@@ -24,8 +24,6 @@ from medisee.records.records import Length, Perspective, Record, Target
 Template = Literal["first", "second"]
 Verdict = Literal["accept", "reject", "edit"]
 
-PERSPECTIVES: tuple[Perspective, ...] = ("attribute", "location")
-LENGTHS: tuple[Length, ...] = ("short", "long")
 TEMPLATES: tuple[Template, ...] = ("first", "second")
 
 
@@ -121,28 +119,19 @@ def items_from_manifest(manifest: Manifest, seed: int) -> Iterator[Item]:
 
 
 def _item(manifest: Manifest, record: Record, target: Target) -> Item:
-    size = manifest.image_size(record)
+    masks = manifest.masks(record)
+    height, width = masks[0].shape
     entities: dict[str, Entity] = {}
-    problems: list[str] = []
-    for each in record.targets:
-        try:
-            mask = manifest.mask(record, each)
-        except InputError as error:
-            problems.extend(error.problems)
-            continue
-        height, width = size = size or (mask.shape[0], mask.shape[1])
+    for each, mask in zip(record.targets, masks, strict=True):
         if box := each.box or mask_box(mask):  # always so: an empty mask has been refused
             x0, y0, x1, y1 = box
             entities[each.id] = Entity(each.category, (x0 / width, y0 / height, x1 / width, y1 / height))
-    if problems or size is None:
-        raise InputError(problems)
-    height, width = size
     return Item(
         id=f"{record.id}/{target.id}",
         record=record.id,
         target=target.id,
         image=record.image,
-        mask=encode_mask(manifest.mask(record, target)) if isinstance(target.mask, MaskFiles) else target.mask,
+        mask=encode_mask(masks[record.targets.index(target)]) if isinstance(target.mask, MaskFiles) else target.mask,
         modality=record.modality,
         source=record.source,
         case=record.case,

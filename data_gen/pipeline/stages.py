@@ -17,7 +17,7 @@ from typing import Any, cast
 from pydantic import BaseModel
 
 from data_gen.core.calls import Fault
-from data_gen.core.items import LENGTHS, PERSPECTIVES, TEMPLATES, Drop, Item, Pair, length_of, perspective_of
+from data_gen.core.items import TEMPLATES, Drop, Item, Pair, length_of, perspective_of
 from data_gen.core.recipe import Outcome, Recipe, fields_of, pair_id, request_of
 from data_gen.core.schemas import (
     CELLS,
@@ -32,6 +32,7 @@ from data_gen.core.schemas import (
 )
 from data_gen.pipeline.asking import Ask, Validated, ask_until_valid
 from data_gen.rules import checks as rules
+from medisee.records.records import LENGTHS, PERSPECTIVES
 
 CAPTION_WORDS = 80
 _HEDGES = re.compile(r"\b(may|might|could|possibl[ey]|probabl[ey]|perhaps|likely|appears?|seems?|suggests?)\b", re.I)

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from data_gen.publishing.parquet import HUB_NAMES
 from data_gen.publishing.splits import PAPER_COUNTS, SPLITS
 from data_gen.publishing.summary import SA_MED2D_LICENCE
+from medisee.sources.mlmr_sd import HUB_NAMES
 
 TEMPLATE = Path(__file__).with_name("card.txt")
 _AUTHORS = {

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from data_gen.publishing.entries import Entry
-from data_gen.publishing.splits import SPLITS, Split
+from data_gen.publishing.splits import SPLITS
+from medisee.sources.mlmr_sd import HUB_NAMES
 
-HUB_NAMES: dict[Split, str] = {"train": "train", "val": "validation", "test": "test"}  # what hubs call the splits
 ROWS_PER_FILE = 2000  # a few hundred megabytes of slices
 _ROWS_PER_GROUP = 100
 _OF_ITEM = ("target", "category", "modality", "source", "case")

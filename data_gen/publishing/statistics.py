@@ -11,13 +11,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from data_gen.core.items import LENGTHS, PERSPECTIVES
 from data_gen.ledger.ledger import Ledger
 from data_gen.ledger.screening import screen
 from data_gen.publishing.entries import in_turns, questions_of
 from data_gen.publishing.summary import authorship, count_drops
 from medisee.foundation.errors import InputError
-from medisee.records.records import SPLITS
+from medisee.records.records import LENGTHS, PERSPECTIVES, SPLITS
 from medisee.sources.mlmr_sd import Question, read_release
 
 
@@ -76,9 +75,9 @@ def statistics_of_export(folder: Path, facts: dict[str, Any]) -> Statistics:
     questions: list[Question] = []
     for path in (folder / "release" / f"{split}.json" for split in SPLITS):
         if path.is_file():
-            release = read_release(path, folder)
-            images.update(category for masks in release.classes.values() for category in masks.values())
-            questions += release.questions
+            classes, asked = read_release(path, folder)
+            images.update(category for masks in classes.values() for category in masks.values())
+            questions += asked
     if not questions:
         raise InputError(f"{folder / 'release'}: holds no question; expected an export; name its folder.")
     return _statistics(images, questions, author=facts["author"], dropped=facts["dropped"])

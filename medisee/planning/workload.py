@@ -20,9 +20,9 @@ from medisee.config.model import MAX_TOKENS
 from medisee.foundation.errors import InputError
 from medisee.models.medisee import MediSee
 from medisee.models.processing import Batch, Example, Query
-from medisee.records.jsonl import read_lines
+from medisee.records.jsonl import read_line, read_lines
 from medisee.records.prompts import ANSWERS, CANDIDATE_TOKENS, CLASS_QUESTIONS, candidate_text
-from medisee.records.records import Record, Target, read_record
+from medisee.records.records import Record, Target
 
 IMAGE_SIDE = 512
 """Side of an image whose size is not known, pixels; SA-Med2D-20M's are mostly 200 to 1000."""
@@ -112,7 +112,7 @@ def training_workload(config: Config) -> Workload:
 
 def _sample(path: Path) -> list[Record]:
     problems: list[str] = []
-    records = [read_record(line, problems) for line in islice(read_lines(path), SAMPLE)]
+    records = [read_line(Record, line, problems) for line in islice(read_lines(path), SAMPLE)]
     if not records:
         problems.append(f"{path}: no record; expected one JSON object per line. Check how the file was made.")
     if problems:

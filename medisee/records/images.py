@@ -13,19 +13,13 @@ from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from medisee.foundation.errors import InputError
 
 FORMATS = ("PNG", "JPEG", "TIFF")
-MAX_PIXELS = 1 << 26
-"""Largest picture that is decoded: 64 Mi pixels, 8192 x 8192. Below Pillow's own limit, so that our message is shown."""
-PERCENTILES = (0.5, 99.5)
-"""Percentiles of a 16 or 32-bit image that become 0 and 255: a few hot pixels must not darken all others."""
-
+MAX_PIXELS = 1 << 26  # of a picture that is decoded: 8192 x 8192. Below Pillow's limit, so that our message is shown
+PERCENTILES = (0.5, 99.5)  # of a 16 or 32-bit image, become 0 and 255: a few hot pixels must not darken all others
 _OTHER_READERS = {".dcm": "DICOM", ".dicom": "DICOM", ".ima": "DICOM", ".nii": "NIfTI", ".nii.gz": "NIfTI"}
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _WHITE_IS_ZERO = 0
-# What Pillow's decoders raise on broken files; found by flipping bytes in good ones.
-_DECODE_ERRORS = (
-    *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
-    *(struct.error, zlib.error),
-)
+# What Pillow's decoders raise on broken files, besides OSError; found by flipping bytes in good ones.
+_DECODE_ERRORS = (SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, struct.error, zlib.error)
 
 
 def read_image(path: Path | str, page: int = 0) -> NDArray[np.uint8]:
@@ -66,7 +60,7 @@ def read_image(path: Path | str, page: int = 0) -> NDArray[np.uint8]:
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
         raise InputError(_too_large(path, "more")) from error
-    except _DECODE_ERRORS as error:
+    except (OSError, *_DECODE_ERRORS) as error:
         raise InputError(
             f"{path}: cannot be decoded ({error}); expected a whole PNG, JPEG or TIFF, found a truncated or damaged one; "
             "copy or export it again."

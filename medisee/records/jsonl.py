@@ -59,11 +59,7 @@ class Line:
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """Yields the lines of a file that are not blank.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
+    """Yields the lines of a file that are not blank."""
     offset = 0
     try:
         with path.open("rb") as handle:
@@ -91,17 +87,10 @@ def read_line(noun: type[T], line: Line, problems: list[str], root: Path | None 
 
 
 def read_object(noun: type[T], value: Any, where: str, problems: list[str], root: Path | None = None) -> T | None:
-    """Reads a JSON object as a dataclass.
+    """Reads a JSON object as a dataclass with pydantic's constraints in its annotations.
 
-    Args:
-        noun: the dataclass, with pydantic's constraints in its annotations.
-        value: the object.
-        where: "file:line", for messages.
-        problems: the list to which everything that is wrong with the object is added.
-        root: the folder that no `FilePath` may leave; None does not check.
-
-    Returns:
-        The dataclass, or None when something is wrong.
+    None when something is wrong, which is added to `problems`. `where` is "file:line" for messages, `root` the folder
+    that no `FilePath` may leave; None does not check.
     """
     try:
         return _adapter(noun).validate_python(value, context=root)
@@ -149,12 +138,11 @@ def _problem(noun: type, error: ErrorDetails) -> str:
 
 
 def _is_tag(step: int | str) -> bool:
-    """Returns whether a step of a location is the tag of a union's member, "(Rle)", and not a key."""
+    # The tag of a union's member, such as "(Rle)", is not a key.
     return isinstance(step, str) and step.startswith("(")
 
 
 def _keys(noun: type, place: tuple[int | str, ...]) -> list[str]:
-    """Returns the keys of the object at a place within a dataclass."""
     nouns = [noun]
     for step in place:
         if _is_tag(step):
@@ -175,11 +163,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 class LineWriter:
-    """Writes dataclasses as JSON Lines into an open file.
-
-    Attributes:
-        offsets: the first byte of each line so far.
-    """
+    """Writes dataclasses as JSON Lines into an open file; `offsets` has the first byte of each line so far."""
 
     def __init__(self, handle: BinaryIO, omit_empty: Collection[str]) -> None:
         self.offsets = array("q")
@@ -187,12 +171,7 @@ class LineWriter:
         self._encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=self._plain).encode
 
     def write(self, value: Any) -> None:
-        """Adds a line.
-
-        Raises:
-            TypeError: the value, or a part of it, is neither a dataclass nor a JSON type.
-            ValueError: a number is NaN or infinite.
-        """
+        """Adds a line; ValueError for a number that is NaN or infinite."""
         # A lone surrogate has no UTF-8 form; backslashreplace writes it as \udXXX, which is its JSON escape.
         line = self._encode(value).encode("utf-8", "backslashreplace") + b"\n"
         self.offsets.append(self._end)
@@ -202,11 +181,8 @@ class LineWriter:
     def _plain(self, value: Any) -> Any:
         if isinstance(value, np.generic):
             return value.item()
-        plain = {name: getattr(value, name) for name in _field_names(type(value))}
-        for name in self._omit:
-            if name in plain and not plain[name]:
-                del plain[name]
-        return plain
+        fields = {name: getattr(value, name) for name in _field_names(type(value))}
+        return {name: content for name, content in fields.items() if name not in self._omit or content}
 
 
 @cache
@@ -218,20 +194,14 @@ def _field_names(noun: type) -> tuple[str, ...]:
 def line_writer(path: Path | str, *, omit_empty: Collection[str] = ()) -> Iterator[LineWriter]:
     """Opens a file for lines; it takes its place when all of them are written, and not on an exception.
 
-    Args:
-        path: the file.
-        omit_empty: names of fields that are left out where they are empty, at any depth.
+    `omit_empty` names fields that are left out where they are empty, at any depth.
     """
     with atomic_path(path) as temporary, temporary.open("wb") as handle:
         yield LineWriter(handle, omit_empty)
 
 
 def write_lines(path: Path | str, values: Iterable[Any], *, omit_empty: Collection[str] = ()) -> None:
-    """Writes dataclasses as JSON Lines, one at a time, so that `values` may be a generator; see `line_writer`.
-
-    Raises:
-        ValueError: a number is NaN or infinite.
-    """
+    """Writes dataclasses as JSON Lines, one at a time, so that `values` may be a generator; see `line_writer`."""
     with line_writer(path, omit_empty=omit_empty) as writer:
         for value in values:
             writer.write(value)

@@ -18,34 +18,28 @@ from PIL import ExifTags, Image
 
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import Fingerprints, fingerprint, inside
-from medisee.records.jsonl import Line, read_lines
+from medisee.records.jsonl import Line, read_line, read_lines
 from medisee.records.masks import MaskFiles, Rle, decode_mask
 from medisee.records.offsets import file_stamp, keep_offsets, kept_offsets
-from medisee.records.records import Record, Target, read_record
+from medisee.records.records import Record, Target
 
 _NOT_PILLOWS = (".dcm", ".dicom", ".ima", ".nii", ".nii.gz")
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-_HELD = 256
-"""Number of records read before their pages are released: each may have brought 64 KiB into this process."""
+_HELD = 256  # records read before their pages are released: each may have brought 64 KiB into this process
 
 
 class Manifest(Sequence[Record]):
-    """The records of a file, read on demand from a memory map.
+    """The records of a JSON Lines file `path`, read on demand from a memory map; paths in it are relative to `root`.
 
     Opening checks every line and keeps only the offset of each, eight bytes per record. The offsets of a large file are
     also written beside it (`medisee.records.offsets`): as long as the file does not change, it opens without being read.
     A copy sent to another process opens the file again when it is first read.
-
-    Attributes:
-        path: the JSON Lines file.
-        root: the folder that paths in it are relative to; by default the file's own.
     """
 
     def __init__(self, path: Path | str, root: Path | str | None = None) -> None:
         """Opens a manifest and checks all its lines, but no image or mask: `check_files` does that.
 
-        Raises:
-            InputError: the file cannot be read, is empty or has wrong lines; all of them are named.
+        `root` is by default the file's own folder. InputError names all wrong lines.
         """
         self.path = Path(path)
         self.root = Path(root) if root is not None else self.path.parent
@@ -63,7 +57,7 @@ class Manifest(Sequence[Record]):
         for line in read_lines(self.path):
             offsets.append(line.offset)
             found: list[str] = []
-            record = read_record(line, found, self.root)
+            record = read_line(Record, line, found, self.root)
             if record is None:
                 problems[line.offset] = found
             else:
@@ -71,7 +65,7 @@ class Manifest(Sequence[Record]):
         if repeated := ids.repeated():
             first_seen: dict[str, str] = {}
             for line in read_lines(self.path):
-                record = read_record(line, [])
+                record = read_line(Record, line, [])
                 if record is None or fingerprint(record.id) not in repeated:
                     continue
                 if (first := first_seen.setdefault(record.id, line.where)) != line.where:
@@ -101,7 +95,7 @@ class Manifest(Sequence[Record]):
         data = self._data()
         end = data.find(b"\n", offset)
         problems: list[str] = []
-        record = read_record(Line(str(self.path), offset, data[offset : end if end >= 0 else None]), problems)
+        record = read_line(Record, Line(str(self.path), offset, data[offset : end if end >= 0 else None]), problems)
         self._reads += 1
         if self._reads % _HELD == 0 and hasattr(mmap, "MADV_DONTNEED"):
             data.madvise(mmap.MADV_DONTNEED)
@@ -123,20 +117,13 @@ class Manifest(Sequence[Record]):
         return {**self.__dict__, "_map": None}
 
     def image_path(self, record: Record) -> Path:
-        """Returns the absolute path of a record's image.
-
-        Raises:
-            InputError: it leaves the root.
-        """
+        """Returns the absolute path of a record's image, which must not leave the root."""
         return inside(self.root, record.image, self._where(record))
 
     def image_size(self, record: Record) -> tuple[int, int] | None:
         """Returns an image's (height, width) from its header, with the EXIF orientation applied.
 
         None for DICOM and NIfTI, which Pillow does not read.
-
-        Raises:
-            InputError: the image is missing or cannot be read.
         """
         path = self.image_path(record)
         where = f"{self._where(record)}: image {record.image!r}"
@@ -155,9 +142,8 @@ class Manifest(Sequence[Record]):
     def masks(self, record: Record) -> list[NDArray[np.bool_]]:
         """Returns the mask of each target, boolean (height, width) in the pixels of the original image.
 
-        Raises:
-            InputError: the image or a mask is missing or cannot be read, a mask is empty or not of the image's size, or
-                a target's box leaves the image; all problems are named.
+        InputError names all problems: an image or a mask is missing or cannot be read, a mask is empty or not of the
+        image's size, or a target's box leaves the image.
         """
         size, masks, problems = None, [], []
         try:
@@ -165,20 +151,24 @@ class Manifest(Sequence[Record]):
         except InputError as error:
             problems += error.problems
         for target in record.targets:
+            where = f"{self._where(record)}, target {target.id!r}"
+            shape = size
             try:
-                masks.append(self._mask(record, target, size))
+                masks.append(self._mask(target, where, size))
+                shape = size or masks[-1].shape
             except InputError as error:
                 problems += error.problems
+            if target.box and shape and (target.box[2] > shape[1] or target.box[3] > shape[0]):
+                problems.append(
+                    f"{where}: box {list(target.box)} leaves the image; expected x1 <= {shape[1]} and y1 <= {shape[0]}; "
+                    "correct it or leave it out."
+                )
         if problems:
             raise InputError(problems)
         return masks
 
     def check_files(self) -> None:
-        """Reads every image's header and every mask.
-
-        Raises:
-            InputError: some are wrong; all of them are named.
-        """
+        """Reads every image's header and every mask; InputError names all problems."""
         problems: list[str] = []
         for record in self:
             try:
@@ -188,24 +178,7 @@ class Manifest(Sequence[Record]):
         if problems:
             raise InputError(problems)
 
-    def _mask(self, record: Record, target: Target, size: tuple[int, int] | None) -> NDArray[np.bool_]:
-        where = f"{self._where(record)}, target {target.id!r}"
-        mask, problems = None, []
-        try:
-            mask = self._load_mask(target, where, size)
-            size = size or mask.shape
-        except InputError as error:
-            problems.extend(error.problems)
-        if target.box and size and (target.box[2] > size[1] or target.box[3] > size[0]):
-            problems.append(
-                f"{where}: box {list(target.box)} leaves the image; expected x1 <= {size[1]} and y1 <= {size[0]}; "
-                "correct it or leave it out."
-            )
-        if mask is None or problems:
-            raise InputError(problems)
-        return mask
-
-    def _load_mask(self, target: Target, where: str, size: tuple[int, int] | None) -> NDArray[np.bool_]:
+    def _mask(self, target: Target, where: str, size: tuple[int, int] | None) -> NDArray[np.bool_]:
         if isinstance(target.mask, Rle):
             where = f"{where}: mask (RLE)"
             _check_size(target.mask.size, size, where)
@@ -231,14 +204,8 @@ class Manifest(Sequence[Record]):
 def read_mask(path: Path, where: str, root: Path, size: tuple[int, int] | None) -> NDArray[np.bool_]:
     """Reads a mask image (height, width): foreground is any value > 0, an alpha channel is ignored.
 
-    Args:
-        path: the file.
-        where: what the mask is, for messages.
-        root: the folder that its path is relative to, for messages.
-        size: the (height, width) that it must have; None takes any.
-
-    Raises:
-        InputError: it is missing, cannot be read or is of another size.
+    `where` (what the mask is) and `root` are for messages; `size` is the (height, width) that it must have, None takes
+    any.
     """
     with _open_image(path, where, root) as image:
         _check_size((image.height, image.width), size, where)

@@ -42,11 +42,7 @@ class MaskFiles:
 
 
 def encode_mask(mask: NDArray[np.bool_]) -> Rle:
-    """Returns the run-length encoding of a boolean mask (height, width).
-
-    Raises:
-        ValueError: the array is not boolean, not two-dimensional or has no pixel.
-    """
+    """Returns the run-length encoding of a boolean mask (height, width)."""
     if mask.dtype != np.bool_ or mask.ndim != 2 or not mask.size:
         raise ValueError(f"a mask is a boolean array (height, width), got {mask.dtype} of shape {mask.shape}")
     encoded: Any = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
@@ -54,15 +50,10 @@ def encode_mask(mask: NDArray[np.bool_]) -> Rle:
 
 
 def decode_mask(rle: Rle) -> NDArray[np.bool_]:
-    """Returns the boolean mask (height, width) of a run-length encoding.
-
-    Raises:
-        InputError: the encoding does not describe a mask of its size.
-    """
-    height, width = rle.size
+    """Returns the boolean mask (height, width) of a run-length encoding."""
     runs = check_rle(rle)
     is_foreground = np.arange(len(runs)) % 2 == 1
-    return np.ascontiguousarray(np.repeat(is_foreground, runs).reshape(width, height).T)
+    return np.ascontiguousarray(np.repeat(is_foreground, runs).reshape(rle.size[::-1]).T)
 
 
 def check_rle(rle: Rle) -> NDArray[np.int64]:
@@ -70,9 +61,6 @@ def check_rle(rle: Rle) -> NDArray[np.int64]:
 
     pycocotools checks nothing: it reads past the end of a truncated string and returns uninitialised pixels where the
     runs are too few. So an encoding that may come from a user is decoded here.
-
-    Raises:
-        InputError: the encoding does not describe a mask of its size.
     """
     height, width = rle.size
     if height < 1 or width < 1 or height * width >= _MOST_PIXELS:

@@ -16,8 +16,8 @@ from safetensors.numpy import save_file
 
 from medisee.foundation.files import atomic_path
 
-LARGE = 1 << 26
-"""Size in bytes from which a file's offsets are kept, 64 MiB; a smaller file is checked within seconds."""
+LARGE = 1 << 26  # bytes from which a file's offsets are kept, 64 MiB; a smaller file is checked within seconds
+_SUFFIX = ".offsets.safetensors"
 
 
 def file_stamp(path: Path) -> str:
@@ -30,18 +30,14 @@ def file_stamp(path: Path) -> str:
 
 
 def keep_offsets(path: Path, offsets: NDArray[np.int64], stamp: str) -> None:
-    """Keeps the line offsets of a large file; those of a small one are not kept.
+    """Keeps the line offsets of a large file, whose lines were checked; those of a small one are not kept.
 
-    A folder that cannot be written to is not an error: the file is then checked again next time.
-
-    Args:
-        path: the file, whose lines were checked.
-        offsets: the first byte of each line that is not blank.
-        stamp: the `file_stamp` from before the lines were read, or after they were written.
+    `stamp` is the `file_stamp` from before the lines were read, or after they were written. A folder that cannot be
+    written to is not an error: the file is then checked again next time.
     """
     if path.stat().st_size < LARGE:
         return
-    with suppress(OSError, SafetensorError), atomic_path(_beside(path)) as temporary:
+    with suppress(OSError, SafetensorError), atomic_path(path.with_suffix(_SUFFIX)) as temporary:
         save_file({"offsets": offsets}, temporary, metadata={"stamp": stamp})
         temporary.chmod(path.stat().st_mode)  # or only its writer could read it
 
@@ -49,7 +45,7 @@ def keep_offsets(path: Path, offsets: NDArray[np.int64], stamp: str) -> None:
 def kept_offsets(path: Path) -> NDArray[np.int64] | None:
     """Returns the line offsets of a file; None where they are not known for its present state."""
     try:
-        with safe_open(_beside(path), framework="numpy") as handle:
+        with safe_open(path.with_suffix(_SUFFIX), framework="numpy") as handle:
             if (handle.metadata() or {}).get("stamp") != file_stamp(path):
                 return None
             offsets = handle.get_tensor("offsets")
@@ -59,7 +55,3 @@ def kept_offsets(path: Path) -> NDArray[np.int64] | None:
         return None
     is_sound = offsets[0] >= 0 and offsets[-1] < path.stat().st_size and (offsets[1:] > offsets[:-1]).all()
     return offsets if is_sound else None
-
-
-def _beside(path: Path) -> Path:
-    return path.with_suffix(".offsets.safetensors")

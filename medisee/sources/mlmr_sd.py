@@ -23,10 +23,10 @@ from medisee.foundation.errors import InputError
 from medisee.foundation.files import inside
 from medisee.records.jsonl import Text, null_means, read_line, read_lines, read_object
 from medisee.records.prompts import reasoning_answer, reasoning_question
-from medisee.records.records import QA, SPLITS, Length, Perspective, Record, Target, TrueBox, Turn, write_records
+from medisee.records.records import QA, SPLITS, Length, Perspective, Record, Split, Target, TrueBox, Turn, write_records
 from medisee.sources.sa_med2d_index import ImageName, parse_name
 
-_HUB_NAMES = {"train": "train", "val": "validation", "test": "test"}
+HUB_NAMES: dict[Split, str] = {"train": "train", "val": "validation", "test": "test"}  # of the splits
 _CLASSES = TypeAdapter(dict[str, dict[str, Text]])
 _PICTURE = re.compile(r"[\w-][\w.-]*\.(png|jpe?g|tiff?)", re.ASCII | re.IGNORECASE)
 
@@ -46,31 +46,18 @@ def _plain_name(name: str) -> str:
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """One line of the release's form.
+    """One line of the release's form."""
 
-    Attributes:
-        id: unique.
-        image: path of the image.
-        mask: path of the target's mask.
-        category: the target's class.
-        question: an implicit query, without a request for a mask.
-        answer: the explanation, without candidate tokens.
-        perspective: "attribute" or "location".
-        length: "short" or "long".
-        history: the earlier turns of a conversation, oldest first.
-        author: "offline" or the name of the model that wrote it; empty when it is not known.
-    """
-
-    id: Text
-    image: Text
-    mask: Text
-    category: Text
-    question: Text
-    answer: Text
+    id: Text  # unique
+    image: Text  # path of the image
+    mask: Text  # path of the target's mask
+    category: Text  # the target's class
+    question: Text  # an implicit query, without a request for a mask
+    answer: Text  # the explanation, without candidate tokens
     perspective: Perspective
     length: Length
-    history: tuple[Annotated[Turn, AfterValidator(_answered)], ...] = ()
-    author: Annotated[Text, null_means("")] = ""
+    history: tuple[Annotated[Turn, AfterValidator(_answered)], ...] = ()  # the earlier turns, oldest first
+    author: Annotated[Text, null_means("")] = ""  # "offline" or the name of a model; empty when it is not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,28 +94,15 @@ class _Row:
     qa: tuple[_Pair, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
-    """One split in the release's form: {image: {mask: class}}, and the questions about these masks."""
-
-    classes: dict[str, dict[str, str]]
-    questions: tuple[Question, ...]
-
-
-def worded(question: Question, seed: int) -> QA:
+def worded(question: Question | _Pair, seed: int) -> QA:
     """Returns a question as the model is asked: with a request, and an answer that begins with the candidate tokens.
 
     The words that are drawn depend only on the seed and the question's id. Earlier turns do not change.
     """
     rng = Random(f"{seed}/{question.id}")
-    return QA(
-        question=reasoning_question(question.question, rng),
-        answer=reasoning_answer(question.answer, rng),
-        perspective=question.perspective,
-        length=question.length,
-        history=question.history,
-        author=question.author,
-    )
+    query, answer = reasoning_question(question.question, rng), reasoning_answer(question.answer, rng)
+    qa = QA(query, answer, question.perspective, question.length)
+    return replace(qa, history=question.history, author=question.author) if isinstance(question, Question) else qa
 
 
 def write_splits(out: Path, splits: Mapping[str, list[Record]]) -> dict[str, int]:
@@ -159,42 +133,34 @@ def prepare(root: Path | str, out: Path | str, *, seed: int = 0) -> dict[str, in
 
     Returns:
         The number of records in each manifest, by its name without suffix.
-
-    Raises:
-        InputError: the folder holds neither form, or files are wrong; all problems of a file are named.
     """
     root, out = Path(root), Path(out)
     listed = {split: found[0] for split in SPLITS if (found := _first_of(root, (".", "release"), f"{split}.json"))}
     if listed:
-        read = {split: _release_records(read_release(path, root), seed) for split, path in listed.items()}
+        read = {split: _release_records(*read_release(path, root), seed) for split, path in listed.items()}
         return write_splits(out, read)
-    packed = {split: _first_of(root, ("data", "hub/data"), f"{_HUB_NAMES[split]}-*.parquet") for split in SPLITS}
+    packed = {split: _first_of(root, ("data", "hub/data"), f"{HUB_NAMES[split]}-*.parquet") for split in SPLITS}
     if not any(packed.values()):
         raise InputError(
             f"{root}: expected train.json, val.json or test.json ({{image: {{mask: class}}}}), there or in release/, or "
             "data/train-*.parquet; found none; name the data set's folder."
         )
     saved: dict[str, str] = {}
-    unpacked = {
-        split: [r for file in files for r in _unpack(file, out, seed, saved)] for split, files in packed.items()
+    read = {
+        split: [one for file in files for one in _unpack(file, out, seed, saved)] for split, files in packed.items()
     }
-    return write_splits(out, unpacked)
+    return write_splits(out, read)
 
 
 def _first_of(root: Path, folders: Iterable[str], pattern: str) -> list[Path]:
     return next((found for folder in folders if (found := sorted((root / folder).glob(pattern)))), [])
 
 
-def read_release(path: Path, root: Path) -> Release:
-    """Reads one split of the release's form.
+def read_release(path: Path, root: Path) -> tuple[dict[str, dict[str, str]], list[Question]]:
+    """Reads one split of the release's form: {image: {mask: class}}, and the questions about these masks.
 
-    Args:
-        path: its JSON file; the JSON Lines file of the same name holds the questions, without it there are none.
-        root: the folder that paths in them are relative to.
-
-    Raises:
-        InputError: a file cannot be read, lines are wrong, a path leaves `root`, or a question is about an image, mask
-            or class that the JSON does not have; all problems are named.
+    `path` is its JSON file; the JSON Lines file of the same name holds the questions, without it there are none. Paths
+    in them are relative to `root`.
     """
     try:
         images = _CLASSES.validate_python(json.loads(path.read_text(encoding="utf-8")))
@@ -208,8 +174,7 @@ def read_release(path: Path, root: Path) -> Release:
     questions: list[Question] = []
     lines = path.with_suffix(".jsonl")
     for line in read_lines(lines) if lines.is_file() else ():
-        question = read_line(Question, line, problems)
-        if question is None:
+        if (question := read_line(Question, line, problems)) is None:
             continue
         questions.append(question)
         if images.get(question.image, {}).get(question.mask) != question.category:
@@ -224,15 +189,15 @@ def read_release(path: Path, root: Path) -> Release:
             problems.extend(error.problems)
     if problems:
         raise InputError(problems)
-    return Release(images, tuple(questions))
+    return images, questions
 
 
-def _release_records(release: Release, seed: int) -> list[Record]:
+def _release_records(classes: dict[str, dict[str, str]], questions: list[Question], seed: int) -> list[Record]:
     asked: dict[tuple[str, str], list[QA]] = {}
-    for question in release.questions:
+    for question in questions:
         asked.setdefault((question.image, question.mask), []).append(worded(question, seed))
     records: list[Record] = []
-    for image, masks in release.classes.items():
+    for image, masks in classes.items():
         # Where the name does not tell the patient, each image is a case.
         name = parse_name(image) or ImageName("unknown", "mlmr-sd", PurePosixPath(image).stem, None)
         targets = tuple(
@@ -275,8 +240,7 @@ def _unpack(path: Path, out: Path, seed: int, saved: dict[str, str]) -> Iterator
             bar = tqdm(rows, total=file.metadata.num_rows, desc=path.name, unit=" images", disable=None)
             for number, content in enumerate(bar, start=1):
                 where = f"{path}: row {number}"
-                row = read_object(_Row, content, where, problems)
-                if row is None:
+                if (row := read_object(_Row, content, where, problems)) is None:
                     continue
                 image, mask = f"images/{row.image.path}", f"masks/{row.mask.path}"
                 for name, picture in ((image, row.image), (mask, row.mask)):
@@ -301,20 +265,9 @@ def _hub_record(row: _Row, image: str, mask: str, seed: int) -> Record:
     talks: dict[str, list[_Pair]] = {}
     for pair in row.qa:
         talks.setdefault(pair.conversation or pair.id, []).append(pair)
-    questions = [
-        Question(
-            id=last.id,
-            image=image,
-            mask=mask,
-            category=row.category,
-            question=last.question,
-            answer=last.answer,
-            perspective=last.perspective,
-            length=last.length,
-            history=tuple(Turn(turn.question, turn.answer) for turn in earlier),
-        )
+    qa = tuple(
+        replace(worded(last, seed), history=tuple(Turn(turn.question, turn.answer) for turn in earlier))
         for *earlier, last in talks.values()
-    ]
-    qa = tuple(worded(question, seed) for question in questions)
+    )
     target = Target(id=row.target, category=row.category, mask=mask, box=row.box, qa=qa)
     return Record(id=row.id, image=image, modality=row.modality, source=row.source, case=row.case, targets=(target,))

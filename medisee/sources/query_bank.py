@@ -18,13 +18,11 @@ import yaml
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import is_new_or_earlier, write_json
 from medisee.records.prompts import reasoning_answer, reasoning_question
-from medisee.records.records import QA, SPLITS, Length, Perspective, Record, Split, Target, write_records
+from medisee.records.records import LENGTHS, PERSPECTIVES, QA, SPLITS, Length, Perspective, Record, Split, write_records
 from medisee.sources.brain import STRUCTURES
 
 Cell: TypeAlias = tuple[Perspective, Length]
 
-PERSPECTIVES: tuple[Perspective, ...] = ("attribute", "location")
-LENGTHS: tuple[Length, ...] = ("short", "long")
 BANK_FILE = Path(__file__).with_name("demo_bank.yaml")
 BANKS = {"brain": BANK_FILE, "abdomen": Path(__file__).with_name("abdomen_bank.yaml")}
 HELD_OUT_SHARE = 0.11  # of each pool, for val and again for test
@@ -32,28 +30,17 @@ HELD_OUT_SHARE = 0.11  # of each pool, for val and again for test
 
 @dataclass(frozen=True)
 class Pool:
-    """The questions and explanations of one structure.
+    """The questions and explanations of one structure."""
 
-    Attributes:
-        names: words that count as naming it; the first is the category.
-        queries: wordings that describe it without naming it, by (perspective, length).
-        explanations: sentences that name and explain it, by perspective.
-    """
-
-    names: tuple[str, ...]
-    queries: Mapping[Cell, tuple[str, ...]]
-    explanations: Mapping[Perspective, tuple[str, ...]]
+    names: tuple[str, ...]  # words that count as naming it; the first is the category
+    queries: Mapping[Cell, tuple[str, ...]]  # wordings that describe it without naming it
+    explanations: Mapping[Perspective, tuple[str, ...]]  # sentences that name and explain it
 
 
 def load_bank(path: Path = BANK_FILE, structures: Iterable[str] | None = tuple(STRUCTURES)) -> dict[str, Pool]:
-    """Reads a query bank: one pool for each structure.
+    """Reads a query bank, YAML in the form of the banks that come with medisee: one pool for each structure.
 
-    Args:
-        path: YAML, in the form of the banks that come with medisee.
-        structures: their names, in order; by default the demo brain's. None takes all of the file.
-
-    Raises:
-        InputError: the file is unreadable, a structure or a part of it is missing, or has too few wordings to split.
+    `structures` are their names, in order; by default the demo brain's. None takes all of the file.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -63,33 +50,36 @@ def load_bank(path: Path = BANK_FILE, structures: Iterable[str] | None = tuple(S
     if not isinstance(entries, dict):
         raise InputError(f"{path}: expected a mapping with the key 'structures'.")
     wanted = [str(name) for name in entries] if structures is None else list(structures)
-    problems = [f"{path}: {problem}" for name in wanted for problem in _problems(name, entries.get(name))]
-    if problems:
-        raise InputError(problems)
-    return {
-        name: Pool(
-            names=tuple(entry["names"]),
-            queries={(p, length): tuple(entry["queries"][p][length]) for p in PERSPECTIVES for length in LENGTHS},
-            explanations={p: tuple(entry["explanations"][p]) for p in PERSPECTIVES},
-        )
+    problems = [
+        f"{path}: structures > {name}: expected names, queries and explanations; add them."
         for name in wanted
-        for entry in [entries[name]]
-    }
+        if not isinstance(entries.get(name), dict)
+    ]
 
-
-def _problems(name: str, entry: Any) -> Iterable[str]:
-    if not isinstance(entry, dict):
-        yield f"structures > {name}: expected names, queries and explanations; add them."
-        return
-    wanted = [(("names",), 1)]
-    wanted += [(("queries", perspective, length), 3) for perspective in PERSPECTIVES for length in LENGTHS]
-    wanted += [(("explanations", perspective), 1) for perspective in PERSPECTIVES]
-    for keys, least in wanted:
-        value = entry
+    def texts(least: int, *keys: str) -> tuple[str, ...]:
+        value: Any = entries
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(value, list) or len(value) < least or not all(isinstance(text, str) for text in value):
-            yield f"structures > {name} > {' > '.join(keys)}: expected a list of at least {least} texts; add them."
+        if isinstance(value, list) and len(value) >= least and all(isinstance(text, str) for text in value):
+            return tuple(value)
+        where = f"{path}: structures > {' > '.join(keys)}"
+        problems.append(f"{where}: expected a list of at least {least} texts; add them.")
+        return ()
+
+    pools = {
+        name: Pool(
+            names=texts(1, name, "names"),
+            queries={
+                (one, length): texts(3, name, "queries", one, length) for one in PERSPECTIVES for length in LENGTHS
+            },
+            explanations={one: texts(1, name, "explanations", one) for one in PERSPECTIVES},
+        )
+        for name in wanted
+        if isinstance(entries.get(name), dict)
+    }
+    if problems:
+        raise InputError(problems)
+    return pools
 
 
 def split_bank(bank: Mapping[str, Pool], seed: int) -> dict[Split, dict[str, Pool]]:
@@ -99,20 +89,15 @@ def split_bank(bank: Mapping[str, Pool], seed: int) -> dict[Split, dict[str, Poo
     """
     parts: dict[Split, dict[str, Pool]] = {split: {} for split in SPLITS}
     for name, pool in bank.items():
-        ranked = {
-            cell: sorted(queries, key=lambda query: hashlib.sha256(f"{seed} {query}".encode()).hexdigest())
-            for cell, queries in pool.queries.items()
-        }
+        queries: dict[Split, dict[Cell, tuple[str, ...]]] = {split: {} for split in SPLITS}
+        for cell, wordings in pool.queries.items():
+            ranked = tuple(sorted(wordings, key=lambda query: hashlib.sha256(f"{seed} {query}".encode()).hexdigest()))
+            few = max(1, round(len(ranked) * HELD_OUT_SHARE))
+            queries["val"][cell], queries["test"][cell] = ranked[:few], ranked[few : 2 * few]
+            queries["train"][cell] = ranked[2 * few :]
         for split, part in parts.items():
-            part[name] = replace(pool, queries={cell: _share(ranked[cell], split) for cell in ranked})
+            part[name] = replace(pool, queries=queries[split])
     return parts
-
-
-def _share(ranked: list[str], split: Split) -> tuple[str, ...]:
-    """Cuts a ranked list of wordings: the first few are val, the next test, the rest train."""
-    held_out = max(1, round(len(ranked) * HELD_OUT_SHARE))
-    start, stop = {"val": (0, held_out), "test": (held_out, 2 * held_out), "train": (2 * held_out, None)}[split]
-    return tuple(ranked[start:stop])
 
 
 def training_questions(pool: Pool, count: int, rng: Random) -> tuple[QA, ...]:
@@ -142,7 +127,7 @@ def _with_questions(
     """Gives each target `count` training questions or, without a count, the two held-out ones."""
     made: list[Record] = []
     for turn, record in enumerate(records):
-        targets: list[Target] = []
+        targets = []
         for place, target in enumerate(record.targets):
             pool, rng = pools[target.category], Random(f"{seed}/{record.id}/{target.id}")
             qa = held_out_questions(pool, turn + place, rng) if count is None else training_questions(pool, count, rng)
@@ -152,17 +137,10 @@ def _with_questions(
 
 
 def check_settings(numbers: Mapping[str, tuple[int | None, int]], out: Path, file: str, key: str, kind: str) -> None:
-    """Checks what a data set with questions is made of, and that its folder holds nothing else.
+    """Checks what a data set with questions is made of, and that its folder `out` holds nothing else.
 
-    Args:
-        numbers: the value and the least allowed value of each setting; None is not checked.
-        out: the folder.
-        file: a JSON file of earlier results.
-        key: a key of this file that no other data set has.
-        kind: what the folder may hold, for the message.
-
-    Raises:
-        InputError: a number is too small, or the folder holds something else; all problems are named.
+    `numbers` has the value and the least allowed value of each setting; None is not checked. Earlier results have a
+    JSON file with a key that no other data set has; `kind` is what they are called in the message.
     """
     problems = [
         f"{name} is {value}; expected {least} or more; raise it."

@@ -47,14 +47,7 @@ def read_images(
 ) -> Iterator[Found]:
     """Yields the Record of each image and the files that are left out, in the order of the index.
 
-    Memory does not grow with the images. The instances of a class are joined to one target.
-
-    Args:
-        root: the folder of images and masks.
-        entries: the images, from `Index.entries`.
-        min_area: targets with fewer pixels are left out.
-        workers: processes that read masks.
-        index_only: open no image and no mask; what only pixels tell is then found when a mask is used.
+    Memory does not grow with the images. See `prepare` for the arguments.
     """
     if index_only:
         yield from map(by_names, entries)
@@ -84,9 +77,6 @@ def split_cases(cases: Iterable[str], *, seed: int = 0, val: float = 0.1, test: 
     Within each data set (the part before the "/") the cases are ranked by a hash of seed and case, and the ranked list
     is cut. So the shares are exact, a data set of three or more cases is in all three splits (unless a share is 0), a
     smaller one is in train only, and adding a data set moves no case of another.
-
-    Raises:
-        InputError: a share is negative, or train would get nothing.
     """
     if val < 0 or test < 0 or val + test >= 1:
         raise InputError(f"val={val}, test={test}: expected shares >= 0 with a sum below 1; lower them.")
@@ -127,15 +117,12 @@ def prepare(
         out: a folder, which may not exist yet; the four files in it are replaced.
         seed: of the split, see `split_cases`.
         val: share of the cases of each data set for validation.
-        test: share of the cases of each data set for testing.
+        test: share for testing.
         min_area: targets with fewer pixels are left out.
         datasets: take only these; None takes all.
         workers: processes that read masks.
         subset: take only the targets that it chooses, over all splits together; None takes all.
         index_only: open no image and no mask; what only pixels tell is then found when a mask is used.
-
-    Raises:
-        InputError: the folder is not SA-Med2D-20M, the shares or the subset are wrong, or no image could be used.
     """
     root, out = Path(root), Path(out)
     if index_only and min_area:
@@ -196,8 +183,7 @@ def _wanted(entries: Iterable[Entry | Reject], chosen: Chosen) -> Iterator[Entry
         if isinstance(entry, Reject) or not entry.classes:
             yield entry
             continue
-        classes = [one for one in entry.classes if chosen.wants(one.category, f"{entry.stem}/{one.target}")]
-        if classes:
+        if classes := [one for one in entry.classes if chosen.wants(one.category, f"{entry.stem}/{one.target}")]:
             yield replace(entry, classes=tuple(classes), masks=sum(len(one.files) for one in classes))
         else:
             yield from entry.rejects

@@ -72,35 +72,22 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class ClassMasks:
-    """A class in an image: its id in the data set, its name, and the files of its instances."""
+    """A class in an image: the id of the target that it becomes, its name, and the files of its instances."""
 
-    id: int
+    target: str
     category: str
     files: tuple[str, ...]
-
-    @property
-    def target(self) -> str:
-        """The id of the target that it becomes."""
-        return f"{self.id:04d}"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An image of the index.
+    """An image of the index."""
 
-    Attributes:
-        image: its path relative to the root.
-        name: what its name says.
-        classes: its classes by id, without `union_*`: merged regions, which repeat what the other classes hold.
-        rejects: masks that are left out because of their names.
-        masks: how many masks the index gives it.
-    """
-
-    image: str
+    image: str  # its path relative to the root
     name: ImageName
-    classes: tuple[ClassMasks, ...]
-    rejects: tuple[Reject, ...]
-    masks: int
+    classes: tuple[ClassMasks, ...]  # by id, without `union_*`: merged regions, which repeat what the others hold
+    rejects: tuple[Reject, ...]  # masks that are left out because of their names
+    masks: int  # how many masks the index gives it
 
     @property
     def stem(self) -> str:
@@ -112,23 +99,14 @@ class Index:
     """The two JSON files of an SA-Med2D-20M folder; each method that returns images reads all of the index."""
 
     def __init__(self, root: Path, datasets: Collection[str] | None = None) -> None:
-        """Reads the names of the classes and checks that the index exists.
-
-        Args:
-            root: the folder with the two JSON files.
-            datasets: take only these; None takes all.
-
-        Raises:
-            InputError: a file is missing, the classes have another layout, or a data set is unknown.
-        """
+        """Reads the names of the classes and checks that the index exists; takes only `datasets`, None takes all."""
         self._path = root / INDEX_FILE
         _opened(self._path).close()
         self._classes = _read_classes(root / CLASSES_FILE)
         # Millions of masks share a few codes: {dataset: {"0003_000.png": class id}}.
         self._codes: defaultdict[str, dict[str, int]] = defaultdict(dict)
         self._datasets = None if datasets is None else set(datasets)
-        unknown = (self._datasets or set()) - self._classes.keys()
-        if unknown:
+        if unknown := (self._datasets or set()) - self._classes.keys():
             raise InputError(
                 f"{root / CLASSES_FILE}: expected the data set {name!r}, found none of this name."
                 f"{nearest(name, self._classes) or ' Remove it from the list.'}"
@@ -138,20 +116,16 @@ class Index:
     def categories(self) -> set[str]:
         """Returns the names of all classes, as targets have them."""
         chosen = self._classes if self._datasets is None else self._datasets
-        return {_category(name) for dataset in chosen for names in self._classes[dataset].values() for name in names}
+        names = (name for dataset in chosen for names in self._classes[dataset].values() for name in names)
+        return {name.replace("_", " ") for name in names}
 
     def cases(self) -> set[str]:
-        """Returns all cases, each "<dataset>/<case>"; raises what `entries` raises."""
+        """Returns all cases, each "<dataset>/<case>"."""
         found = (parse_name(image) for image, _ in _pairs(self._path))
         return {name.case for name in found if name is not None and self._takes(name)}
 
     def entries(self) -> Iterator[Entry | Reject]:
-        """Yields each image, or why it is left out, in the order of the index.
-
-        Raises:
-            InputError: the index is missing, is not JSON, has entries of another layout, or has an image twice. What
-                can be read is yielded first.
-        """
+        """Yields each image, or why it is left out, in the order of the index; what can be read before any InputError."""
         for image, masks in _pairs(self._path):
             name = parse_name(image)
             if name is None:
@@ -171,15 +145,14 @@ class Index:
         rejects: list[Reject] = []
         for mask in dict.fromkeys(masks):
             code = mask.removeprefix(prefix)
-            found = known.get(code)
-            if found is None:
+            if (found := known.get(code)) is None:
                 found = self._look_up(name.dataset, mask, code)
             if isinstance(found, Reject):
                 rejects.append(found)
             elif found != _UNION:
                 groups[found].append(mask)
-        names = self._classes.get(name.dataset, {})
-        classes = [ClassMasks(number, _category(names[number][0]), tuple(groups[number])) for number in sorted(groups)]
+        names = {number: self._classes[name.dataset][number][0].replace("_", " ") for number in sorted(groups)}
+        classes = [ClassMasks(f"{number:04d}", names[number], tuple(groups[number])) for number in names]
         return Entry(image, name, tuple(classes), tuple(rejects), len(masks))
 
     def _look_up(self, dataset: str, mask: str, code: str) -> int | Reject:
@@ -193,10 +166,6 @@ class Index:
             return Reject(mask, "unknown class", f"{dataset} has {found} for class id {match[1]}")
         self._codes[dataset][code] = _UNION if names[0].startswith("union_") else int(match[1])
         return self._codes[dataset][code]
-
-
-def _category(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _pairs(path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -240,7 +209,6 @@ def _is_of_form(image: str, masks: Any) -> bool:
 
 
 def _repeats(path: Path, repeated: frozenset[int], last: int) -> list[str]:
-    """Returns which of the images with these fingerprints are listed twice."""
     problems: list[str] = []
     first_seen: dict[str, int] = {}
     with _opened(path) as handle:

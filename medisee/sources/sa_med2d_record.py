@@ -32,8 +32,7 @@ class Found:
 def by_names(entry: Entry | Reject) -> Found:
     """Makes a Record of an image without opening a file.
 
-    A class with several instances, or with inverted masks, becomes a mask of several files. Boxes are left out, and so
-    are images that only their pixels could tell from masks.
+    Boxes are left out, and so are images that only their pixels could tell from masks.
     """
     if isinstance(entry, Reject):
         return Found(None, (entry,))
@@ -47,11 +46,7 @@ def by_names(entry: Entry | Reject) -> Found:
 
 
 def by_pixels(root: Path, min_area: int, entry: Entry | Reject) -> Found:
-    """Makes a Record of an image from its masks; their instances are joined.
-
-    Left out are masks of another shape than the image, empty ones, unreadable ones, and classes of less than `min_area`
-    pixels. A target of one file names that file as its mask; one that was joined or inverted holds an RLE.
-    """
+    """Makes a Record of an image from its masks, whose instances are joined; leaves out classes below `min_area` pixels."""
     if isinstance(entry, Reject):
         return Found(None, (entry,))
     try:
@@ -61,8 +56,7 @@ def by_pixels(root: Path, min_area: int, entry: Entry | Reject) -> Found:
     except (*_UNREADABLE, InputError) as error:
         return Found(None, (Reject(entry.image, "unreadable image", str(error)),))
     if is_mask:
-        detail = "the image has at most two grey values: it is a mask"
-        return Found(None, (Reject(entry.image, "unusable image", detail),))
+        return Found(None, (Reject(entry.image, "unusable image", "it has at most two grey values: it is a mask"),))
     inverted = entry.name.dataset == _INVERTED
     rejects = list(entry.rejects)
     targets: list[Target] = []
@@ -84,8 +78,8 @@ def by_pixels(root: Path, min_area: int, entry: Entry | Reject) -> Found:
 
 def _found(entry: Entry, targets: list[Target], rejects: list[Reject]) -> Found:
     if not targets:
-        none = Reject(entry.image, "no target", f"none of its {entry.masks} masks is usable")
-        return Found(None, (*rejects, none))
+        rejects = [*rejects, Reject(entry.image, "no target", f"none of its {entry.masks} masks is usable")]
+        return Found(None, tuple(rejects))
     record = Record(
         id=entry.stem,
         image=entry.image,

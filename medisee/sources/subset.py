@@ -12,17 +12,11 @@ from medisee.foundation.files import fingerprint
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subset:
-    """How many targets to take.
+    """How many targets to take."""
 
-    Attributes:
-        cap: maximum number of targets per category; None takes all.
-        caps: categories with another maximum; 0 leaves a category out.
-        seed: of the choice.
-    """
-
-    cap: int | None = None
-    caps: Mapping[str, int] = field(default_factory=dict)
-    seed: int = 0
+    cap: int | None = None  # maximum number of targets per category; None takes all
+    caps: Mapping[str, int] = field(default_factory=dict)  # categories with another maximum; 0 leaves one out
+    seed: int = 0  # of the choice
 
     def cap_of(self, category: str) -> int | None:
         """Returns the maximum of a category, None for no maximum."""
@@ -30,11 +24,7 @@ class Subset:
 
 
 def parse_subset(words: Sequence[str], seed: int) -> Subset:
-    """Reads a subset as it is written in a command: `500 liver=2000 'left kidney=0'`.
-
-    Raises:
-        InputError: words are neither a number nor CATEGORY=NUMBER, or something is said twice.
-    """
+    """Reads a subset as it is written in a command: `500 liver=2000 'left kidney=0'`."""
     problems: list[str] = []
     caps: dict[str, int] = {}
     for word in words:
@@ -55,13 +45,8 @@ def parse_subset(words: Sequence[str], seed: int) -> Subset:
 
 
 def check_categories(subset: Subset, known: Collection[str]) -> None:
-    """Checks that the categories in `caps` exist.
-
-    Raises:
-        InputError: some do not.
-    """
-    unknown = sorted(set(subset.caps) - set(known))
-    if unknown:
+    """Checks that the categories in `caps` exist."""
+    if unknown := sorted(set(subset.caps) - set(known)):
         raise InputError(
             f"--subset {category}={subset.caps[category]}: expected a category of the chosen data sets, found none of "
             f"this name.{nearest(category, known) or ' Remove it.'}"

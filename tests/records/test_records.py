@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medisee.foundation.errors import InputError
-from medisee.records.jsonl import Line
+from medisee.records.jsonl import Line, read_line
 from medisee.records.masks import MaskFiles, encode_mask
 from medisee.records.records import (
     QA,
@@ -23,7 +23,6 @@ from medisee.records.records import (
     Target,
     Turn,
     read_predictions,
-    read_record,
     write_predictions,
     write_records,
 )
@@ -89,7 +88,7 @@ def problems_of(change: dict[str, Any] | None = None, target: dict[str, Any] | N
     if target:
         record["targets"][0].update(target)
     problems: list[str] = []
-    read_record(Line("m.jsonl:7", 0, json.dumps(record).encode()), problems)
+    read_line(Record, Line("m.jsonl:7", 0, json.dumps(record).encode()), problems)
     return "\n".join(problems)
 
 
@@ -99,7 +98,7 @@ def test_records_round_trip(tmp_path_factory: pytest.TempPathFactory, written: l
     write_records(path, written)
     problems: list[str] = []
     lines = path.read_bytes().split(b"\n")[:-1]
-    assert [read_record(Line("r", 0, line), problems) for line in lines] == written
+    assert [read_line(Record, Line("r", 0, line), problems) for line in lines] == written
     assert not problems
 
 
@@ -248,12 +247,12 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 @given(st.binary(max_size=80) | st.recursive(st.none() | st.integers(), st.lists).map(lambda v: json.dumps(v).encode()))
 def test_any_line_is_read_or_refused(content: bytes) -> None:
     problems: list[str] = []
-    read_record(Line("m:1", 0, content), problems)
+    read_line(Record, Line("m:1", 0, content), problems)
     assert problems and all(problem.startswith("m:1: ") for problem in problems)
 
 
 @given(st.dictionaries(st.sampled_from(list(RECORD)), st.none() | st.floats() | st.text() | st.lists(st.integers())))
 def test_any_object_is_read_or_refused(content: dict[str, Any]) -> None:
     problems: list[str] = []
-    read_record(Line("m:1", 0, json.dumps({**content, "id": 1}).encode()), problems)
+    read_line(Record, Line("m:1", 0, json.dumps({**content, "id": 1}).encode()), problems)
     assert problems

@@ -184,7 +184,7 @@ def test_bad_input_leaves_nothing_behind(
 
 def test_wrong_numbers_a_foreign_folder_and_a_foreign_bank(given: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
-        prepare(given, given, bank=BANK, copies=-1, count=0)
+        prepare(given, given, bank=BANK, copies=-1, train_questions=0)
     assert len(error.value.problems) == 3
     with pytest.raises(InputError, match="no target in train and test"):
         prepare(given, tmp_path / "out", bank=BANKS["brain"])
