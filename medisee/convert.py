@@ -74,10 +74,6 @@ def from_release(weights: Path, model: Model, tokenizer_folder: Path, out: Path)
 
     The release's weights replace the published ones that `model` names. The tokenizer's folder may lack the candidate
     tokens, which are added in the release's order.
-
-    Raises:
-        InputError: another model, foreign or truncated files, missing shards or tensors, keys without a place, other
-            shapes, another vocabulary; `out` holds something else.
     """
     check_replaceable(out)
     shard_paths(weights)
@@ -149,11 +145,7 @@ def _release_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def merge(checkpoint: Path, out: Path) -> None:
-    """Writes a checkpoint as one model without LoRA that needs no other weights; replaces a checkpoint at `out`.
-
-    Raises:
-        InputError: no checkpoint; a language model that cannot be built from sizes; `out` holds something else.
-    """
+    """Writes a checkpoint as one model without LoRA that needs no other weights; replaces a checkpoint at `out`."""
     check_replaceable(out)
     folder = local_checkpoint(checkpoint)
     model = load_checkpoint(folder, _in_full)
@@ -163,11 +155,7 @@ def merge(checkpoint: Path, out: Path) -> None:
 
 
 def export_sam(checkpoint: Path, out: Path) -> None:
-    """Writes a checkpoint's seg head as a new folder of transformers' SamModel.
-
-    Raises:
-        InputError: no checkpoint; a seg head of another kind; `out` is there already.
-    """
+    """Writes a checkpoint's seg head as a new folder of transformers' SamModel."""
     if out.exists():
         raise InputError(f"{out}: is there already; name a new folder.")
     folder = local_checkpoint(checkpoint)

@@ -88,11 +88,7 @@ class Notes:
 
 
 def wanted(names: Sequence[str]) -> dict[str, str | None]:
-    """Resolves sets and NAME@REVISION to models and their revisions.
-
-    Raises:
-        InputError: every unknown name, a revision of a set, one model in two revisions.
-    """
+    """Resolves sets and NAME@REVISION to models and their revisions."""
     found: dict[str, str | None] = {}
     problems = []
     for text in names:
@@ -113,11 +109,7 @@ def wanted(names: Sequence[str]) -> dict[str, str | None]:
 
 
 def download(out: Path, models: Mapping[str, str | None]) -> list[str]:
-    """Downloads models, given their revisions, and records each in the manifest; returns what is missing and why.
-
-    Raises:
-        InputError: the manifest is broken.
-    """
+    """Downloads models, given their revisions, and records each in the manifest; returns what is missing and why."""
     notes = read_manifest(out)
     missing: list[str] = []
     for name, revision in models.items():
@@ -161,11 +153,7 @@ def _hashed(out: Path, folder: Path) -> dict[str, FileNote]:
 
 
 def read_manifest(out: Path) -> dict[str, ModelNote]:
-    """Returns what weights.json says of each model; nothing where there is no such file.
-
-    Raises:
-        InputError: it cannot be read, or has another format.
-    """
+    """Returns what weights.json says of each model; nothing where there is no such file."""
     path = out / MANIFEST
     if not path.exists():
         return {}
@@ -176,11 +164,7 @@ def read_manifest(out: Path) -> dict[str, ModelNote]:
 
 
 def check(out: Path, names: Sequence[str] = ()) -> int:
-    """Compares the files of models or sets, or all, with the manifest; needs no network and returns their number.
-
-    Raises:
-        InputError: every file that is missing or differs, every model that was never downloaded.
-    """
+    """Compares the files of models or sets, or all, with the manifest; needs no network and returns their number."""
     notes = read_manifest(out)
     if not notes:
         found = "names no weights" if (out / MANIFEST).exists() else "is not there"

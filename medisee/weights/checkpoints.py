@@ -216,11 +216,7 @@ def _model_of(content: dict[str, Any], folder: Path) -> Model:
 
 
 def check_same_model(folder: Path, config: Model) -> None:
-    """Checks that a checkpoint holds the model that a run describes, so that the run can start from it.
-
-    Raises:
-        InputError: no checkpoint, or another model; names the first setting that differs.
-    """
+    """Checks that a checkpoint holds the model that a run describes, so that the run can start from it."""
     saved = _model_of(read_description(folder), folder)
     if difference := _difference("model", saved.model_dump(mode="json"), config.model_dump(mode="json")):
         name, old, new = difference
@@ -260,11 +256,7 @@ def merge_adapters(model: SavedModel) -> None:
 
 
 def local_checkpoint(source: Path | str, revision: str | None = None) -> Path:
-    """Returns the folder of a checkpoint: `source` itself, or where the files of a hub id were fetched to.
-
-    Raises:
-        InputError: there is no such folder, and no such hub repository in reach.
-    """
+    """Returns the folder of a checkpoint: `source` itself, or where the files of a hub id were fetched to."""
     if Path(source).exists():
         return Path(source)
     if not is_hub_id(source):
@@ -277,11 +269,7 @@ def local_checkpoint(source: Path | str, revision: str | None = None) -> Path:
 
 
 def push_checkpoint(model: SavedModel, hub_id: str, *, private: bool | None, token: str | None) -> str:
-    """Uploads a checkpoint to the hub and returns the commit's URL; see `MediSee.push_to_hub`.
-
-    Raises:
-        InputError: the hub refuses it or is out of reach.
-    """
+    """Uploads a checkpoint to the hub and returns the commit's URL; see `MediSee.push_to_hub`."""
     api = HfApi(token=token)
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "checkpoint"
@@ -299,11 +287,7 @@ def push_checkpoint(model: SavedModel, hub_id: str, *, private: bool | None, tok
 
 
 def load_trained(model: SavedModel, state: dict[str, Tensor], where: Path) -> None:
-    """Loads trained tensors, read from the file `where`, strictly.
-
-    Raises:
-        InputError: names missing, left-over and misshapen tensors.
-    """
+    """Loads trained tensors, read from the file `where`, strictly."""
     own = trained_state(model)
     problems = [f"{where}: missing tensor {name}; it was saved from another model" for name in own if name not in state]
     problems += [
@@ -322,11 +306,7 @@ def load_trained(model: SavedModel, state: dict[str, Tensor], where: Path) -> No
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Returns what `write_description` wrote.
-
-    Raises:
-        InputError: the folder holds no checkpoint.
-    """
+    """Returns what `write_description` wrote."""
     path = folder / CONFIG
     if not path.is_file():
         raise InputError(f"{path}: no checkpoint here; {_FIX}.")

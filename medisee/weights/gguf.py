@@ -40,9 +40,6 @@ def gguf_folder(config: Mllm) -> Path:
     """Returns the transformers-format folder of `config.source`, a GGUF file, which is converted first if need be.
 
     Its name depends on the file's content; it is beside converted checkpoints of other kinds.
-
-    Raises:
-        InputError: no such package or file; not a GGUF file of a language model; no room.
     """
     path = gguf_file(config.source or "")
     content = hashlib.sha256(f"{FORMAT} {cached_sha256(path)}".encode()).hexdigest()[:16]
@@ -62,11 +59,7 @@ def find_gguf(source: str) -> Path | None:
 
 
 def gguf_file(source: str) -> Path:
-    """Returns the GGUF file that a source names.
-
-    Raises:
-        InputError: no such file, package, or file in the package.
-    """
+    """Returns the GGUF file that a source names."""
     found = find_gguf(source)
     if found is None:
         raise InputError(f"model.mllm.source = {source!r}: {gguf_fix(source)}.")

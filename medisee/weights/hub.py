@@ -45,9 +45,6 @@ def fetch(repository: str, revision: str | None = None, folder: Path | None = No
         revision: branch, tag or commit; None: the main branch.
         folder: where to put the files; None: the hub's cache.
         weights: whether to fetch the weights too.
-
-    Raises:
-        InputError: no network, no such repository or revision, or terms that have to be accepted first.
     """
 
     def snapshot(*patterns: str) -> Path:

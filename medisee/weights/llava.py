@@ -49,11 +49,7 @@ class Pretrained:
 
 
 def pretrained_tokenizer(config: Mllm) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of `config.source`: original, transformers' or a GGUF file's.
-
-    Raises:
-        InputError: the hub id or folder cannot be read.
-    """
+    """Loads the tokenizer of `config.source`: original, transformers' or a GGUF file's."""
     folder = _source_folder(config, weights=False)
     if is_original(read_json(folder / CONFIG)):
         return original_tokenizer(folder)
@@ -68,12 +64,7 @@ def _load_tokenizer(folder: Path, config: Mllm) -> PreTrainedTokenizerBase:
 
 
 def load_pretrained(config: Mllm) -> Pretrained:
-    """Loads the Llava of `config.source`; an original checkpoint or a GGUF file is converted first.
-
-    Raises:
-        InputError: the source cannot be found; files or tensors are missing, left over, misshapen or foreign; the
-            tokenizer is another model's; 4 or 8 bits without a GPU or bitsandbytes; too little memory for the layers.
-    """
+    """Loads the Llava of `config.source`; an original checkpoint or a GGUF file is converted first."""
     if config.bits is not None:
         _check_bits(config.bits)
     folder = _source_folder(config, weights=True)
@@ -187,9 +178,6 @@ def layer_devices(folder: Path, config: Mllm) -> dict[str, int | str]:
     """Spreads the language model's layers over the devices; all else goes to the first one.
 
     So what learns, and what the seg head and the routers read, stays on their device.
-
-    Raises:
-        InputError: no memory for the parts outside the layers, or for some layers without a folder to offload them to.
     """
     settings: Any = AutoConfig.from_pretrained(folder)
     assumed = {"auto": settings.dtype or torch.float32}.get(config.dtype, DTYPES[config.dtype])

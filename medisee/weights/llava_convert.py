@@ -60,9 +60,6 @@ def converted(folder: Path, config: Mllm) -> Path:
 
     Its name depends on sizes and times of the weights and on the content of all other files, so that it is never taken
     for another checkpoint's.
-
-    Raises:
-        InputError: all that is missing, left over, misshapen or unreadable; no vision tower; no room.
     """
     settings = read_json(folder / CONFIG)
     names = weight_map(folder)
@@ -85,9 +82,6 @@ def convert_once(name: str, config: Mllm, convert: Callable[[Path], None]) -> Pa
     """Returns the folder of this name among the converted checkpoints, which `convert` writes if it is not there yet.
 
     One process converts while others that were started with it wait.
-
-    Raises:
-        InputError: the folder cannot be written.
     """
     home = Path(config.converted) if config.converted else Path(HF_HOME) / "medisee"
     target = home / name

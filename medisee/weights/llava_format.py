@@ -84,9 +84,6 @@ def llava_config(path: Path, settings: Mapping[str, Any], vision: CLIPVisionConf
     The sliding window is None, as in LLaVA-Med's training, whatever the file says; the base of the rotary code is the
     file's, or 1e6 for Mistral and 1e4 for Llama. Values whose defaults differ between versions of transformers are
     written out.
-
-    Raises:
-        InputError: missing sizes; a projector, image tokens or a vocabulary of another kind.
     """
     language = _language(settings)
     problems = [
@@ -149,9 +146,6 @@ def vision_config(
         settings: its config.json.
         tensors: all tensors under transformers' names.
         described: folder with CLIP's config.json, if there is one.
-
-    Raises:
-        InputError: tensors are missing; the number of heads is not stated.
     """
     tower = "model.vision_tower."
     needed = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight")
@@ -183,11 +177,7 @@ def vision_config(
 
 
 def original_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Builds the tokenizer of an original checkpoint from tokenizer.model, or else from tokenizer.json.
-
-    Raises:
-        InputError: both files are missing or unreadable; the ids of added tokens leave gaps.
-    """
+    """Builds the tokenizer of an original checkpoint from tokenizer.model, or else from tokenizer.json."""
     model, described = folder / "tokenizer.model", folder / "tokenizer_config.json"
     settings = read_json(described) if described.exists() else {}
     if not model.exists():

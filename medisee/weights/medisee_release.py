@@ -119,9 +119,6 @@ def place(shard: Shard, *, expected: Mapping[str, torch.Size], config: Model, re
     """Finds the place of one file's tensors in our model and adds them to the report; nothing is read yet.
 
     `expected` are names and shapes of all tensors of our model, which `config` describes.
-
-    Raises:
-        InputError: unknown keys, other shapes, another vocabulary; all of this file's at once.
     """
     plan = ShardPlan(shard.path, {}, {})
     problems: list[str] = []

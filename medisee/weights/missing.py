@@ -47,11 +47,7 @@ def missing_weights(model: Model) -> list[Missing]:
 
 
 def check_files(config: Config) -> None:
-    """Checks that the data of a training is there; weights may still come from the hub.
-
-    Raises:
-        InputError: a manifest or a folder of images that training reads is missing; names missing weights as well.
-    """
+    """Checks that the data of a training is there; weights may still come from the hub."""
     # Categories are read by evaluation only, and the common root by val only.
     unread = {"data.categories"} | ({"data.root"} if config.data.selection is None else set())
     lacking = [one for one in missing_files(config) if one.setting not in unread]

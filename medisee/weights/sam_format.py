@@ -109,11 +109,7 @@ def is_transformers(state: Mapping[str, Any]) -> bool:
 
 
 def without_tied(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Drops transformers' second copy of the position code, which not all files hold.
-
-    Raises:
-        InputError: the copies differ.
-    """
+    """Drops transformers' second copy of the position code, which not all files hold."""
     kept = {name: value for name, value in state.items() if name != TIED_POSITIONS}
     tied = state.get(TIED_POSITIONS)
     if tied is not None and not torch.equal(kept.setdefault(SHARED_POSITIONS, tied), tied):
@@ -124,11 +120,7 @@ def without_tied(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def weights_file(source: str | Path) -> Path:
-    """Returns the file of a seg head's weights: `source`, or that of a transformers SAM in a folder or on the hub.
-
-    Raises:
-        InputError: a folder or repository of another model or without weights; a hub out of reach.
-    """
+    """Returns the file of a seg head's weights: `source`, or that of a transformers SAM in a folder or on the hub."""
     path = Path(source)
     if path.suffix not in FILE_TYPES and "/" in str(source) and is_hub_id(source):
         path = _fetched(str(source))
@@ -157,11 +149,7 @@ def _fetched(hub_id: str) -> Path:
 
 
 def read_weights(path: Path) -> Any:
-    """Reads a .safetensors or torch file: data only, never code.
-
-    Raises:
-        InputError: a missing, truncated or foreign file, or one that carries code.
-    """
+    """Reads a .safetensors or torch file: data only, never code."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -76,11 +76,7 @@ class ShardPlan:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """Lists the weight files of a checkpoint: those that its index names, or the only one.
-
-    Raises:
-        InputError: no weights; a broken index; all files that it names and that are missing.
-    """
+    """Lists the weight files of a checkpoint: those that its index names, or the only one."""
     first = _first(folder)
     if first is None:
         raise InputError(f"{folder}: holds no weights; expected one of {', '.join(WEIGHT_FILES)}; fetch it again.")
@@ -93,11 +89,7 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def weight_map(folder: Path) -> dict[str, str]:
-    """Returns which file holds each tensor according to the index; empty for a single file.
-
-    Raises:
-        InputError: the index is broken.
-    """
+    """Returns which file holds each tensor according to the index; empty for a single file."""
     path = _first(folder)
     if path is None or path.suffix != ".json":
         return {}
@@ -115,11 +107,7 @@ def _first(folder: Path) -> Path | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        InputError: the file cannot be read or holds something else.
-    """
+    """Reads a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -133,11 +121,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def open_shard(path: Path) -> Iterator[Shard]:
-    """Opens a .safetensors or .bin file, whose tensors are read on demand and stay mapped until it is closed.
-
-    Raises:
-        InputError: the file is truncated, of another kind, or holds anything but tensors. Pickled code is not run.
-    """
+    """Opens a .safetensors or .bin file, whose tensors are read on demand and stay mapped until it is closed."""
     if path.suffix != ".safetensors":
         tensors = _unpickled(path)
         types: dict[str, Any] = {name: tensor.dtype for name, tensor in tensors.items()}
@@ -204,11 +188,7 @@ def shards_digest(folder: Path) -> str | None:
 
 
 def check_shards(folder: Path) -> None:
-    """Opens every file of a checkpoint and compares it with the index.
-
-    Raises:
-        InputError: every file that is missing, truncated or foreign, and every tensor that is not where the index says.
-    """
+    """Opens every file of a checkpoint and compares it with the index."""
     _, problems = plan_shards(folder, lambda shard: ShardPlan(shard.path, {}, {}))
     if problems:
         raise InputError(problems)
@@ -218,9 +198,6 @@ def plan_shards(folder: Path, plan: Callable[[Shard], ShardPlan]) -> tuple[list[
     """Plans the conversion of a checkpoint from its headers; returns the plans of its files and every problem found.
 
     `plan` plans one file; the problems of an InputError that it raises are collected.
-
-    Raises:
-        InputError: no weights; a broken index; missing files.
     """
     places = weight_map(folder)
     plans: list[ShardPlan] = []

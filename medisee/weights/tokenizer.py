@@ -54,9 +54,6 @@ def sentencepiece_tokenizer(path: Path, *, legacy: bool) -> PreTrainedTokenizerF
     """Builds LLaVA's tokenizer from tokenizer.model, with the ids of transformers' slow Llama tokenizer.
 
     If `legacy`, every piece between added tokens gets a leading space, else only the first.
-
-    Raises:
-        InputError: the file cannot be read or is not a model of Llama's kind (byte-pair encoding of unchanged text).
     """
     proto = _sentencepiece_model(path)
     pieces, spec = proto.pieces, proto.trainer_spec
