@@ -256,7 +256,7 @@ def test_a_run_computes_the_loss_of_its_compat(
         seen.append(release)
         raise RuntimeError("enough seen")
 
-    monkeypatch.setattr("medisee.train.make_optimization", stop)
+    monkeypatch.setattr("medisee.train.TrainingLoss", stop)
     data = {**tiny_config["data"], "select": "val"}
     values = {**tiny_config, "compat": compat, "data": data, "train": {**tiny_config["train"], "out": str(tmp_path)}}
     with pytest.raises(RuntimeError, match="enough seen"):
