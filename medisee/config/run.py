@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from medisee.config.model import Model, Section
 
-RELEASE: dict[str, Any] = {
+RELEASE: dict[str, Any] = {  # defaults under `compat: release`; each can still be set alone
     "model": {
         "box_frame": "frame",
         "box_dtype": "bfloat16",
@@ -20,10 +20,8 @@ RELEASE: dict[str, Any] = {
     "data": {"select": "test"},
     "eval": {"forced_answer": "{candidates}."},
 }
-"""Defaults under `compat: release`; each can still be set alone."""
 
-MaskResolution = Literal["original", "decoder"] | int
-"""See `Loss.mask_resolution`."""
+MaskResolution = Literal["original", "decoder"] | int  # see `Loss.mask_resolution`
 LEAST_MASK_SIDE = 32
 
 
@@ -145,8 +143,8 @@ class Train(Section):
     accumulation: int = Field(default=10, ge=1)
     """Micro-batches per optimizer step, all with the same weight (as in the release)."""
     global_batch: int | None = Field(default=None, ge=1)
-    """Images per optimizer step over all ranks; `accumulation` is then computed from the number of ranks. null: ranks x
-    batch_size x accumulation (the paper: 4 x 15 x 10)."""
+    """Images per optimizer step over all ranks, which sets `accumulation`. null: ranks x batch_size x accumulation (the
+    paper: 4 x 15 x 10)."""
     lr: float = Field(default=3e-4, gt=0)
     """Peak learning rate of AdamW."""
     lr_mask_decoder: float | None = None
@@ -163,11 +161,10 @@ class Train(Section):
     """Compute precision; geometry, losses and optimizer state are always float32. `auto`: bfloat16 where the device is
     faster in it (GPUs since Ampere, CPUs with AMX or AVX512_BF16), float32 elsewhere."""
     recompute_layers: bool | Annotated[int, Field(ge=0)] = False
-    """Activation checkpointing in the language model. true: in all layers, for a third more arithmetic and far less
-    memory. A number N: in the first N layers. The paper's run needs it on 48 GB; see --plan."""
+    """Activation checkpointing in the language model. true: in all layers (a third more arithmetic). A number N: in the
+    first N. The paper's run needs it on 48 GB; see --plan."""
     unpadded: bool = False
-    """Whether the language model reads the sequences of a micro-batch one after another, without padding them to the
-    longest. Not under ZeRO 3, where every rank must run the model equally often."""
+    """Whether the language model reads a micro-batch's sequences one by one, without padding. Not under ZeRO 3."""
     compile_layers: bool = False
     """Whether torch.compile fuses the language model's layers between their matrix products; only rounding and
     dropout's choices differ. A CPU needs a C++ compiler. Not under ZeRO 3, which gathers weights within layers."""
@@ -227,10 +224,9 @@ class Config(Section):
     """One run: model, loss, data, training, evaluation."""
 
     compat: Literal["none", "release"] = "none"
-    """`release` computes as the authors' release does: the settings of RELEASE are the defaults; true boxes end at the
-    mask's last pixel instead of behind it; one box without area takes the GIoU gradient from all boxes of its image;
-    training draws are random and unseeded, so a run cannot be repeated or resumed exactly; and answers that the model
-    writes are decoded without routers and box prompt. `none` corrects all of these."""
+    """`release` computes as the authors' release does: RELEASE holds the defaults; true boxes end at the mask's last
+    pixel; one box without area takes the GIoU gradient from all boxes of its image; training draws are unseeded, so a
+    run cannot be repeated or resumed exactly; written answers are decoded without routers and box prompt."""
     model: Model = Model()
     """The model's parts and sizes."""
     loss: Loss = Loss()

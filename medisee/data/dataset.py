@@ -25,8 +25,7 @@ from medisee.records.masks import mask_box
 from medisee.records.prompts import class_answer, class_question
 from medisee.records.records import QA, Record, Target
 
-ATTEMPTS = 32
-"""Unreadable records in a row that end a run with `data.skip_corrupt`."""
+ATTEMPTS = 32  # unreadable records in a row that end a run with `data.skip_corrupt`
 
 
 def record_example(
@@ -38,15 +37,9 @@ def record_example(
     truth: bool = True,
     keep_image: bool = False,
 ) -> Example:
-    """Reads one record's image, or its cached features, and its masks.
+    """Reads one record's image, or its cached features, and with `truth` its masks and boxes.
 
-    Args:
-        manifest: where the record comes from.
-        record: the record.
-        questions: the targets and their questions.
-        cache: frozen features; the image is read only if they are missing.
-        truth: read masks and boxes.
-        keep_image: read the image even if its features are cached, for a vision tower.
+    `keep_image`: read the image even if its features are cached, for a vision tower.
     """
     path = manifest.image_path(record)
     embedding = cache.read(path) if cache is not None and path in cache else None
@@ -68,22 +61,14 @@ def asked_questions(target: Target, category: str, rng: random.Random) -> tuple[
 
 
 class TrainingData(Dataset[Example]):
-    """The mixture as examples, indexed by a `Draw` and its optimizer step.
-
-    Attributes:
-        skipped: what was wrong with replaced records, one entry per record.
-    """
+    """The mixture as examples, indexed by a `Draw` and its optimizer step."""
 
     def __init__(self, config: Config, manifests: Sequence[Manifest], cache: FeatureCache | None) -> None:
         self.config, self.manifests, self.cache = config, manifests, cache
-        self.skipped: list[str] = []
+        self.skipped: list[str] = []  # what was wrong with replaced records, one entry per record
 
     def __getitem__(self, item: tuple[Draw, int]) -> Example:  # type: ignore[override]
-        """Builds one example; all random choices come from the draw's number.
-
-        Raises:
-            InputError: a record cannot be read without `data.skip_corrupt`, or ATTEMPTS in a row.
-        """
+        """Builds one example; all random choices come from the draw's number."""
         draw, step = item
         manifest = self.manifests[draw.source]
         for attempt in range(ATTEMPTS):
@@ -158,13 +143,7 @@ class MicroBatches(Sampler[list[tuple[Draw, int]]]):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A micro-batch from a loader process, or the problems of its InputError, which would arrive with a traceback.
-
-    Attributes:
-        batch: None if there are problems.
-        skipped: see `TrainingData`.
-        problems: of the InputError.
-    """
+    """A micro-batch from a loader process, or the problems of its InputError, which would arrive with a traceback."""
 
     batch: Batch | None
     skipped: tuple[str, ...] = ()
@@ -178,7 +157,6 @@ class MicroBatchReader(Dataset[Loaded]):
         self.data, self.processor = data, processor
 
     def __getitem__(self, items: list[tuple[Draw, int]]) -> Loaded:  # type: ignore[override]
-        """Reads one micro-batch."""
         config = self.data.config
         self.data.skipped.clear()
         try:
@@ -190,24 +168,15 @@ class MicroBatchReader(Dataset[Loaded]):
 
 
 class TrainingBatches(Iterator[Batch]):
-    """One rank's micro-batches, in order.
-
-    Attributes:
-        skipped: see `TrainingData`; of all micro-batches so far.
-    """
+    """One rank's micro-batches, in order; one with an unreadable record ends the loader processes."""
 
     def __init__(self, loader: DataLoader[Loaded]) -> None:
         self._loaded: Iterator[Loaded] = iter(loader)
-        self.skipped: list[str] = []
+        self.skipped: list[str] = []  # see `TrainingData`; of all micro-batches so far
         # Loader processes ignore the signal with which Python ends its children; it would wait for them forever.
         atexit.register(self.close)
 
     def __next__(self) -> Batch:
-        """Returns the next micro-batch.
-
-        Raises:
-            InputError: one of its records cannot be read; the loader processes have ended.
-        """
         try:
             loaded = next(self._loaded)
         except StopIteration:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -29,8 +28,6 @@ from medisee.records.images import read_image
 
 SHARD = 64
 BATCH = 4
-OLD_INDEX = "index.json"
-"""{key: [shard, row]}: written by earlier versions, whose shards have no metadata."""
 KEYS = "keys"
 
 
@@ -41,9 +38,6 @@ class FeatureCache:
         self.folder = folder
         self._rows: dict[str, tuple[str, int]] = {}
         self._keys: dict[Path, str] = {}
-        if (folder / OLD_INDEX).exists():
-            stored = json.loads((folder / OLD_INDEX).read_text())
-            self._rows = {key: (shard, row) for key, (shard, row) in stored.items() if (folder / shard).exists()}
         for shard in folder.glob("*.safetensors"):
             with suppress(SafetensorError), safe_open(str(shard), framework="pt") as handle:
                 keys = (handle.metadata() or {}).get(KEYS, "").split()
@@ -93,18 +87,9 @@ def fill_cache(
     *,
     skip_corrupt: bool = False,
 ) -> FeatureCache:
-    """Computes the missing features and returns the cache; prints their size first.
+    """Computes the missing features in `dtype` and returns the cache, below `folder`; prints their size first.
 
-    Args:
-        images: image files, repeats allowed.
-        head: the seg head whose encoder is frozen.
-        processor: brings the head's input rule.
-        folder: where all caches live; each encoder has its own below.
-        dtype: compute precision.
-        skip_corrupt: leave out images that cannot be read; reading their records reports them.
-
-    Raises:
-        InputError: the encoder learns, so its features change at every step; an image cannot be read.
+    `skip_corrupt`: leave out images that cannot be read; reading their records reports them.
     """
     if head.encoder_learns:
         raise InputError(

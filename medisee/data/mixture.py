@@ -34,19 +34,16 @@ class Mixture:
         first_draws: Sequence[int] | None = None,
         unseeded: bool = False,
     ) -> None:
-        """Creates a mixture.
+        """`lengths`, `weights` and `first_draws` are each source's number of records, share and first draw.
 
-        Args:
-            lengths, weights, first_draws: number of records, share and first draw of each source.
-            seed: of all orders.
-            unseeded: every call draws independently, differently in every run (release).
+        `unseeded`: every call draws independently, differently in every run (release).
         """
         self.lengths, self.seed = tuple(lengths), seed
         joins = list(first_draws) if first_draws is not None else [0] * len(lengths)
-        self.stages = [
-            _Stage(start, _cycle([weight if join <= start else 0 for weight, join in zip(weights, joins, strict=True)]))
-            for start in sorted({0, *joins})
-        ]
+        self.stages = []
+        for start in sorted({0, *joins}):
+            shares = [weight if join <= start else 0 for weight, join in zip(weights, joins, strict=True)]
+            self.stages.append(_Stage(start, np.repeat(np.arange(len(shares)), np.array(shares) // gcd(*shares))))
         self._unseeded = np.random.default_rng() if unseeded else None
         self._order = lru_cache(maxsize=4 * len(lengths))(self._permutation)
 
@@ -80,8 +77,3 @@ class Mixture:
 class _Stage:
     start: int
     cycle: np.ndarray
-
-
-def _cycle(weights: Sequence[int]) -> np.ndarray:
-    divisor = gcd(*weights)
-    return np.repeat(np.arange(len(weights)), [weight // divisor for weight in weights])

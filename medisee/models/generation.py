@@ -26,21 +26,17 @@ def write_answers(
     pad_id: int,
     never: int,
 ) -> tuple[Tensor, Tensor]:
-    """Writes one answer per query.
+    """Writes one answer per query, ended by `end_id` and without the id `never`.
 
     Args:
         llava: the language model.
         cache: keys and values of each image's prefix; changed by this call.
         batch: unpacked, without answers.
         prefix: P, the number of tokens that all sequences of an image share.
-        max_new_tokens: longest answer.
-        end_id: id that ends an answer.
-        pad_id: id of the padding.
-        never: id that must not be written.
+        max_new_tokens, end_id, pad_id, never: longest answer, and token ids.
 
     Returns:
-        Token ids (S, A), padded on the right, and the last states (S, A, D) that predicted them, as the routers read
-        them in training.
+        Token ids (S, A), padded on the right, and the last states (S, A, D) that predicted them.
     """
     cache.batch_select_indices(batch.image_of_sequence_S)
     # Generation appends on the right, so the padding moves between prefix and question; positions do not count it.

@@ -27,18 +27,12 @@ SAM_STD = (58.395, 57.12, 57.375)
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Where one image is in the square input frame, in pixels.
+    """Where one image is in the square input frame, in pixels."""
 
-    Attributes:
-        height, width: of the original image.
-        size: side of the frame.
-        resized_height, resized_width: the part of the frame that the image fills; the rest is padding.
-    """
-
-    height: int
+    height: int  # of the original image
     width: int
-    size: int
-    resized_height: int
+    size: int  # side of the frame
+    resized_height: int  # the part of the frame that the image fills; the rest is padding
     resized_width: int
 
 
@@ -51,15 +45,10 @@ def fit(height: int, width: int, size: int, resize: Literal["longest", "stretch"
 
 
 def to_frame(image: np.ndarray, frame: Frame, pixels: Literal["sam", "minmax"]) -> Tensor:
-    """Resizes, standardises and pads an image.
+    """Resizes, standardises and pads an image, uint8 (H, W, 3) -> float32 (3, S, S).
 
-    Args:
-        image: uint8 (H, W, 3).
-        frame: from `fit`.
-        pixels: `sam`: SAM's mean and standard deviation; `minmax`: to [0, 1] over the image.
-
-    Returns:
-        float32 (3, S, S); padding is 0 after standardisation, as SAM and LiteMedSAM pad.
+    `sam`: by SAM's mean and standard deviation; `minmax`: to [0, 1] over the image. Padding is 0 after standardisation,
+    as SAM and LiteMedSAM pad.
     """
     resized = Image.fromarray(image).resize((frame.resized_width, frame.resized_height), Image.Resampling.BILINEAR)
     values = torch.from_numpy(np.asarray(resized, dtype=np.float32)).permute(2, 0, 1)
@@ -72,13 +61,7 @@ def to_frame(image: np.ndarray, frame: Frame, pixels: Literal["sam", "minmax"]) 
 
 
 def boxes_to_frame(boxes_I4: Tensor, frames: list[Frame], scale: Literal["resized", "frame"] = "resized") -> Tensor:
-    """Maps normalised xyxy boxes (I, 4) into frame pixels, float32.
-
-    Args:
-        boxes_I4: normalised by the original image's size.
-        frames: of each box's image.
-        scale: see `Model.box_frame`.
-    """
+    """Maps normalised xyxy boxes (I, 4) into the pixels of their images' frames, float32; see `Model.box_frame`."""
     sides = [(f.resized_width, f.resized_height) if scale == "resized" else (f.size, f.size) for f in frames]
     scale_I4 = torch.tensor([side * 2 for side in sides], dtype=torch.float32, device=boxes_I4.device)
     return boxes_I4.float() * scale_I4
@@ -87,13 +70,8 @@ def boxes_to_frame(boxes_I4: Tensor, frames: list[Frame], scale: Literal["resize
 def token_places(frame: Frame, grid: int, over: Literal["frame", "pad", "centre_crop"]) -> Tensor:
     """Returns the part of the image that each of grid x grid image tokens sees, row by row.
 
-    Args:
-        frame: of the image.
-        grid: tokens per side.
-        over: what they divide: the seg head's frame, the image padded to a square, or its central square.
-
-    Returns:
-        Normalised (cx, cy, w, h), float32 (grid^2, 4); a token that sees only padding has no area.
+    The tokens divide `over`: the seg head's frame, the image padded to a square, or its central square. Normalised (cx,
+    cy, w, h), float32 (grid^2, 4); a token that sees only padding has no area.
     """
     if over == "frame":
         top = left = 0.0
@@ -122,12 +100,8 @@ def square_of(height: int, width: int, kind: Literal["pad", "centre_crop"]) -> t
 def normalise_box(
     box: tuple[float, float, float, float], height: int, width: int, *, inclusive: bool = False
 ) -> tuple[float, float, float, float]:
-    """Divides a half-open xyxy box in original pixels by (width, height).
-
-    `inclusive`: ends it at the last pixel inside, as the release does, which is one pixel short.
-    """
-    last = 1 if inclusive else 0
-    return (box[0] / width, box[1] / height, (box[2] - last) / width, (box[3] - last) / height)
+    """Divides a half-open xyxy box in original pixels by (width, height); `inclusive`: one pixel short (release)."""
+    return (box[0] / width, box[1] / height, (box[2] - inclusive) / width, (box[3] - inclusive) / height)
 
 
 def denormalise_box(box: Tensor, height: int, width: int) -> tuple[float, float, float, float]:

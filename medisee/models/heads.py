@@ -10,10 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-START_EDGE = 0.005
-"""Least distance of a box's start from 0 and 1: the decoder could not correct one that is further out."""
-SPREADS = 3.0
-"""Sides of `map_box` in standard deviations: those of an even rectangle are sqrt(12) = 3.5, but a map also strays."""
+START_EDGE = 0.005  # least distance of a box's start from 0 and 1; one further out could not be corrected
+SPREADS = 3.0  # sides of `map_box` in standard deviations: those of an even rectangle are 3.5, but a map also strays
 
 
 class Router(nn.Module):
@@ -59,12 +57,7 @@ class BoxDecoder(nn.Module):
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
 
     def forward(self, detection_ID: Tensor, start_I4: Tensor | None = None) -> Tensor:
-        """Returns (I, 4) in float32, since bfloat16 rounds to 4 pixels above 512.
-
-        Args:
-            detection_ID: h_det.
-            start_I4: boxes to correct, see `Model.box_start`.
-        """
+        """Corrects the boxes `start_I4` by h_det: (I, 4) in float32, since bfloat16 rounds to 4 pixels above 512."""
         logits_I4 = self.layers(detection_ID).float()
         return (logits_I4 if start_I4 is None else logits_I4 + start_I4.logit(eps=START_EDGE)).sigmoid()
 
@@ -87,12 +80,8 @@ def similarity_map(image_ITD: Tensor, segmentation_ID: Tensor) -> Tensor:
 def map_box(similarity_IT: Tensor, places_IT4: Tensor) -> Tensor:
     """Returns the extent of a map: its mean, and SPREADS standard deviations along each axis.
 
-    Args:
-        similarity_IT: a map; its softmax, weighted by each token's area in the image, is the density.
-        places_IT4: (cx, cy, w, h) of each image token, from `token_places`.
-
-    Returns:
-        Normalised (cx, cy, w, h), (I, 4), float32; may cross the image's border.
+    The density is the map's softmax, weighted by each token's area in the image (`token_places`). Returns normalised
+    (cx, cy, w, h), (I, 4), float32, which may cross the image's border.
     """
     centres_IT2, sides_IT2 = places_IT4.split(2, dim=2)
     density_IT1 = (similarity_IT.float() + sides_IT2.prod(dim=2).log()).softmax(dim=1)[..., None]

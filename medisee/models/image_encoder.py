@@ -21,8 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from medisee.config.model import SamSizes
 
 PATCH = 16
-BIAS_ELEMENTS = 1 << 28
-"""Largest bias held at once, in elements: one image of global attention at 1024 pixels, ViT-H."""
+BIAS_ELEMENTS = 1 << 28  # of the largest bias held at once: one image of global attention at 1024 pixels, ViT-H
 
 
 class BiasedAttention(nn.Module):
@@ -30,16 +29,13 @@ class BiasedAttention(nn.Module):
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
-        self.num_heads = attention.num_heads
-        self.qkv, self.proj = attention.qkv, attention.proj
+        self.num_heads, self.qkv, self.proj = attention.num_heads, attention.qkv, attention.proj
         self.rel_pos_h, self.rel_pos_w = attention.rel_pos_h, attention.rel_pos_w
 
     def forward(self, values_BHWC: Tensor) -> Tensor:
-        """Attends within each image or window: (B, H, W, C) -> (B, H, W, C).
-
-        The bias has M N^2 elements per image, 0.8 GB at 1024 pixels (ViT-B, float32). If it is that large, images go
-        one after another, and an encoder that learns recomputes it in the backward pass instead of keeping it.
-        """
+        """Attends within each image or window: (B, H, W, C) -> (B, H, W, C)."""
+        # The bias has M N^2 elements per image, 0.8 GB at 1024 pixels (ViT-B, float32). If it is that large, images go
+        # one after another, and an encoder that learns recomputes it in the backward pass instead of keeping it.
         batch, height, width, _ = values_BHWC.shape
         count = height * width
         qkv = self.qkv(values_BHWC).reshape(batch, count, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)

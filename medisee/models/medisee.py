@@ -41,19 +41,12 @@ MaskDetail = Literal["none", "coarse", "full"]
 # No slots: DeepSpeed finds a module's tensors with vars().
 @dataclass(frozen=True)
 class Regions:
-    """Where the targets are.
+    """Where the targets are."""
 
-    Attributes:
-        boxes_I4: B, normalised xyxy, float32.
-        masks_Jhh: M, mask logits of the seg head's frame; None if masks were left out.
-        similarity_IT: Sim(h_img, h_seg), dot products over sqrt(D). The paper leaves the scale open.
-        class_similarity_QT: the same maps of the class queries, without gradient; None if there are none.
-    """
-
-    boxes_I4: Tensor
-    masks_Jhh: Tensor | None
-    similarity_IT: Tensor
-    class_similarity_QT: Tensor | None
+    boxes_I4: Tensor  # B, normalised xyxy, float32
+    masks_Jhh: Tensor | None  # M, mask logits of the seg head's frame; None if masks were left out
+    similarity_IT: Tensor  # Sim(h_img, h_seg), dot products over sqrt(D); the paper leaves the scale open
+    class_similarity_QT: Tensor | None  # the maps of the class queries, without gradient; None if there are none
 
 
 @dataclass(frozen=True)
@@ -65,16 +58,10 @@ class Output(Regions):
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """Answers that the model wrote, one per query.
+    """Answers that the model wrote, one per query; boxes and masks, as in Regions, are meaningless if not emitted."""
 
-    Attributes:
-        texts: decoded answers without special tokens.
-        emitted: whether all candidate tokens were written.
-        boxes_I4, masks_Jhh: as in Regions; meaningless if not emitted.
-    """
-
-    texts: tuple[str, ...]
-    emitted: tuple[bool, ...]
+    texts: tuple[str, ...]  # without special tokens
+    emitted: tuple[bool, ...]  # whether all candidate tokens were written
     boxes_I4: Tensor
     masks_Jhh: Tensor
 
@@ -83,13 +70,7 @@ class MediSee(nn.Module):
     """The model: MLLM -> candidate states -> two routers -> box decoder, then mask decoder."""
 
     def __init__(self, config: Model, tokenizer: PreTrainedTokenizerBase, *, weights: bool = True) -> None:
-        """Builds the model.
-
-        Args:
-            config: all sizes and choices.
-            tokenizer: with the candidate tokens.
-            weights: load the published weights of the frozen parts.
-        """
+        """Builds the model; `weights` loads the published weights of frozen parts. The tokenizer has the candidates."""
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         build = {"sam_med2d": sam_med2d_head, "lite_medsam": lite_medsam_head}.get(config.seg_head.kind, sam_head)
@@ -138,8 +119,7 @@ class MediSee(nn.Module):
             batch: what the states were computed from.
             f_BCGG: image features.
             h_SLD: last states; only those of image tokens are read.
-            h_c_IKD: candidate states of the targets.
-            class_c_QKD: candidate states of the class queries.
+            h_c_IKD, class_c_QKD: candidate states of the targets and of the class queries.
             masks: see `forward`.
             release: as the release decodes what it wrote: first and last candidate state, no routers, no box prompt.
         """
@@ -162,14 +142,10 @@ class MediSee(nn.Module):
 
     @torch.inference_mode()
     def generate(self, batch: Batch, *, max_new_tokens: int, release: bool = False) -> Generated:
-        """Writes the answers greedily with a KV cache and locates what they mark.
+        """Writes the answers greedily with a KV cache and locates what they mark; `release`: see `locate`.
 
-        The candidate states are those that predicted the candidate tokens, as in `forward`.
-
-        Args:
-            batch: unpacked (one query per sequence), without answers.
-            max_new_tokens: longest answer.
-            release: see `locate`.
+        The candidate states are those that predicted the candidate tokens, as in `forward`. The batch is unpacked (one
+        query per sequence) and without answers.
         """
         f_BCGG, language_model = self.embed_images(batch), self.mllm.model.language_model
         # The prefix of an image is read once for all its queries.
@@ -340,10 +316,7 @@ class MediSee(nn.Module):
         return pinned_device(self.mllm)
 
     def placed(self, device: torch.device | str | None) -> MediSee:
-        """Moves the model. A language model in 4 or 8 bits, or spread over devices, stays where it is.
-
-        Args:
-            device: None: the CPU, or where such a language model takes its inputs.
+        """Moves the model (None: to the CPU). A language model in 4 or 8 bits or over several devices stays in place.
 
         Raises:
             InputError: such a language model takes its inputs on another device.

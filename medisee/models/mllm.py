@@ -34,17 +34,12 @@ from medisee.weights.llava import DTYPES, general_kernel, load_pretrained, pretr
 from medisee.weights.tokenizer import IMAGE_TOKEN, add_candidate_tokens, token_id
 
 POSITION_FREQUENCIES = 16
-
 _ADAPTED = r".*language_model.*\.(q_proj|v_proj)"
 _VOCABULARY = ("model.language_model.embed_tokens", "lm_head")
 
 
 def load_tokenizer(config: Mllm, candidate_tokens: tuple[str, ...]) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of `config.source` and adds the candidate tokens.
-
-    Raises:
-        InputError: the hub id or folder cannot be read.
-    """
+    """Loads the tokenizer of `config.source` and adds the candidate tokens."""
     tokenizer = pretrained_tokenizer(config)
     tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     add_candidate_tokens(tokenizer, candidate_tokens)
@@ -56,14 +51,8 @@ def load_mllm(
 ) -> LlavaForConditionalGeneration:
     """Loads or builds the Llava and prepares what learns in it.
 
-    Args:
-        config: source or sizes, kind of image tokens, what learns.
-        tokenizer: with the candidate tokens.
-        seg: the seg head's embedding, for image tokens that come from it.
-        candidate_tokens: whose rows learn under `train_tokens: new`.
-
-    Raises:
-        InputError: the source cannot be read, or does not fit the configuration.
+    `seg` describes the embedding of image tokens that come from the seg head; under `train_tokens: new` only the rows
+    of `candidate_tokens` learn.
     """
     if config.source is None:
         llava = LlavaForConditionalGeneration(_llava_config(config, tokenizer, seg))
@@ -97,8 +86,8 @@ def _add_rows(llava: LlavaForConditionalGeneration, old: int, new: int) -> None:
     embedding: Any = llava.get_input_embeddings()
     if new > embedding.num_embeddings:
         llava.resize_token_embeddings(new, mean_resizing=False)
-    layers: list[Any] = [llava.get_input_embeddings(), llava.get_output_embeddings()]
-    for layer in layers:
+    layer: Any
+    for layer in (llava.get_input_embeddings(), llava.get_output_embeddings()):
         layer.weight[old:new] = layer.weight[:old].float().mean(dim=0).to(layer.weight.dtype)
 
 
@@ -218,13 +207,11 @@ def _seg_token_width(config: Mllm, seg: SegHeadSpec) -> int:
 def _check_vision(llava: LlavaForConditionalGeneration, config: Mllm) -> None:
     settings: Any = llava.config
     vision, kind = settings.vision_config, settings.vision_feature_select_strategy
+    sizes = {"vision_size": vision.image_size, "vision_patch": vision.patch_size}
     problems = [
-        f"model.mllm.{name} = {own}: {config.source} was trained at {size}; set it to {size}."
-        for name, own, size in (
-            ("vision_size", config.vision_size, vision.image_size),
-            ("vision_patch", config.vision_patch, vision.patch_size),
-        )
-        if own != size
+        f"model.mllm.{name} = {getattr(config, name)}: {config.source} was trained at {size}; set it to {size}."
+        for name, size in sizes.items()
+        if getattr(config, name) != size
     ]
     if kind != "default":
         problems.append(

@@ -19,40 +19,24 @@ from transformers import LlavaForConditionalGeneration
 
 from medisee.foundation.errors import InputError
 
-PREFIX = 0
-PADDING = -1
+PREFIX, PADDING = 0, -1
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Packed token ids.
-
-    Attributes:
-        input_ids_SL: token ids, padded on the right.
-        positions_SL: rotary positions, which restart after the prefix.
-        segments_SL: 0 in the prefix, 1, 2, ... in the queries, -1 in the padding.
-        starts: where each query of each sequence begins.
-        lengths: of the sequences, rounded up to `multiple`.
-    """
+    """Packed token ids, padded on the right."""
 
     input_ids_SL: Tensor
-    positions_SL: Tensor
-    segments_SL: Tensor
-    starts: tuple[tuple[int, ...], ...]
-    lengths: tuple[int, ...]
+    positions_SL: Tensor  # rotary positions, which restart after the prefix
+    segments_SL: Tensor  # 0 in the prefix, 1, 2, ... in the queries, -1 in the padding
+    starts: tuple[tuple[int, ...], ...]  # where each query of each sequence begins
+    lengths: tuple[int, ...]  # of the sequences, rounded up to `multiple`
 
 
 def pack(
     prefixes: Sequence[Sequence[int]], queries: Sequence[Sequence[Sequence[int]]], pad: int, *, multiple: int = 1
 ) -> Packed:
-    """Packs each prefix with its queries.
-
-    Args:
-        prefixes: for each sequence, the token ids that its queries share.
-        queries: for each sequence, the token ids of its queries.
-        pad: id of the padding token.
-        multiple: the padded length is a multiple of it.
-    """
+    """Packs each prefix with its queries, all token ids, and pads to a multiple of `multiple` with the id `pad`."""
     exact = [len(p) + sum(map(len, q)) for p, q in zip(prefixes, queries, strict=True)]
     lengths = tuple(-(-length // multiple) * multiple for length in exact)
     shape = (len(prefixes), max(lengths))
@@ -76,10 +60,7 @@ def pack(
 def sees(segments_SL: Tensor, sequence: Tensor, query: Tensor, key: Tensor, *, full_prefix: bool) -> Tensor:
     """Returns whether the token at `query` sees the one at `key`: earlier tokens of the prefix, or of its own query.
 
-    Args:
-        segments_SL: from `pack`.
-        sequence, query, key: indices, of shapes that broadcast.
-        full_prefix: the prefix's tokens see all of the prefix.
+    The indices broadcast. `full_prefix`: the prefix's tokens see all of the prefix.
     """
     own, other = segments_SL[sequence, query], segments_SL[sequence, key]
     behind = key <= query
@@ -97,8 +78,7 @@ def block_mask(segments_SL: Tensor, dtype: torch.dtype, *, full_prefix: bool = F
     return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
 
 
-DEVICES = ("cuda", "xpu", "hpu")
-"""Kinds of devices on which torch has a backward pass of flex attention."""
+DEVICES = ("cuda", "xpu", "hpu")  # on which torch has a backward pass of flex attention
 
 
 def check_flex(device: torch.device) -> None:
@@ -111,11 +91,7 @@ def check_flex(device: torch.device) -> None:
 
 
 def use_flex(llava: LlavaForConditionalGeneration, *, training: bool) -> None:
-    """Sets the language model's attention kernel: flex attention in training, SDPA otherwise.
-
-    Raises:
-        InputError: the layers have attention dropout, which flex attention does not support.
-    """
+    """Sets the language model's attention kernel: flex attention in training, SDPA otherwise."""
     language = llava.model.language_model
     if dropout := language.config.attention_dropout:
         raise InputError(
@@ -126,11 +102,7 @@ def use_flex(llava: LlavaForConditionalGeneration, *, training: bool) -> None:
 
 
 def flex_mask(segments_SL: Tensor, *, full_prefix: bool = False) -> BlockMask:
-    """Returns `sees` as the mask of flex attention, (S, 1, L, L).
-
-    Raises:
-        InputError: the segments are on a device that cannot train with it.
-    """
+    """Returns `sees` as the mask of flex attention, (S, 1, L, L)."""
     check_flex(segments_SL.device)
 
     def rule(sequence: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

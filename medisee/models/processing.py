@@ -33,30 +33,18 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Query:
-    """One question about an image, with its truth in training.
+    """One question about an image, with its truth in training."""
 
-    Attributes:
-        record, target: ids, for predictions and messages.
-        question: the text.
-        answer: the true or forced answer; None if the model writes it.
-        history: the earlier turns of a conversation, oldest first; the model reads them but does not learn them.
-        mask: bool (H, W).
-        box: in original pixels, half-open; None: that of the mask.
-        true_box: prompt the mask decoder with the true box instead of the predicted one.
-        masked: decode this query's mask.
-        class_query: a question that names the class, whose similarity map is this query's target in L_sim.
-    """
-
-    record: str
+    record: str  # id, for predictions and messages, as target
     target: str
     question: str
-    answer: str | None = None
-    history: tuple[Turn, ...] = ()
-    mask: np.ndarray | None = None
-    box: tuple[float, float, float, float] | None = None
-    true_box: bool = False
-    masked: bool = True
-    class_query: str | None = None
+    answer: str | None = None  # the true or forced answer; None if the model writes it
+    history: tuple[Turn, ...] = ()  # earlier turns, oldest first; the model reads them but does not learn them
+    mask: np.ndarray | None = None  # bool (H, W)
+    box: tuple[float, float, float, float] | None = None  # in original pixels, half-open; None: that of the mask
+    true_box: bool = False  # prompt the mask decoder with the true box instead of the predicted one
+    masked: bool = True  # decode this query's mask
+    class_query: str | None = None  # names the class; its similarity map is this query's target in L_sim
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,53 +62,34 @@ class Example:
 class Batch:
     """What one forward pass reads. The position of a token is that of the state that predicts it, one before the token.
 
-    Attributes:
-        queries: of the targets, image by image.
-        frames: of the images.
-        pixels_B3FF: the seg head's input; None if features are cached.
-        embedding_BCGG: cached features.
-        vision_B3VV: the vision tower's input; None without a vision tower.
-        input_ids_SL, positions_SL, segments_SL, lengths: the token sequences, see `Packed`. Class queries follow the
-            queries of their sequence; they are not targets, and nothing of them is supervised.
-        image_of_sequence_S, sequence_of_target_I, image_of_target_I: indices.
-        candidates_IK: positions of the candidate tokens in their sequence; -1 if the answer does not hold them.
-        supervised_N2: sequence and position of each token of the answers.
-        labels_N: those tokens.
-        boxes_I4: true boxes, normalised xyxy; None without truth, as coverage_IT.
-        masks: true masks, float32 in [0, 1], at the resolution of the mask loss; empty without truth.
-        coverage_IT: share of each image token's area that the true mask covers.
-        true_box_I: whether the true box prompts the mask decoder.
-        masked_J: the targets whose masks are decoded.
-        class_candidates_QK, class_sequence_Q: as candidates_IK and sequence_of_target_I, of the class queries.
-        target_of_class_query_Q: the target that each class query belongs to.
+    Class queries follow the queries of their sequence; they are not targets, and nothing of them is supervised.
     """
 
-    queries: tuple[Query, ...]
-    frames: tuple[Frame, ...]
-    pixels_B3FF: Tensor | None
-    embedding_BCGG: Tensor | None
-    vision_B3VV: Tensor | None
-    input_ids_SL: Tensor
+    queries: tuple[Query, ...]  # of the targets, image by image
+    frames: tuple[Frame, ...]  # of the images
+    pixels_B3FF: Tensor | None  # the seg head's input; None if features are cached
+    embedding_BCGG: Tensor | None  # cached features
+    vision_B3VV: Tensor | None  # the vision tower's input; None without a vision tower
+    input_ids_SL: Tensor  # these and lengths: see `Packed`
     positions_SL: Tensor
     segments_SL: Tensor
     lengths: tuple[int, ...]
     image_of_sequence_S: Tensor
     sequence_of_target_I: Tensor
     image_of_target_I: Tensor
-    candidates_IK: Tensor
-    supervised_N2: Tensor
-    labels_N: Tensor
-    boxes_I4: Tensor | None
-    masks: tuple[Tensor, ...]
-    coverage_IT: Tensor | None
-    true_box_I: Tensor
-    masked_J: Tensor
-    class_candidates_QK: Tensor
-    class_sequence_Q: Tensor
-    target_of_class_query_Q: Tensor
+    candidates_IK: Tensor  # positions of the candidate tokens in their sequence; -1 if the answer does not hold them
+    supervised_N2: Tensor  # sequence and position of each token of the answers
+    labels_N: Tensor  # those tokens
+    boxes_I4: Tensor | None  # true boxes, normalised xyxy; None without truth
+    masks: tuple[Tensor, ...]  # true masks, float32 in [0, 1], at the mask loss's resolution; empty without truth
+    coverage_IT: Tensor | None  # share of each image token's area that the true mask covers; None without truth
+    true_box_I: Tensor  # whether the true box prompts the mask decoder
+    masked_J: Tensor  # the targets whose masks are decoded
+    class_candidates_QK: Tensor  # as candidates_IK, of the class queries
+    class_sequence_Q: Tensor  # as sequence_of_target_I, of the class queries
+    target_of_class_query_Q: Tensor  # the target that each class query belongs to
 
     def to(self, device: torch.device) -> Batch:
-        """Returns the batch on another device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **moved, masks=tuple(mask.to(device) for mask in self.masks))
@@ -181,23 +150,13 @@ class MediSeeProcessor:
         release: bool = False,
         packed: bool = True,
     ) -> Batch:
-        """Builds a batch.
+        """Builds a batch of images with one or more queries each.
 
-        Args:
-            examples: images with one or more queries each.
-            mask_resolution: see `Loss.mask_resolution`.
-            release: true boxes end at the mask's last pixel, see `Config.compat`.
-            packed: one sequence per image; otherwise one per query.
-
-        Raises:
-            InputError: a query without text, or one that is too long.
+        `packed`: one sequence per image, otherwise one per query. `release`: true boxes end at the mask's last pixel.
         """
-        images = list(enumerate(examples))
-        rows = (
-            [(index, example.queries) for index, example in images]
-            if packed
-            else [(index, (query,)) for index, example in images for query in example.queries]
-        )
+        rows = [(index, example.queries) for index, example in enumerate(examples)]
+        if not packed:
+            rows = [(index, (query,)) for index, queries in rows for query in queries]
         own_ids = [[self._tokens(query) for query in own] for _, own in rows]
         class_ids = [
             [
@@ -223,9 +182,8 @@ class MediSeeProcessor:
         queries = tuple(query for _, own in rows for query in own)
         image_of_target = [index for index, own in rows for _ in own]
         frames = tuple(self.frame(example.height, example.width) for example in examples)
-        boxes_I4, masks, coverage_IT = self._truth(
-            queries, [frames[i] for i in image_of_target], mask_resolution, release
-        )
+        owners = [frames[index] for index in image_of_target]
+        boxes_I4, masks, coverage_IT = self._truth(queries, owners, mask_resolution, release)
         features = [example.embedding for example in examples if example.embedding is not None]
         pictures = [example.image for example in examples if example.image is not None]
         cached, tower = len(features) == len(examples), self.config.mllm.image_tokens == "vision_tower"

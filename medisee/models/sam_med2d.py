@@ -8,7 +8,6 @@ Shapes: B images, H W height and width in patches, C width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,19 +19,18 @@ from medisee.foundation.errors import InputError
 from medisee.models.image_encoder import image_encoder
 from medisee.models.seg_head import SamHead, assemble, vit_sizes
 
-REDUCTION = 4
-
 
 class Adapter(nn.Module):
     """Reweights channels by their mean over the image, mixes neighbours at half resolution, adds and normalises."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        reduced = width // 4
         self.norm = nn.LayerNorm(width)
         self.channel = nn.Sequential(
-            nn.Linear(width, width // REDUCTION, bias=False),
+            nn.Linear(width, reduced, bias=False),
             nn.ReLU(),
-            nn.Linear(width // REDUCTION, width, bias=False),
+            nn.Linear(reduced, width, bias=False),
             nn.Sigmoid(),
         )
         self.spatial = nn.Sequential(
@@ -44,8 +42,7 @@ class Adapter(nn.Module):
 
     def forward(self, values_BHWC: Tensor) -> Tensor:
         """Maps (B, H, W, C) to (B, H, W, C); H and W even."""
-        weights_BC = self.channel(values_BHWC.mean(dim=(1, 2)))
-        weighted_BHWC = values_BHWC * weights_BC[:, None, None]
+        weighted_BHWC = values_BHWC * self.channel(values_BHWC.mean(dim=(1, 2)))[:, None, None]
         mixed_BHWC = self.spatial(weighted_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.norm(values_BHWC + mixed_BHWC)
 
@@ -60,7 +57,6 @@ class AdaptedBlock(nn.Module):
         self.Adapter = Adapter(width)  # published under this name
 
     def forward(self, values_BHWC: Tensor) -> Tensor:
-        """Maps (B, H, W, C) to (B, H, W, C)."""
         height, width = values_BHWC.shape[1:3]
         attended = self.norm1(values_BHWC)
         if self.window_size > 0:
@@ -73,12 +69,14 @@ class AdaptedBlock(nn.Module):
         return values_BHWC + self.mlp(normal_BHWC) + self.Adapter(normal_BHWC)
 
 
-def sam_med2d_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
-    """Builds SAM-Med2D; `weights=False` leaves it random, for a checkpoint that is loaded next.
+class _NoOptimizer:
+    # The published file also holds the optimizer, as an object; this takes its place.
+    def __setstate__(self, state: Any) -> None:
+        pass
 
-    Raises:
-        InputError: `size` is not a multiple of 32; a bad weights file.
-    """
+
+def sam_med2d_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
+    """Builds SAM-Med2D; `weights=False` leaves it random, for a checkpoint that is loaded next."""
     if config.size % 32:
         raise InputError(
             f"model.seg_head.size = {config.size}: SAM-Med2D needs a multiple of 32; it was trained at 256."
@@ -87,29 +85,6 @@ def sam_med2d_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
     encoder = image_encoder(sizes, config.size)
     for index, block in enumerate(encoder.blocks):
         encoder.blocks[index] = AdaptedBlock(block, sizes.width)  # type: ignore[arg-type]
-    # The published file also holds the optimizer, as an object.
-    with torch.serialization.safe_globals(_SAFE):
-        return assemble(encoder, config, weights=weights, prepare=_model_part)
-
-
-def _model_part(content: Any) -> Any:
-    return content.get("model", content) if isinstance(content, dict) else content
-
-
-class _NoOptimizer:
-    """Takes the place of an optimizer in a file that is read."""
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _empty_dict(*_: Any) -> dict[Any, Any]:
-    return {}
-
-
-_SAFE: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    (_NoOptimizer, "torch.optim.adam.Adam"),
-    (_NoOptimizer, "torch.optim.adamw.AdamW"),
-    (_empty_dict, "collections.defaultdict"),
-    dict,
-]
+    optimizers: list[Any] = [(_NoOptimizer, f"torch.optim.{name}") for name in ("adam.Adam", "adamw.AdamW")]
+    with torch.serialization.safe_globals([*optimizers, (lambda *_: {}, "collections.defaultdict"), dict]):
+        return assemble(encoder, config, weights=weights, part="model")

@@ -6,7 +6,6 @@ h low-resolution mask side (4 G), U channels of the enlarged states (C / 8).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,25 +35,16 @@ class SegHeadSpec:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """What prompts the mask decoder for each of I targets, in this order: points, box corners, text.
+    """What prompts the mask decoder for each of I targets, in this order: box corners, text."""
 
-    Attributes:
-        text: (I, C) projected h_seg.
-        boxes: (I, 4) xyxy in frame pixels, float32.
-        points: (I, N, 2) xy in frame pixels.
-        labels: (I, N) 1 positive, 0 negative, -1 none.
-    """
-
-    text: Tensor | None = None
-    boxes: Tensor | None = None
-    points: Tensor | None = None
-    labels: Tensor | None = None
+    text: Tensor | None = None  # projected h_seg (I, C)
+    boxes: Tensor | None = None  # xyxy in frame pixels (I, 4)
 
 
 class SamHead(nn.Module):
     """SAM, MedSAM, SAM-Med2D and LiteMedSAM, which differ in image encoder and `spec`.
 
-    The image encoder, except for LoRA, and the prompt encoder are frozen; the mask decoder learns (paper, section 4.3).
+    Only the mask decoder and the image encoder's LoRA learn (paper, section 4.3).
     """
 
     def __init__(
@@ -119,17 +109,15 @@ class SamHead(nn.Module):
         return logits_IGG2222.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 6).flatten(1, 3)
 
     def _sparse(self, prompts: Prompts) -> Tensor:
-        encoder, parts = self.prompt_encoder, []
-        points = None if prompts.points is None else (prompts.points.float(), prompts.labels)
-        boxes = None if prompts.boxes is None else prompts.boxes.float()
-        if points is not None or boxes is not None:
+        parts = []
+        if prompts.boxes is not None:
             # Autocast would round coordinates to bfloat16, which moves a box by pixels.
-            with torch.autocast(encoder.no_mask_embed.weight.device.type, enabled=False):
-                parts.append(encoder(points=points, boxes=boxes, masks=None)[0])
+            with torch.autocast(prompts.boxes.device.type, enabled=False):
+                parts.append(self.prompt_encoder(points=None, boxes=prompts.boxes.float(), masks=None)[0])
         if prompts.text is not None:
             parts.append(prompts.text[:, None].to(parts[0].dtype if parts else prompts.text.dtype))
         if not parts:
-            raise ValueError("Prompts need at least one of text, boxes, points")
+            raise ValueError("Prompts need at least one of text and boxes")
         return torch.cat(parts, dim=1)
 
 
@@ -170,55 +158,38 @@ def sam_parts(sizes: SamSizes, grid: int, size: int) -> tuple[PromptEncoder, Mas
 
 
 def vit_sizes(config: SegHeadConfig) -> SamSizes:
-    """Returns the configured SAM's sizes."""
     return config.sizes or _VIT[config.vit]
 
 
 def sam_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
-    """Builds SAM or MedSAM; `weights=False` leaves it random, for a checkpoint that is loaded next.
-
-    Raises:
-        InputError: `size` is not a multiple of 16; a bad weights file.
-    """
+    """Builds SAM or MedSAM; `weights=False` leaves it random, for a checkpoint that is loaded next."""
     if config.size % PATCH:
         raise InputError(f"model.seg_head.size = {config.size}: SAM's patches are 16 pixels; use a multiple of 16.")
     return assemble(image_encoder(vit_sizes(config), config.size), config, weights=weights)
 
 
-def assemble(
-    encoder: nn.Module, config: SegHeadConfig, *, weights: bool, prepare: Callable[[Any], Any] | None = None
-) -> SamHead:
-    """Joins a ViT with patches of 16 pixels and SAM's decoder, then loads `checkpoint` and adds LoRA as configured.
-
-    Raises:
-        InputError: a bad weights file.
-    """
+def assemble(encoder: nn.Module, config: SegHeadConfig, *, weights: bool, part: str | None = None) -> SamHead:
+    """Joins a ViT with patches of 16 pixels and SAM's decoder, then loads `checkpoint` and adds LoRA as configured."""
     sizes, grid = vit_sizes(config), config.size // PATCH
     spec = SegHeadSpec(config.size, config.resize, config.pixels, sizes.channels, grid)
     head = SamHead(encoder, *sam_parts(sizes, grid, config.size), spec)
     if weights and config.checkpoint is not None:
-        load_weights(head, config.checkpoint, prepare)
-    if config.lora is not None:
-        lora = config.lora
+        load_weights(head, config.checkpoint, part)
+    if (lora := config.lora) is not None:
         adapters = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=["qkv"])
         inject_adapter_in_model(adapters, head.image_encoder)
     return head
 
 
-def load_weights(head: SamHead, source: str | Path, prepare: Callable[[Any], Any] | None = None) -> None:
-    """Loads published weights strictly, without running code from the file.
+def load_weights(head: SamHead, source: str | Path, part: str | None = None) -> None:
+    """Loads published weights strictly, without running code from the file; `part`: the key that may hold them.
 
-    Args:
-        head: the head to fill.
-        source: see `weights_file`; with segment_anything's names, or a whole transformers SamModel.
-        prepare: changes the file's content before it is loaded.
-
-    Raises:
-        InputError: a missing or foreign file; missing, left-over or misshapen tensors.
+    `source` (see `weights_file`) has segment_anything's names, or is a whole transformers SamModel.
     """
     path = weights_file(source)
-    content = read_weights(path)
-    state = prepare(content) if prepare is not None else content
+    state = read_weights(path)
+    if isinstance(state, dict) and part in state:
+        state = state[part]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: expected a flat state dict of tensors, found {type(state).__name__}.")
     own = head.state_dict()

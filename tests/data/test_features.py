@@ -15,7 +15,7 @@ from torch import nn
 
 from medisee.config.model import Lora, Model, SegHeadConfig
 from medisee.data import features
-from medisee.data.features import OLD_INDEX, FeatureCache, encoder_key, fill_cache
+from medisee.data.features import FeatureCache, encoder_key, fill_cache
 from medisee.foundation.errors import InputError
 from medisee.models.processing import MediSeeProcessor
 from medisee.models.seg_head import SamHead, sam_head
@@ -223,36 +223,22 @@ def test_a_damaged_shard_is_computed_again(images: list[Path], head: SamHead, tm
 
 
 def without_metadata(cache: FeatureCache) -> None:
-    """Writes a cache in its old form: shards that do not name their images, and one index."""
+    """Writes a cache in its old form: shards that do not name their images, and one index, which is not read."""
     for shard in cache.folder.glob("*.safetensors"):
         features = {name: value.clone() for name, value in load_file(shard).items()}
         shard.unlink()
         save_file(features, shard)
-    (cache.folder / OLD_INDEX).write_text(json.dumps(cache._rows))
+    (cache.folder / "index.json").write_text(json.dumps(cache._rows))
 
 
-def test_an_old_cache_is_read(
-    images: list[Path], head: SamHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    new = fill(images[:5], head, tmp_path / "cache")
-    expected = [new.read(image) for image in images[:5]]
-    without_metadata(new)
-    with monkeypatch.context() as patch:
-        patch.setattr(type(head.image_encoder), "forward", never)
-        old = fill(images[:5], head, tmp_path / "cache")
-    more = fill(images, head, tmp_path / "cache")
-    for cache in (old, more, FeatureCache(more.folder)):
-        assert all(torch.equal(cache.read(image), one) for image, one in zip(images[:5], expected, strict=True))
-    assert all(image in FeatureCache(more.folder) for image in images)
-
-
-def test_an_old_cache_without_its_index_is_made_again(images: list[Path], head: SamHead, tmp_path: Path) -> None:
-    cache = fill(images, head, tmp_path / "cache")
+def test_an_old_cache_is_made_again(images: list[Path], head: SamHead, tmp_path: Path) -> None:
+    cache = fill(images[:5], head, tmp_path / "cache")
+    expected = [cache.read(image) for image in images[:5]]
     without_metadata(cache)
-    (cache.folder / OLD_INDEX).unlink()
     assert not any(image in FeatureCache(cache.folder) for image in images)
-    fill(images, head, tmp_path / "cache")
-    assert all(image in FeatureCache(cache.folder) for image in images)
+    for new in (fill(images, head, tmp_path / "cache"), FeatureCache(cache.folder)):
+        assert all(torch.equal(new.read(image), one) for image, one in zip(images[:5], expected, strict=True))
+        assert all(image in new for image in images)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -98,21 +98,6 @@ def test_text_alone_is_one_token(head: SamHead, embedding: Tensor) -> None:
     same(ours, own_masks(head, embedding[:1], text, **empty))
 
 
-@torch.no_grad()
-def test_points_come_first(head: SamHead, embedding: Tensor) -> None:
-    points = torch.tensor([[[10.0, 20.0], [30.0, 5.0]]])
-    labels = torch.tensor([[1, 0]])
-    zero = torch.zeros(1, dtype=torch.long)
-    alone = head.decode(embedding[:1], Prompts(points=points, labels=labels), zero)
-    same(alone, own_masks(head, embedding[:1], points=(points, labels)))
-    everything = Prompts(text=words(1), boxes=BOXES[:1], points=points, labels=labels)
-    same(
-        head.decode(embedding[:1], everything, zero),
-        own_masks(head, embedding[:1], words(1), points=(points, labels), boxes=BOXES[:1]),
-    )
-    assert head._sparse(everything).shape == (1, 2 + 2 + 1, 32)
-
-
 def test_no_prompt_is_an_error(head: SamHead, embedding: Tensor) -> None:
     with pytest.raises(ValueError, match="at least one"):
         head.decode(embedding, Prompts(), torch.zeros(1, dtype=torch.long))
@@ -298,13 +283,11 @@ def test_autocast_does_not_round_box_coordinates() -> None:
     """In bf16 a box at 900 of 1024 pixels would move in steps of 4 pixels."""
     head = sam_head(SegHeadConfig(vit="micro", size=1024))
     boxes = torch.tensor([[900.0, 700.0, 1000.0, 800.0], [900.5, 700.0, 1000.0, 800.0]])
-    points = {"points": boxes.unflatten(1, (2, 2)), "labels": torch.tensor([[1, 0], [1, 0]])}
     assert torch.equal(boxes[0].bfloat16(), boxes[1].bfloat16())
-    for prompts in (Prompts(boxes=boxes), Prompts(**points), Prompts(boxes=boxes, **points)):
-        exact = head._sparse(prompts)
-        assert (exact[0] - exact[1]).abs().max() > 1e-3
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(head._sparse(prompts), exact)
+    exact = head._sparse(Prompts(boxes=boxes))
+    assert (exact[0] - exact[1]).abs().max() > 1e-3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head._sparse(Prompts(boxes=boxes)), exact)
 
 
 @torch.no_grad()
@@ -434,11 +417,10 @@ def test_a_pickle_with_code_executes_nothing(tmp_path: Path, writer: str) -> Non
     assert not trace.exists()
 
 
-def test_prepare_changes_the_state_before_it_is_checked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nested", [True, False])
+def test_weights_may_be_a_part_of_the_file(tmp_path: Path, nested: bool) -> None:
     state = build(seed=1).state_dict()
-    torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "sam.pth")
+    torch.save({"model": state, "epoch": 3} if nested else state, tmp_path / "sam.pth")
     head = build(seed=2)
-    load_weights(
-        head, tmp_path / "sam.pth", lambda old: {name.removeprefix("module."): value for name, value in old.items()}
-    )
+    load_weights(head, tmp_path / "sam.pth", "model")
     assert all(torch.equal(value, state[name]) for name, value in head.state_dict().items())
