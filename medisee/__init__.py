@@ -37,40 +37,30 @@ __all__ = [
 ]
 
 _MODULES = {
-    "QA": "records.records",
-    "Answer": "inference",
-    "Config": "config",
-    "Manifest": "records.manifest",
-    "MediSee": "models.medisee",
-    "Prediction": "records.records",
-    "Record": "records.records",
-    "Target": "records.records",
-    "ask": "inference",
-    "ask_all": "inference",
-    "load_config": "config",
-    "overlay": "evaluation.drawing",
-    "read_image": "records.images",
+    "config": ("Config", "load_config"),
+    "evaluation.drawing": ("overlay",),
+    "inference": ("Answer", "ask", "ask_all"),
+    "models.medisee": ("MediSee",),
+    "records.images": ("read_image",),
+    "records.manifest": ("Manifest",),
+    "records.records": ("QA", "Prediction", "Record", "Target"),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return _version()
-    if name not in _MODULES:
-        raise AttributeError(f"module 'medisee' has no attribute {name!r}")
-    value = getattr(import_module(f"medisee.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("medisee")
+        except PackageNotFoundError:  # a source tree that was never installed
+            return "0+unknown"
+    for module, names in _MODULES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f"medisee.{module}"), name)
+            return value
+    raise AttributeError(f"module 'medisee' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("medisee")
-    except PackageNotFoundError:  # a source tree that was never installed
-        return "0+unknown"

@@ -36,11 +36,7 @@ ALL = (*COMMANDS, "plan", "info")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command that comes first on the command line.
-
-    Raises:
-        InputError: an unknown command, or bad input of the command itself.
-    """
+    """Runs the command that comes first on the command line."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
@@ -90,12 +86,9 @@ def _plan(argv: Sequence[str]) -> None:
 
 
 def _info(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description="Prints versions, devices, known seg heads, file formats and commands.",
-    )
+    parser = argparse.ArgumentParser(description="Prints versions, devices, seg heads, file formats and commands.")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
-    given = parser.parse_args(argv)
+    as_json = parser.parse_args(argv).json
     from medisee.info import facts, to_text
 
-    found = facts(ALL)
-    print(json.dumps(found, indent=2) if given.json else to_text(found))
+    print(json.dumps(facts(ALL), indent=2) if as_json else to_text(facts(ALL)))

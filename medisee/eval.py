@@ -4,11 +4,11 @@
   python scripts/eval.py --predictions theirs.jsonl --records test.jsonl --out OUT
 
 Scores masks and boxes in the pixels of the original images. A checkpoint answers twice: `forced`, with the answer
-given, the usual protocol of such papers, and `generated`, as a user gets it. Forced answers to questions about other
-categories, and two references that see no question, show how much of a score comes from understanding the query.
+given, as such papers do, and `generated`, as a user gets it. Forced answers to questions about other categories, and
+two references that see no question, show how much of a score comes from understanding the query.
 
-Writes OUT/: table.md and table.tex, gallery.html (the best, median and worst cases), summary.json, scores.csv (one row
-per prediction), predictions.jsonl, run.json. OUT appears only when all of it is complete.
+Writes OUT/, once complete: table.md and table.tex, gallery.html (the best, median and worst cases), summary.json,
+scores.csv (one row per prediction), predictions.jsonl and run.json.
 """
 
 from __future__ import annotations
@@ -45,9 +45,6 @@ def load_model(folder: Path, expected: Config | None) -> MediSee:
 
     The model section of an `expected` run must equal the checkpoint's, except for `bits` and `device_map`, which are
     the run's where it sets them.
-
-    Raises:
-        InputError: a bad checkpoint, or one of another model.
     """
     chosen = expected.model.mllm if expected is not None else Mllm()
     model = load_checkpoint(folder, MediSee, bits=chosen.bits, device_map=chosen.device_map)
@@ -100,7 +97,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     facts = run_facts(config.model_dump(mode="json"), config.train.seed, device)
     references = learn_references(train) if train is not None else None
     results = [score_split(s, a, references, categories) for s, a in zip(splits, answers, strict=True)]
-    summaries = {one.split: summarise_split(one, config.eval.resamples) for one in results}
+    summaries = {one.split.name: summarise_split(one, config.eval.resamples) for one in results}
     with atomic_path(arguments.out) as temporary:
         temporary.mkdir()
         write_report(temporary, results, summaries, system)
@@ -111,8 +108,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluates from the command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", type=Path, help="folder that training wrote, such as runs/demo/checkpoint")
     add("--predictions", type=Path, help="instead of a checkpoint: predictions of any system, JSON Lines")

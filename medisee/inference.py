@@ -3,15 +3,12 @@
   python scripts/inference.py --checkpoint runs/demo/checkpoint --image slice.png \\
       --query "Which structure relays almost all sensory information to the cortex?" --out runs/answer
 
-Prints the answers and writes, for each image and query, mask.png (0 and 255, of the image's size), overlay.png (image,
-mask, box, text) and prediction.json (all of it as data, with the mask as COCO RLE): into OUT itself for one image and
-one query, otherwise into OUT/<image>[-<number of the query>]/. OUT/run.json records how they were made.
-
-The model decides whether to mark a region. If it writes no [SEG] and [BBOX], mask.png is all zero. With --decode forced
-it is given the answer "It is [SEG] and [BBOX]." instead: a region for every query, but no explanation.
+For each image and query, writes mask.png (0 and 255, of the image's size), overlay.png and prediction.json (with the
+mask as COCO RLE): into OUT itself for one image and one query, otherwise into OUT/<image>[-<number of the query>]/.
+OUT/run.json records how they were made. If the model writes no [SEG] and [BBOX], mask.png is all zero. With --decode
+forced it is given the answer "It is [SEG] and [BBOX]." instead: a region for every query, but no explanation.
 
 --plan prints what a checkpoint or a configuration needs, without image, query or weights.
-
 From Python: model = MediSee.from_pretrained(folder), then ask(model, image, query).
 """
 
@@ -54,33 +51,21 @@ MAX_NEW_TOKENS = Eval().max_new_tokens
 MASK, OVERLAY, PREDICTION, RUN = "mask.png", "overlay.png", "prediction.json", "run.json"
 
 _MODES: dict[Decode, Mode] = {"generate": "generated", "forced": "forced"}
-_KEPT_BYTES = 1 << 28
-"""Pixels of checked images that are kept until they are asked about; images beyond it are read again."""
+_KEPT_BYTES = 1 << 28  # of pixels of checked images that are kept; images beyond it are read again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Answer:
-    """What the model says about one image and one query.
+    """What the model says about one image and one query."""
 
-    Attributes:
-        image: (H, W, 3) uint8, RGB, as it was read.
-        question: the query.
-        text: what the model wrote, with its candidate tokens.
-        plain_text: the same for people, see `plain_text`.
-        emitted: whether the model wrote all candidate tokens, that is, whether it marks a region.
-        mask: (H, W) bool; None when nothing was emitted.
-        box: half-open xyxy in pixels of the image; None when nothing was emitted.
-        scores: `mask_confidence`, the mean probability inside the mask; empty when nothing was emitted.
-    """
-
-    image: NDArray[np.uint8]
+    image: NDArray[np.uint8]  # (H, W, 3), RGB, as it was read
     question: str
-    text: str
-    plain_text: str
-    emitted: bool
-    mask: NDArray[np.bool_] | None
-    box: Box | None
-    scores: dict[str, float]
+    text: str  # what the model wrote, with its candidate tokens
+    plain_text: str  # the same for people
+    emitted: bool  # whether the model wrote all candidate tokens, that is, whether it marks a region
+    mask: NDArray[np.bool_] | None  # (H, W); None when nothing was emitted, and so is the box
+    box: Box | None  # half-open xyxy in pixels of the image
+    scores: dict[str, float]  # `mask_confidence`: mean probability inside the mask; empty when nothing was emitted
 
 
 def ask(
@@ -103,17 +88,11 @@ def ask_all(
     decode: Decode = "generate",
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[Answer]:
-    """Asks queries about one image, all in one pass; the image is encoded once.
+    """Asks queries about one image in one pass; returns one answer per query, independent of the others, in order.
 
-    Args:
-        model: in evaluation mode, as `MediSee.from_pretrained` returns it.
-        image: a PNG, JPEG or TIFF file, or pixels (H, W, 3) uint8, RGB.
-        queries: one or more; each is answered independently of the others.
-        decode: `generate`: the model writes its answer; `forced`: it is given the answer and always marks a region.
-        max_new_tokens: length of the longest answer that it writes.
-
-    Returns:
-        One answer per query, in their order.
+    The model is in evaluation mode, as `MediSee.from_pretrained` returns it. The image is a PNG, JPEG or TIFF file, or
+    pixels (H, W, 3) uint8, RGB. With `generate` the model writes its answer, of at most `max_new_tokens`; with `forced`
+    it is given the answer and always marks a region.
 
     Raises:
         InputError: the image cannot be read or has another form, there is no query, or one is empty or too long.
@@ -204,8 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="folder that training wrote, or a hub id")
     image_help = "PNG, JPEG or TIFF file; repeat for more images"
@@ -213,17 +191,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--query", required=True, action="append", metavar="TEXT", help="question; repeat for more questions")
     add("--out", type=Path, required=True, metavar="OUT", help="folder for the results; earlier results are replaced")
     add("--decode", choices=get_args(Decode), default="generate", help="how answers are made (default: generate)")
-    add(
-        "--max-new-tokens",
-        type=int,
-        default=MAX_NEW_TOKENS,
-        metavar="N",
-        help=f"longest answer (default: {MAX_NEW_TOKENS})",
-    )
+    longest = f"longest answer (default: {MAX_NEW_TOKENS})"
+    add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help=longest)
     add("--device", help="such as cpu or cuda:1 (default: the first GPU, or the CPU where there is none)")
     published = "for checkpoints that build on published weights (default: as in training)"
-    bits_help = f"hold the language model in 4 or 8 bits, on an NVIDIA GPU; {published}"
-    add("--bits", type=int, choices=(4, 8), help=bits_help)
+    add("--bits", type=int, choices=(4, 8), help=f"hold the language model in 4 or 8 bits (NVIDIA GPU); {published}")
     add("--device-map", choices=("auto",), help=f"spread its layers over all GPUs and main memory; {published}")
     add("--plan", action="store_true", help="print memory and arithmetic instead; see --plan --help")
     return parser
@@ -235,8 +207,8 @@ def _plan(argv: Sequence[str] | None) -> str:
     from medisee.planning.plan import GPU, checkpoint_config, plan_inference
     from medisee.planning.plan_tables import render_inference_plan
 
-    description = "Prints parameters, memory, arithmetic and missing files."
-    parser = argparse.ArgumentParser(prog=f"{Path(sys.argv[0]).name} --plan", description=description)
+    parser = argparse.ArgumentParser(prog=f"{Path(sys.argv[0]).name} --plan")
+    parser.description = "Prints parameters, memory, arithmetic and missing files."
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--checkpoint", type=Path, metavar="DIR", help="folder that training wrote")
     model.add_argument("--config", metavar="C", help="YAML run; its files may be missing")
@@ -250,7 +222,7 @@ def _plan(argv: Sequence[str] | None) -> str:
 def _checked(
     arguments: argparse.Namespace, folders: Sequence[Path]
 ) -> tuple[Path, torch.device, list[Path | NDArray[np.uint8]]]:
-    """Checks all inputs before the model is loaded; returns the checkpoint's folder, the device and the images."""
+    """Checks all inputs before the model is loaded."""
     problems = _query_problems(arguments.query)
     if arguments.max_new_tokens < 1:
         problems.append(f"--max-new-tokens is {arguments.max_new_tokens}; expected 1 or more.")
@@ -273,11 +245,8 @@ def _checked(
     files = sorted(path for path in existing if path.exists() and not path.is_dir())
     problems += [f"--out: {path} is a file; expected a folder; choose another." for path in files]
     written = {(folder / name).resolve() for folder in folders for name in (MASK, OVERLAY)}
-    problems += [
-        f"--image {image}: would be replaced by the result; choose another --out."
-        for image in arguments.image
-        if image.resolve() in written
-    ]
+    replaced = [image for image in arguments.image if image.resolve() in written]
+    problems += [f"--image {image}: would be replaced by the result; choose another --out." for image in replaced]
     checkpoint = device = None
     if arguments.device is not None or not problems:
         with collected():
@@ -304,9 +273,8 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(
-            f"--device {name!r} cannot be used ({first_line(error)}); expected cpu, cuda or cuda:N."
-        ) from error
+        problem = f"--device {name!r} cannot be used ({first_line(error)}); expected cpu, cuda or cuda:N."
+        raise InputError(problem) from error
     return device
 
 
@@ -331,11 +299,8 @@ def _write(folder: Path, image_name: str, answer: Answer, decode: Decode, note: 
     height, width = answer.image.shape[:2]
     mask = answer.mask if answer.mask is not None else np.zeros((height, width), np.bool_)
     legend = "\n".join(part for part in (answer.question, answer.plain_text, note) if part)
-    pictures = {
-        MASK: Image.fromarray(mask.astype(np.uint8) * 255),
-        OVERLAY: overlay(answer.image, answer.mask, answer.box, legend=legend),
-    }
-    for name, picture in pictures.items():
+    drawn = overlay(answer.image, answer.mask, answer.box, legend=legend)
+    for name, picture in ((MASK, Image.fromarray(mask.astype(np.uint8) * 255)), (OVERLAY, drawn)):
         with atomic_path(folder / name) as temporary:
             picture.save(temporary, format="PNG")
     content = {

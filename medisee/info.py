@@ -17,10 +17,7 @@ PACKAGES = ("torch", "transformers", "peft", "deepspeed", "segment-anything", "b
 
 
 def facts(commands: Sequence[str]) -> dict[str, Any]:
-    """Returns versions, devices and capabilities in plain JSON types; `commands` are the subcommands' names.
-
-    torch is imported only where the machine may have a GPU.
-    """
+    """Returns versions, devices and capabilities in plain JSON types; imports torch only if there may be a GPU."""
     return {
         "medisee": _version("medisee"),
         "python": platform.python_version(),
@@ -28,12 +25,7 @@ def facts(commands: Sequence[str]) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": _devices(),
         "seg_heads": list(get_args(SegHeadConfig.model_fields["kind"].annotation)),
-        "language_models": [
-            "built from sizes",
-            "transformers Llava",
-            "original LLaVA or LLaVA-Med",
-            "GGUF file",
-        ],
+        "language_models": ["built from sizes", "transformers Llava", "original LLaVA or LLaVA-Med", "GGUF file"],
         "reads": {
             "images": list(FORMATS),
             "masks": ["PNG", "COCO RLE"],
@@ -69,18 +61,12 @@ def _version(name: str) -> str | None:
 
 
 def _devices() -> list[dict[str, Any]]:
-    cpu = {"device": "cpu", "name": f"{platform.machine()}, {os.cpu_count()} cores"}
-    if not (
-        shutil.which("nvidia-smi") or any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
-    ):
-        return [cpu]
-    import torch
+    devices = [{"device": "cpu", "name": f"{platform.machine()}, {os.cpu_count()} cores"}]
+    drivers = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+    if shutil.which("nvidia-smi") or any(Path(path).exists() for path in drivers):
+        import torch
 
-    gpus = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
-    return [
-        cpu,
-        *(
-            {"device": f"cuda:{index}", "name": f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"}
-            for index, gpu in enumerate(gpus)
-        ),
-    ]
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            devices.append({"device": f"cuda:{index}", "name": f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"})
+    return devices

@@ -40,18 +40,9 @@ def overlay(
 ) -> Image.Image:
     """Draws masks and boxes on an image: the prediction filled and with solid lines, the truth with dashed lines.
 
-    A small image is enlarged by a whole factor, so that its longer side has 512 pixels or more.
-
-    Args:
-        image: (H, W, 3) uint8, RGB.
-        mask: (H, W) predicted mask.
-        box: predicted half-open xyxy box in pixels of the image; what is outside the image is not drawn.
-        legend: text below the image, wrapped; its line breaks are kept.
-        truth: (H, W) true mask.
-        truth_box: true box, like `box`.
-
-    Returns:
-        The picture with its legend strip, RGB.
+    `image` is (H, W, 3) uint8, RGB; masks are (H, W) bool; boxes are half-open xyxy in pixels of the image and cut at
+    its border. The `legend` is wrapped below the image; its line breaks are kept. A small image is enlarged by a whole
+    factor, so that its longer side has 512 pixels or more.
 
     Raises:
         ValueError: the image is not (H, W, 3) uint8, or a mask has another size.
@@ -99,8 +90,7 @@ def _frame(box: Box, scale: int, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     frame = np.zeros(shape, np.bool_)
     if not all(map(math.isfinite, box)):
         return frame
-    limits = (shape[1], shape[0]) * 2
-    x0, y0, x1, y1 = (round(min(max(v * scale, 0), limit)) for v, limit in zip(box, limits, strict=True))
+    x0, y0, x1, y1 = np.rint(np.clip(np.array(box) * scale, 0, [shape[1], shape[0]] * 2)).astype(int)
     x1, y1 = max(x1, x0 + _LINE), max(y1, y0 + _LINE)
     frame[y0:y1, x0:x1] = True
     frame[y0 + _LINE : y1 - _LINE, x0 + _LINE : x1 - _LINE] = False

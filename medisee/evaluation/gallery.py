@@ -47,9 +47,7 @@ def write_gallery(path: Path | str, results: Results, title: str) -> None:
         "\n".join(["<section>", f"<h2>{name}</h2>", '<div class="cases">', *articles, "</div>", "</section>"])
         for name, articles in sections.items()
     )
-    write_text(
-        path,
-        f"""<!doctype html>
+    page = f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -63,8 +61,8 @@ def write_gallery(path: Path | str, results: Results, title: str) -> None:
 {body}
 </body>
 </html>
-""",
-    )
+"""
+    write_text(path, page)
 
 
 def gallery_cases(results: Results) -> list[tuple[str, Scored]]:
@@ -79,7 +77,7 @@ def gallery_cases(results: Results) -> list[tuple[str, Scored]]:
 
 
 def _article(one: Scored, results: Results) -> str:
-    case, prediction, manifest = one.case, one.prediction, results.manifest
+    case, prediction, manifest = one.case, one.prediction, results.split.manifest
     truth = manifest.mask(case.record, case.target)
     picture = overlay(
         read_image(manifest.image_path(case.record)),

@@ -75,9 +75,6 @@ def score(
 
     Masks are boolean (height, width), boxes half-open, both in pixels of the original image. A predicted mask of None
     is empty; a box of None is the smallest one around the mask.
-
-    Raises:
-        InputError: the masks are not of one size, or a box is not finite.
     """
     if pred_mask is None:
         pred_mask = np.zeros_like(true_mask)
@@ -99,11 +96,7 @@ def score(
 
 
 def box_iou(a: Box | None, b: Box | None) -> float:
-    """Returns the IoU of two half-open boxes in the same frame and unit; None is no box.
-
-    Raises:
-        InputError: a coordinate is NaN or infinite.
-    """
+    """Returns the IoU of two half-open boxes in the same frame and unit; None is no box."""
     if a is None or b is None:
         return float(a is b)
     if not np.isfinite([*a, *b]).all():
@@ -123,10 +116,6 @@ def summarise(
 
     Queries about one image are not independent: with `groups`, the image of each score, whole groups are drawn, which
     keeps the intervals as wide as they should be. Figures and intervals do not depend on the order of the scores.
-
-    Raises:
-        InputError: there is no score.
-        ValueError: `groups` is not as long as `scores`, or `resamples` is below 1.
     """
     if not scores:
         raise InputError("no score to summarise; at least one prediction has to answer a record.")

@@ -1,7 +1,4 @@
-"""Our model's answers to a manifest's questions, as arrays. Nothing here scores or writes.
-
-Shapes: I targets, H W original image.
-"""
+"""Our model's answers to a manifest's questions, as arrays (I targets, H W original image)."""
 
 from __future__ import annotations
 
@@ -127,14 +124,7 @@ def answer_examples(
         frame = batch.frames[int(batch.image_of_target_I[index])]
         logits = logits_to_original(output.masks_Jhh[index], frame)
         mask = logits > 0
-        confidence = float(logits.sigmoid()[mask].mean()) if bool(mask.any()) else 0.0
-        answers.append(
-            QueryAnswer(
-                text=text,
-                emitted=True,
-                mask=mask.cpu().numpy(),
-                box=denormalise_box(output.boxes_I4[index], frame.height, frame.width),
-                scores={"mask_confidence": confidence},
-            )
-        )
+        scores = {"mask_confidence": float(logits.sigmoid()[mask].mean()) if bool(mask.any()) else 0.0}
+        box = denormalise_box(output.boxes_I4[index], frame.height, frame.width)
+        answers.append(QueryAnswer(text=text, emitted=True, mask=mask.cpu().numpy(), box=box, scores=scores))
     return answers

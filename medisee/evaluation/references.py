@@ -21,14 +21,10 @@ from medisee.records.images import read_image
 from medisee.records.manifest import Manifest
 from medisee.records.records import Record
 
-GRID = 128
-"""Side of the common grid on which training masks are averaged."""
-THUMBNAIL = 32
-"""Side of the grey pictures by which slices are compared."""
-CUTS = tuple(tenth / 10 for tenth in range(1, 10))
-"""Candidate thresholds of the mean mask: shares of the training masks that cover a cell."""
-MOST_IMAGES = 12_000
-"""Most training images that are read, spread evenly over the manifest: what is kept of them stays in memory."""
+GRID = 128  # side of the common grid on which training masks are averaged
+THUMBNAIL = 32  # side of the grey pictures by which slices are compared
+CUTS = tuple(tenth / 10 for tenth in range(1, 10))  # candidate thresholds of the mean mask
+MOST_IMAGES = 12_000  # training images that are read, spread evenly: what is kept of them stays in memory
 
 Mask: TypeAlias = NDArray[np.bool_]
 
@@ -39,11 +35,6 @@ class MeanMask:
 
     share: NDArray[np.float32]
     cut: float
-
-    def resized(self, height: int, width: int) -> Mask:
-        """Returns the mask for an image of another size; it may be empty."""
-        share = Image.fromarray(self.share).resize((width, height), Image.Resampling.BILINEAR)
-        return np.asarray(share) >= self.cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,29 +52,21 @@ class References:
 
         A mask is None where no training image of the record's plane (and modality, for the slice) shows the category.
         """
-        height, width = image.shape[:2]
-        mean = self.means.get((category, record.plane))
-        return {
-            "mean_mask": mean.resized(height, width) if mean else None,
-            "nearest_slice": self._nearest(image, record, category),
-        }
-
-    def _nearest(self, image: NDArray[np.uint8], record: Record, category: str) -> Mask | None:
-        candidates = self.showing.get((category, record.plane, record.modality))
-        if not candidates:
-            return None
-        differences = self.thumbnails[candidates].astype(np.float32) - _thumbnail(image)
-        nearest = candidates[int(np.square(differences).mean(axis=1).argmin())]
-        mask = _masks_by_category(self.train, self.slices[nearest])[category]
-        return np.asarray(Image.fromarray(mask).resize(image.shape[1::-1], Image.Resampling.NEAREST))
+        size = image.shape[1::-1]
+        masks: dict[str, Mask | None] = {"mean_mask": None, "nearest_slice": None}
+        if mean := self.means.get((category, record.plane)):
+            share = Image.fromarray(mean.share).resize(size, Image.Resampling.BILINEAR)
+            masks["mean_mask"] = np.asarray(share) >= mean.cut
+        if candidates := self.showing.get((category, record.plane, record.modality)):
+            differences = self.thumbnails[candidates].astype(np.float32) - _thumbnail(image)
+            nearest = candidates[int(np.square(differences).mean(axis=1).argmin())]
+            mask = _masks_by_category(self.train, self.slices[nearest])[category]
+            masks["nearest_slice"] = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+        return masks
 
 
 def learn_references(train: Manifest) -> References:
-    """Reads the training images and masks once, and chooses the threshold of each mean mask on them.
-
-    Raises:
-        InputError: an image or a mask cannot be read.
-    """
+    """Reads the training images and masks once, and chooses the threshold of each mean mask on them."""
     # Several records may show the same image, for example one per target.
     records_of_image: dict[Path, list[int]] = {}
     for index, record in enumerate(train):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,34 +71,28 @@ def summarise_split(results: Results, resamples: int) -> SplitSummary:
             for group in sorted(groups, reverse=key == "by_length")  # short, then long
         }
 
-    def share(flags: Iterable[bool]) -> float | None:
-        listed = list(flags)
-        return sum(listed) / len(listed) if listed else None
+    def share(flags: Sequence[bool]) -> float | None:
+        return sum(flags) / len(flags) if flags else None
 
     groups = {key: by(key) for key in GROUPS}
     written = results.modes[results.written] if results.written is not None else ()
-    references = {name: results.references.get(name) for name in REFERENCES}
     return SplitSummary(
         modes={mode: figures(scored) for mode, scored in results.modes.items()},
-        emission=share(one.prediction is not None and one.prediction.emitted for one in written),
-        named=share(bool(one.named) for one in written),
+        emission=share([one.prediction is not None and one.prediction.emitted for one in written]),
+        named=share([bool(one.named) for one in written]),
         shuffled=figures(results.shuffled) if results.shuffled else None,
-        references={name: figures(scored) if scored else None for name, scored in references.items()},
+        references={name: figures(of) if (of := results.references.get(name)) else None for name in REFERENCES},
         missing=sum(one.prediction is None for scored in results.modes.values() for one in scored),
         groups=groups,
         named_by_category={
-            category: share(bool(one.named) for one in written if one.case.target.category == category)
+            category: share([bool(one.named) for one in written if one.case.target.category == category])
             for category in groups["by_category"]
         },
     )
 
 
 def check_out(out: Path) -> None:
-    """Refuses to replace a folder that holds anything but an earlier report.
-
-    Raises:
-        InputError: `out` is a file, or a folder with other files.
-    """
+    """Refuses to replace a file, or a folder that holds anything but an earlier report."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; expected a folder for the results; choose another --out.")
     foreign = sorted(path.name for path in out.iterdir() if path.name not in FILES) if out.exists() else []
@@ -125,7 +119,7 @@ def write_report(folder: Path, results: Sequence[Results], summaries: Mapping[st
     write_text(folder / "table.md", "\n".join(blocks))
     tables = [main_table(summaries, system), *(table for tables in parts.values() for table in tables)]
     write_text(folder / "table.tex", "\n".join(map(to_latex, tables)))
-    write_gallery(folder / "gallery.html", results[0], f"{system} on {results[0].split}")
+    write_gallery(folder / "gallery.html", results[0], f"{system} on {results[0].split.name}")
 
 
 def to_text(summaries: Mapping[str, SplitSummary], system: str) -> str:
@@ -199,7 +193,9 @@ def _write_scores(path: Path, results: Sequence[Results]) -> None:
     with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as handle:
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow([*header, "Dice", "IoU", "box IoU", "emitted", "named"])
-        for split, mode, one in ((r.split, m, one) for r in results for m, scored in r.modes.items() for one in scored):
+        for split, mode, one in (
+            (r.split.name, m, one) for r in results for m, scored in r.modes.items() for one in scored
+        ):
             case, emitted = one.case, one.prediction is not None and one.prediction.emitted
             about = [case.record.id, case.target.id, case.target.category, case.record.plane]
             about += [case.qa.perspective, case.qa.length, case.qa.question]

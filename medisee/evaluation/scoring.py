@@ -37,8 +37,6 @@ _MOST_PROBLEMS = 10
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A question about a target of a record."""
-
     record: Record
     target: Target
     qa: QA
@@ -67,8 +65,7 @@ class Scored:
 class Results:
     """All scores on one split."""
 
-    split: str
-    manifest: Manifest
+    split: Split
     modes: Mapping[str, Sequence[Scored]]
     written: str | None  # the mode whose answers the system wrote itself, if there is one
     shuffled: Sequence[Scored] = ()  # forced answers to questions about other categories
@@ -95,12 +92,7 @@ class Split:
 
 
 def open_splits(paths: Sequence[Path], root: Path | None, limit: int | None) -> list[Split]:
-    """Opens the manifests and checks every file that they name.
-
-    Raises:
-        InputError: bad records, images or masks, no question, or two manifests that share a name or a record id; all
-            problems are named.
-    """
+    """Opens the manifests and checks every file that they name; names and record ids must differ between them."""
     problems: list[str] = []
     splits: list[Split] = []
     for path in paths:
@@ -110,19 +102,15 @@ def open_splits(paths: Sequence[Path], root: Path | None, limit: int | None) -> 
             splits.append(_split(manifest, limit))
         except InputError as error:
             problems.extend(error.problems)
-    problems += [
-        f"--records: {count} manifests are called {name!r}; rename one, since each split needs its own name."
-        for name, count in Counter(path.stem for path in paths).items()
-        if count > 1
-    ]
+    for name, count in Counter(path.stem for path in paths).items():
+        if count > 1:
+            problems.append(f"--records: {count} manifests are called {name!r}; rename one: each split needs its own.")
     # Predictions name a record by its id alone, so an id must not mean two records.
     counts = Counter(record for split in splits for record in split.known)
     shared = [record for record, count in counts.items() if count > 1]
     if shared and not problems:
-        problems.append(
-            f"--records: {len(shared)} record ids are in more than one manifest, such as {shared[0]!r}; "
-            "evaluate the manifests one at a time."
-        )
+        found = f"{len(shared)} record ids are in more than one manifest, such as {shared[0]!r}"
+        problems.append(f"--records: {found}; evaluate the manifests one at a time.")
     if problems:
         raise InputError(problems)
     return splits
@@ -144,20 +132,12 @@ def _split(manifest: Manifest, limit: int | None) -> Split:
 
 
 def answers_from_file(path: Path, splits: Sequence[Split]) -> list[Answers]:
-    """Reads any system's predictions and returns the answers of each split.
-
-    Raises:
-        InputError: wrong lines, predictions for unknown records, targets or questions, two for one question and mode,
-            masks of another size than the image, a mode that the summary needs as a key, or no prediction.
-    """
+    """Reads and checks any system's predictions and returns the answers of each split."""
     predictions = read_predictions(path)
     modes = list(dict.fromkeys(prediction.mode for prediction in predictions))
     problems = [] if modes else ["no prediction; expected one JSON object per line."]
-    problems += [
-        f"mode {mode!r} is already a key of summary.json; rename it, for example to 'generated'."
-        for mode in modes
-        if mode in RESERVED
-    ]
+    taken = "is already a key of summary.json; rename it, for example to 'generated'."
+    problems += [f"mode {mode!r} {taken}" for mode in modes if mode in RESERVED]
     found: dict[tuple[str, str, str, str], Prediction] = {}
     for prediction in predictions:
         key = (prediction.record, prediction.target, prediction.question, prediction.mode)
@@ -216,10 +196,8 @@ def answers_from_model(
         for name, (mode, questions) in asked.items()
     }
     for case, *answers in zip(split.cases, *streams.values(), strict=True):
-        yield {
-            name: (answer, None if name == "shuffled" else _prediction(case, name, answer))
-            for name, answer in zip(streams, answers, strict=True)
-        }
+        named = zip(streams, answers, strict=True)
+        yield {name: (a, None if name == "shuffled" else _prediction(case, name, a)) for name, a in named}
 
 
 def _prediction(case: Case, mode: str, answer: QueryAnswer) -> Prediction:
@@ -269,8 +247,7 @@ def score_split(
     # Forced answers were given to the system, so their text is not its own.
     own = ["generated"] if "generated" in modes else [mode for mode in modes if mode != "forced"]
     return Results(
-        split=split.name,
-        manifest=split.manifest,
+        split=split,
         modes=modes,
         written=own[0] if len(own) == 1 else None,
         shuffled=scored.get("shuffled", ()),
@@ -305,12 +282,7 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 
 def read_categories(path: Path | str) -> dict[str, tuple[str, ...]]:
-    """Reads a JSON file {category: [its names]}.
-
-    Raises:
-        InputError: the file cannot be read or has another form, a category has no name, or a name belongs to two
-            categories; all problems are named.
-    """
+    """Reads a JSON file {category: [its names]}; a name belongs to one category."""
     path = Path(path)
     form = '{"liver": ["liver", "hepatic tissue"], ...}'
     try:

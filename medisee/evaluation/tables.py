@@ -36,20 +36,17 @@ def to_latex(table: Table) -> str:
     """Returns a table environment for the booktabs package."""
     header = ["", *(_escaped(column, _LATEX) for column in table.columns)]
     rows = [[_escaped(name, _LATEX), *_with_bold(cells, r"\textbf{{{}}}")] for name, cells in _cells(table)]
-    lines = [
-        r"\begin{table}",
-        r"\centering",
-        rf"\caption{{{_escaped(table.title, _LATEX)}}}",
-        rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}",
-        r"\toprule",
-        " & ".join(header) + r" \\",
-        r"\midrule",
-        *(" & ".join(row) + r" \\" for row in rows),
-        r"\bottomrule",
-        r"\end{tabular}",
-        r"\end{table}",
-    ]
-    return "\n".join(lines) + "\n"
+    first, *others = (" & ".join(row) + r" \\" + "\n" for row in (header, *rows))
+    return rf"""\begin{{table}}
+\centering
+\caption{{{_escaped(table.title, _LATEX)}}}
+\begin{{tabular}}{{l{"r" * len(table.columns)}}}
+\toprule
+{first}\midrule
+{"".join(others)}\bottomrule
+\end{{tabular}}
+\end{{table}}
+"""
 
 
 def to_terminal(table: Table, *, width: int | None = None) -> str:

@@ -16,7 +16,7 @@ from PIL import Image
 from medisee.evaluation.drawing import overlay
 from medisee.evaluation.gallery import gallery_cases, write_gallery
 from medisee.evaluation.metrics import Score
-from medisee.evaluation.scoring import Case, Results, Scored
+from medisee.evaluation.scoring import Case, Results, Scored, Split
 from medisee.records.images import read_image
 from medisee.records.manifest import Manifest
 from medisee.records.masks import encode_mask, mask_box
@@ -40,7 +40,7 @@ def scored(case: Case, dice: float, *, named: bool | None = True, text: str = "I
 
 
 def results(manifest: Manifest, generated: list[Scored]) -> Results:
-    return Results(split="tiny", manifest=manifest, modes={"generated": generated}, written="generated", references={})
+    return Results(split=Split(manifest, {}, ()), modes={"generated": generated}, written="generated", references={})
 
 
 def page(path: Path, manifest: Manifest, *generated: Scored, title: str = "Held-out cases") -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from medisee.evaluation.metrics import Figure, Score
 from medisee.evaluation.report import FIGURES, FILES, check_out, main_table, summarise_split, to_text, write_report
-from medisee.evaluation.scoring import Case, Results, Scored
+from medisee.evaluation.scoring import Case, Results, Scored, Split
 from medisee.evaluation.tables import to_markdown
 from medisee.foundation.errors import InputError
 from medisee.records.manifest import Manifest
@@ -37,8 +37,7 @@ def cases(manifest: Manifest) -> list[Case]:
 
 def results(manifest: Manifest, generated: list[Scored], **changes: object) -> Results:
     values = {
-        "split": "tiny",
-        "manifest": manifest,
+        "split": Split(manifest, {}, ()),
         "modes": {"generated": generated},
         "written": "generated",
         "references": {},
