@@ -190,13 +190,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--image", type=Path, required=True, action="append", metavar="F", help=image_help)
     add("--query", required=True, action="append", metavar="TEXT", help="question; repeat for more questions")
     add("--out", type=Path, required=True, metavar="OUT", help="folder for the results; earlier results are replaced")
-    add("--decode", choices=get_args(Decode), default="generate", help="how answers are made (default: generate)")
+    decode_help = "generate: the model writes its answer (default); forced: a fixed answer that always marks a region"
+    add("--decode", choices=get_args(Decode), default="generate", help=decode_help)
     longest = f"longest answer (default: {MAX_NEW_TOKENS})"
     add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help=longest)
     add("--device", help="such as cpu or cuda:1 (default: the first GPU, or the CPU where there is none)")
     published = "for checkpoints that build on published weights (default: as in training)"
     add("--bits", type=int, choices=(4, 8), help=f"hold the language model in 4 or 8 bits (NVIDIA GPU); {published}")
-    add("--device-map", choices=("auto",), help=f"spread its layers over all GPUs and main memory; {published}")
+    add("--device-map", choices=("auto",), help=f"spread the language model over all GPUs and main memory; {published}")
     add("--plan", action="store_true", help="print memory and arithmetic instead; see --plan --help")
     return parser
 

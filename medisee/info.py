@@ -25,6 +25,7 @@ def facts(commands: Sequence[str]) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": _devices(),
         "seg_heads": list(get_args(SegHeadConfig.model_fields["kind"].annotation)),
+        "modalities": ["any: each record names its own, such as ct or mri_t1"],
         "language_models": ["built from sizes", "transformers Llava", "original LLaVA or LLaVA-Med", "GGUF file"],
         "reads": {
             "images": list(FORMATS),
@@ -46,7 +47,7 @@ def to_text(found: dict[str, Any]) -> str:
     lines = [f"medisee {found['medisee']}, Python {found['python']}, {found['system']}", "packages"]
     lines += [f"  {name:<18}{number or 'not installed'}" for name, number in found["packages"].items()]
     lines += ["devices", *(f"  {one['device']:<18}{one['name']}" for one in found["devices"])]
-    for title in ("seg_heads", "language_models", "commands"):
+    for title in ("seg_heads", "modalities", "language_models", "commands"):
         lines.append(f"{title.replace('_', ' ')}: {', '.join(found[title])}")
     for title in ("reads", "writes"):
         lines += [title, *(f"  {kind:<18}{', '.join(names)}" for kind, names in found[title].items())]

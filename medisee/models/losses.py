@@ -57,7 +57,7 @@ def giou_loss(boxes_I4: Tensor, truth_I4: Tensor) -> Tensor:
 
 
 def giou_loss_of_release(boxes_I4: Tensor, truth_I4: Tensor, image_of_target_I: Tensor) -> Tensor:
-    """`giou_loss`, but 1 without a gradient for all boxes of an image in which one has no area, (I,).
+    """`giou_loss`, (I,), but if any box of an image has no area, all boxes of the image get the constant loss 1.
 
     The release drops the gradient of such images. The value 1 is ours and changes only the logged loss.
     """
@@ -96,7 +96,7 @@ def similarity_mse(similarity_IT: Tensor, target_IT: Tensor) -> Tensor:
 class Terms:
     """The terms before their weights, and their weighted sum; scalars, means over the micro-batches of all ranks.
 
-    A rank holds its share times the number of ranks, so that the mean over ranks is the global mean.
+    Each rank's values are multiplied by the number of ranks, so that their mean over ranks is the global mean.
     """
 
     total: Tensor

@@ -234,7 +234,9 @@ class MediSeeProcessor:
             # As one text: what precedes a token decides how its space is encoded.
             ids = self._ids(f"{text} {self.answer_text(query.answer)}{self.answer_end}")
         if ids[: len(prompt)] != prompt:
-            raise InputError(f"{where}: the tokenizer joins question and answer; start the answer with another letter.")
+            raise InputError(
+                f"{where}: the tokenizer merges the end of the question with the start of the answer; change the answer's first letter."
+            )
         length = self.image_start + len(ids)
         if length > MAX_TOKENS:
             raise InputError(f"{where}: the text has {length} tokens; expected at most {MAX_TOKENS}; shorten it.")

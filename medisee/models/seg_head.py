@@ -197,14 +197,14 @@ def load_weights(head: SamHead, source: str | Path, part: str | None = None) -> 
     if is_transformers(state):
         state, names = without_tied(state, path), {name: transformers_name(name) for name in own}
     known = dict.fromkeys(names.values())
-    problems = [f"{path}: missing tensor {there}" for there in known if there not in state]
-    problems += [f"{path}: left-over tensor {there}" for there in state if there not in known]
+    problems = [f"{path}: missing tensor {published}" for published in known if published not in state]
+    problems += [f"{path}: left-over tensor {published}" for published in state if published not in known]
     problems += [
-        f"{path}: {there} has shape {tuple(state[there].shape)}, expected {tuple(own[name].shape)}; "
+        f"{path}: {published} has shape {tuple(state[published].shape)}, expected {tuple(own[name].shape)}; "
         "check model.seg_head.vit and size"
-        for name, there in names.items()
-        if there in state and state[there].shape != own[name].shape
+        for name, published in names.items()
+        if published in state and state[published].shape != own[name].shape
     ]
     if problems:
         raise InputError(shortened(problems, str(path)))
-    head.load_state_dict({name: state[there] for name, there in names.items()})
+    head.load_state_dict({name: state[published] for name, published in names.items()})
