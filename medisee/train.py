@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from medisee.config import Config, Train
+from medisee.config import Config
 from medisee.config.load import dump_config, load_config
 from medisee.data.dataset import TrainingBatches, training_batches
 from medisee.data.features import FeatureCache, fill_cache
@@ -34,8 +34,7 @@ from medisee.models.losses import Terms, mean_terms
 from medisee.models.medisee import MaskDetail, MediSee
 from medisee.models.packing import check_flex
 from medisee.models.processing import Batch
-from medisee.planning.plan import GPU, GPUS, plan_training
-from medisee.planning.plan_tables import render_plan
+from medisee.planning.plan import GPU, GPUS, plan_training, render_plan
 from medisee.records.manifest import Manifest
 from medisee.training.initial_model import build_model, read_images_and_texts
 from medisee.training.interruption import Stopped, StopRequest
@@ -81,19 +80,10 @@ from medisee.weights.missing import check_files, with_missing_weights
 
 @dataclass(slots=True)
 class Run:
-    """What the loop works with.
+    """What the loop works with."""
 
-    Attributes:
-        given: the configuration as the user wrote it.
-        config: the same with the accumulation that this number of ranks needs.
-        start: progress of the state that the run continues from.
-        best: the best figure on val so far.
-        batch: the last micro-batch that could be read.
-        named: records that were reported as skipped.
-    """
-
-    given: Config
-    config: Config
+    given: Config  # as the user wrote it
+    config: Config  # the same with the accumulation that this number of ranks needs
     place: Place
     model: MediSee
     optimization: Optimization
@@ -102,10 +92,10 @@ class Run:
     cache: FeatureCache | None
     states: LastStates
     log: RunLog
-    start: Progress
-    best: float
-    batch: Batch | None = None
-    named: set[str] = field(default_factory=set)
+    start: Progress  # of the state that the run continues from
+    best: float  # figure on val so far
+    batch: Batch | None = None  # the last micro-batch that could be read
+    named: set[str] = field(default_factory=set)  # records that were reported as skipped
 
     @property
     def out(self) -> Path:
@@ -250,7 +240,15 @@ def _steps(run: Run, stop: StopRequest) -> None:
             _validate(run, run.val, step)
         request = 0 if last else stop.request(place)
         if last or request or step % settings.save_every == 0:
-            _save(run, step)
+            save_state(
+                run.states,
+                Progress(step, run.best, _skipped(run)),
+                config=run.given,
+                effective_batch=effective_batch(settings, place.world),
+                model=run.model,
+                optimization=run.optimization,
+                place=place,
+            )
         if request:
             run.log.close()
             raise Stopped(step, run.out, request)
@@ -265,13 +263,16 @@ def _step(run: Run, step: int, since_log: list[Terms], throughput: Throughput) -
     settings = run.config.train
     started = time.perf_counter()
     _seed_step(settings.seed, step, run.place.rank)
+    masks: MaskDetail = "coarse" if step <= settings.coarse_masks_until else "full"
+    if step <= settings.mask_from:
+        masks = "none"
     problems: list[str] = []
     records: list[list[str]] = []
     for _ in range(settings.accumulation):
         waiting_since = time.perf_counter()
         batch = _read_batch(run, problems)
         throughput.waiting += time.perf_counter() - waiting_since
-        terms = run.optimization.losses(batch, masks=_mask_detail(settings, step))
+        terms = run.optimization.losses(batch, masks=masks)
         run.optimization.backward(terms.total)
         since_log.append(terms.detach())
         records.append(sorted({query.record for query in batch.queries}))
@@ -292,10 +293,8 @@ def _step(run: Run, step: int, since_log: list[Terms], throughput: Throughput) -
 def _read_batch(run: Run, problems: list[str]) -> Batch:
     """Returns this rank's next micro-batch on its device; the last one again after a problem, which it adds to the list.
 
-    Without a batch the other ranks would wait for this one in the model's collective operations.
-
-    Raises:
-        InputError: a rank cannot read its first micro-batch, or the only rank cannot read one.
+    Without a batch the other ranks would wait for this one in the model's collective operations. Only a first
+    micro-batch that cannot be read, or any on the only rank, raises InputError.
     """
     previous = run.batch
     if previous is not None and problems:
@@ -316,19 +315,13 @@ def _read_batch(run: Run, problems: list[str]) -> Batch:
 
 
 def _seed_step(seed: int, step: int, rank: int) -> None:
-    """Makes dropout a function of seed, step and rank, so that no generator's state has to be saved."""
+    # Dropout is a function of seed, step and rank, so that no generator's state has to be saved.
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
 
 
 def _skipped(run: Run) -> int:
     """Counts the draws that all ranks have replaced since the run's first start."""
     return run.start.skipped + sum(gather(len(run.batches.skipped), run.place))
-
-
-def _mask_detail(settings: Train, step: int) -> MaskDetail:
-    if step <= settings.mask_from:
-        return "none"
-    return "coarse" if step <= settings.coarse_masks_until else "full"
 
 
 def _validate(run: Run, val: Manifest, step: int) -> None:
@@ -349,18 +342,6 @@ def _save_best(run: Run, facts: dict[str, object]) -> None:
     wait_for_ranks()
 
 
-def _save(run: Run, step: int) -> None:
-    save_state(
-        run.states,
-        Progress(step, run.best, _skipped(run)),
-        config=run.given,
-        effective_batch=effective_batch(run.config.train, run.place.world),
-        model=run.model,
-        optimization=run.optimization,
-        place=run.place,
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -369,15 +350,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     start.add_argument("--resume", action="store_true", help="continue from the newest undamaged state in train.out")
     start.add_argument("--fresh", action="store_true", help="start again, replacing the run in train.out")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
-    parser.add_argument(
-        "--plan", action="store_true", help="print memory, time and missing files, and exit (takes a minute)"
-    )
-    parser.add_argument(
-        "--gpu", default=GPU, metavar="NAME", help=f"GPU type for --plan, such as rtx4090 (default: {GPU})"
-    )
-    parser.add_argument(
-        "--gpus", type=int, default=GPUS, metavar="N", help=f"number of GPUs for --plan (default: {GPUS})"
-    )
+    parser.add_argument("--plan", action="store_true", help="print memory, time and missing files (takes a minute)")
+    parser.add_argument("--gpu", default=GPU, metavar="NAME", help=f"GPU for --plan, such as rtx4090 (default: {GPU})")
+    parser.add_argument("--gpus", type=int, default=GPUS, metavar="N", help=f"GPUs for --plan (default: {GPUS})")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="dotted overrides, such as train.lr=1e-4")
     arguments = parser.parse_args(argv)

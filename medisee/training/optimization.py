@@ -48,11 +48,7 @@ class TrainingLoss(nn.Module):
 
 
 def split_batch(train: Train, world: int) -> Train:
-    """Returns the settings with the accumulation that gives `global_batch` on this number of ranks.
-
-    Raises:
-        InputError: `global_batch` is not divisible by the ranks' micro-batches; names the nearest numbers that work.
-    """
+    """Returns the settings with the accumulation that gives `global_batch` on this number of ranks."""
     if train.global_batch is None:
         return train
     whole, micro = train.global_batch, train.batch_size * world

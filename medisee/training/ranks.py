@@ -87,11 +87,7 @@ def gather(value: Value, place: Place) -> list[Value]:
 
 
 def raise_on_all_ranks(problems: Sequence[str], place: Place) -> None:
-    """Stops every rank when one has a problem; the first rank reports all problems, the others none.
-
-    Raises:
-        InputError: some rank has a problem.
-    """
+    """Stops every rank when one has a problem; the first rank reports all problems, the others none."""
     if largest(bool(problems), place):
         everyones = dict.fromkeys(problem for part in gather(list(problems), place) for problem in part)
         raise InputError(everyones if place.rank == 0 else ())
@@ -99,11 +95,7 @@ def raise_on_all_ranks(problems: Sequence[str], place: Place) -> None:
 
 @contextmanager
 def errors_on_all_ranks(place: Place) -> Iterator[None]:
-    """Stops every rank when one of them raises InputError inside, as `raise_on_all_ranks` does.
-
-    Raises:
-        InputError: some rank has a problem.
-    """
+    """Stops every rank when one of them raises InputError inside, as `raise_on_all_ranks` does."""
     problems: Sequence[str] = ()
     try:
         yield

@@ -31,8 +31,7 @@ from medisee.training.optimization import Optimization
 from medisee.training.ranks import Place, errors_on_all_ranks, gather, raise_on_all_ranks
 from medisee.weights.checkpoints import WEIGHTS, trained_state
 
-CHECKPOINT = "checkpoint"
-"""Folder of the best checkpoint, next to the saved states."""
+CHECKPOINT = "checkpoint"  # folder of the best checkpoint, next to the saved states
 PREFIX = "last-"
 OPTIMIZER = "optimizer.safetensors"
 PROGRESS = "progress.json"
@@ -54,17 +53,11 @@ MAY_CHANGE = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run has come.
+    """How far a run has come."""
 
-    Attributes:
-        step: optimizer steps done.
-        best: the best figure on val so far.
-        skipped: draws that were replaced because their image or mask cannot be read.
-    """
-
-    step: int = 0
-    best: float = -1.0
-    skipped: int = 0
+    step: int = 0  # optimizer steps done
+    best: float = -1.0  # the best figure on val so far
+    skipped: int = 0  # draws that were replaced because their image or mask cannot be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +74,6 @@ class LastStates:
     """The states that a run saves: the last `keep` of them stay."""
 
     def __init__(self, out: Path, keep: int, found: Path | None = None) -> None:
-        """Args: the run's folder; how many states stay; the state that the run continues from."""
         self.out, self.keep = out, keep
         # Others are damaged, or an earlier run's: they go when this run has saved its first state.
         self._own = [] if found is None else [one for one in map(_step, saved_folders(out)) if one <= _step(found)]
@@ -94,11 +86,7 @@ class LastStates:
     def write(
         self, step: int, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], facts: dict[str, Any]
     ) -> None:
-        """Writes one state; it gets its name once it is complete, and only then are older ones removed.
-
-        Raises:
-            OSError, SafetensorError: it cannot be written; nothing of it is left, and the older states are untouched.
-        """
+        """Writes one state, and then removes older ones; OSError or SafetensorError leave these untouched."""
         folder = self.out / _name(step)
         new = self.out / f".{folder.name}.new"
         shutil.rmtree(new, ignore_errors=True)
@@ -114,9 +102,6 @@ class LastStates:
             shutil.rmtree(new, ignore_errors=True)
             raise
         self._own = [*(one for one in self._own if one < step), step][-self.keep :]
-        self._remove_others()
-
-    def _remove_others(self) -> None:
         for folder in saved_folders(self.out):
             if _step(folder) not in self._own:
                 _remove(folder)
@@ -134,11 +119,7 @@ def save_state(
     optimization: Optimization,
     place: Place,
 ) -> None:
-    """Saves all that an exact resume needs; every rank calls it, the first one writes.
-
-    Raises:
-        InputError: it cannot be written; raised on every rank, and the older states are untouched.
-    """
+    """Saves all that an exact resume needs; every rank calls it, the first one writes. A failure leaves older states."""
     moments = optimization.moments()
     with optimization.whole_parameters():
         weights = whole_tensors(trained_state(model)) if place.rank == 0 else {}
@@ -172,11 +153,7 @@ def disk_errors(out: Path) -> Iterator[None]:
 
 
 def find_last(out: Path) -> Saved:
-    """Returns the newest undamaged state; newer ones that are damaged are named on stderr.
-
-    Raises:
-        InputError: there is none, or all are damaged.
-    """
+    """Returns the newest undamaged state; newer ones that are damaged are named on stderr."""
     damaged = []
     for folder in reversed(saved_folders(out)):
         if (problem := damage(folder)) is None:
@@ -204,11 +181,7 @@ def find_last_on_all_ranks(out: Path, place: Place) -> Saved:
 
 
 def check_no_run(out: Path) -> None:
-    """Refuses to start where a run would be replaced.
-
-    Raises:
-        InputError: the folder holds saved states or a checkpoint.
-    """
+    """Refuses to start where a run would be replaced."""
     states = saved_folders(out)
     found = [*states[-1:], *(path for path in [out / CHECKPOINT] if path.exists())]
     if found:
@@ -233,11 +206,7 @@ def _remove(folder: Path) -> None:
 
 
 def check_same_run(saved: Saved, config: Config, effective_batch: int) -> None:
-    """Refuses to continue with what would be another run.
-
-    Raises:
-        InputError: a setting outside MAY_CHANGE differs, or the effective batch.
-    """
+    """Refuses to continue with what would be another run."""
     where = saved.folder / PROGRESS
     old, new = _settings(saved.config), _settings(config)
     problems = [
