@@ -10,6 +10,7 @@ Writes <train.out>/: checkpoint/ (best on val), last-<step>/ (for --resume), log
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import time
@@ -52,7 +53,6 @@ from medisee.training.ranks import (
     Place,
     errors_on_all_ranks,
     gather,
-    is_launched,
     join_ranks,
     raise_on_all_ranks,
     rank_zero_errors,
@@ -73,7 +73,7 @@ from medisee.training.resume import (
     save_state,
 )
 from medisee.training.run_log import RunLog, Throughput
-from medisee.training.validation import figures, selection_figure, validate
+from medisee.training.validation import figures, validate
 from medisee.weights.checkpoints import WEIGHTS, load_trained, save_checkpoint
 from medisee.weights.missing import check_files, with_missing_weights
 
@@ -99,22 +99,14 @@ class Run:
 
     @property
     def out(self) -> Path:
-        """The run's folder."""
         return Path(self.config.train.out)
 
 
 def train(config: Config, *, resume: bool = False, fresh: bool = False) -> Path:
     """Trains a model and returns the folder of the best checkpoint.
 
-    Args:
-        config: the run.
-        resume: continue from the newest undamaged state in <train.out>.
-        fresh: start again even if <train.out> holds a run, which the new one replaces as it saves.
-
-    Raises:
-        InputError: bad data, a run folder of another configuration, nothing to resume, a run that would be replaced
-            without `fresh`, a loss that is not finite, a full disk.
-        Stopped: the run was asked to stop; its state is saved.
+    `resume` continues from the newest undamaged state in <train.out>; `fresh` starts again even if it holds a run, which
+    the new one replaces as it saves. Raises Stopped, with the state saved, if the run was asked to stop.
     """
     out = Path(config.train.out)
     if not (resume or fresh):
@@ -194,7 +186,8 @@ def _prepare(
         # Before the optimization is made, which may cut the parameters into parts.
         load_trained(model, load_file(saved.folder / WEIGHTS), saved.folder / WEIGHTS)
     loss = TrainingLoss(model, config.loss, dtype=dtype, world=place.world, release=config.release)
-    optimization = (DeepSpeedOptimization if is_launched() else Optimization)(loss, settings)
+    # Launchers for several ranks set it, even for a single one.
+    optimization = (DeepSpeedOptimization if "LOCAL_RANK" in os.environ else Optimization)(loss, settings)
     start = Progress()
     if saved is not None:
         start = saved.progress
@@ -330,8 +323,9 @@ def _validate(run: Run, val: Manifest, step: int) -> None:
     with uncompiled(run.config.train.compile_layers):
         summary = validate(run.model, val, run.config, cache=run.cache, place=run.place)
     run.log.validation(step, summary, split)
-    if selection_figure(summary) > run.best:
-        run.best = selection_figure(summary)
+    figure = (summary.dice.value + summary.iou.value) / 2
+    if figure > run.best:
+        run.best = figure
         _save_best(run, {"step": step, split: figures(summary)})
 
 

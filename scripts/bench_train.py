@@ -55,11 +55,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 IMAGES = 4
 PAPER = Path(__file__).parents[1] / "configs" / "medisee_7b.yaml"
 COMPARED = (
-    "release's mode: one sequence per query in a padded batch, causal attention without a mask, the vision tower once per "
-    "query, segment-anything's own image encoder and upscaling, the output layer and the cross-entropy at every position. "
-    "Ours: one packed sequence per image, read without padding, the vision tower once per image, the output layer at "
-    "supervised positions only. Both: image encoder once per image, masks' losses at the images' size (in the last mode at "
-    "the decoder's), freed memory kept by the allocator."
+    "release's mode: one sequence per query, padded; the vision tower per query; segment-anything's own encoder; logits at "
+    "every position. Ours: one packed sequence per image, unpadded; the vision tower per image; logits where supervised."
 )
 
 
@@ -224,21 +221,17 @@ def _resident(*, peak: bool = False) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def _in_own_process(name: str, arguments: argparse.Namespace) -> Figures:
-    options = [f"--{key}={getattr(arguments, key)}" for key in ("size", "repeats", "threads", "dtype")]
-    done = subprocess.run([sys.executable, __file__, "--way", name, *options], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise InputError(f"--way {name}: its process ended with code {done.returncode}; see above, or use less memory.")
-    return Figures(**json.loads(done.stdout.splitlines()[-1]))
-
-
 def _compare(arguments: argparse.Namespace) -> None:
     print(COMPARED, flush=True)
     names = ("step s", "lm s", "head s", "encoders s", "peak GiB", "positions", "text loss")
     print(f"{'':<28}" + "".join(f"{name:>12}" for name in names), flush=True)
+    options = [f"--{key}={getattr(arguments, key)}" for key in ("size", "repeats", "threads", "dtype")]
     figures: dict[str, Figures] = {}
     for name in MODES:
-        one = figures[name] = _in_own_process(name, arguments)
+        done = subprocess.run([sys.executable, __file__, "--way", name, *options], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise InputError(f"--way {name}: its process ended with code {done.returncode}; use less memory.")
+        one = figures[name] = Figures(**json.loads(done.stdout.splitlines()[-1]))
         values = (one.step_s, one.lm_s, one.head_s, one.encoders_s, one.memory / 2**30)
         print(f"{one.way:<28}" + "".join(f"{v:>12.3f}" for v in values) + f"{one.positions:>12}{one.text_loss:>12.6f}")
     theirs, plain, cached, bounded = (figures[name] for name in ("release", "supervised", "cached", "bounded"))

@@ -229,12 +229,10 @@ class Tally(TorchDispatchMode):
         self._ignored: list[Any] = []
 
     def ignore(self, tensors: list[Tensor]) -> None:
-        """Leaves tensors out, and all views of them."""
         self._ignored = [tensor.untyped_storage() for tensor in tensors]
         self._known.update(self._ignored)
 
     def add(self, tensors: list[Tensor]) -> None:
-        """Counts tensors for as long as they live."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage not in self._known:

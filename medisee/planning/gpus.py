@@ -8,8 +8,7 @@ import torch
 
 from medisee.foundation.errors import InputError, nearest
 
-USABLE = 0.95
-"""Share of a GPU's memory that a plan may fill: the rest holds CUDA's own context and gaps between tensors."""
+USABLE = 0.95  # share of memory that a plan may fill: the rest holds CUDA's own context and gaps between tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +25,6 @@ class Gpu:
 
     @property
     def usable(self) -> float:
-        """Bytes that a plan may fill."""
         return USABLE * self.memory * 2**30
 
 

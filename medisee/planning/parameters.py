@@ -25,9 +25,8 @@ from medisee.weights.shards import CONFIG, read_json
 from medisee.weights.tokenizer import IMAGE_TOKEN, SPECIAL, add_candidate_tokens
 
 VOCABULARY = 32000  # tokens of Mistral's, Llama's and Vicuna's tokenizers
+# Of bitsandbytes: LLM.int8(), and NF4 with an 8-bit scale per block of 64, whose own scales are 32-bit.
 BYTES_OF_BITS = {8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
-"""Bytes per weight of bitsandbytes: LLM.int8(), and NF4 with an 8-bit scale per block of 64, whose own scales are 32-bit."""
-
 _LAYERS = "mllm.model.language_model"
 _PARTS = {
     f"{_LAYERS}.embed_tokens": "embedding",

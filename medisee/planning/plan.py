@@ -51,8 +51,7 @@ from medisee.weights.shards import CONFIG, read_json
 GPU, GPUS = "a6000", 4  # what is planned for unless the command line says otherwise
 UTILISATION = 0.35
 """Share of a GPU's dense peak that training reaches. Published runs of large models report 0.21 (GPT-3), 0.30 (MT-NLG),
-0.33 (Gopher) and 0.46 (PaLM; all in table 3 of its paper): 0.35 is between them. Code that is less tuned than theirs
-loses what a small model without parallel layers gains."""
+0.33 (Gopher) and 0.46 (PaLM; all in table 3 of its paper): 0.35 is between them."""
 SECONDS_PER_DAY = 86400
 STAGES = (0, 1, 2, 3)
 ADAMW = 8  # bytes per trainable parameter of AdamW's two float32 moments
@@ -78,11 +77,11 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class ModeCost:
-    """One compute mode: a micro-batch's cost, and how long the whole run takes."""
+    """One compute mode."""
 
     mode: ComputeMode
-    cost: StepCost
-    days: float
+    cost: StepCost  # of a micro-batch
+    days: float  # of the whole run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

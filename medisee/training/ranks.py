@@ -17,8 +17,7 @@ import torch
 from medisee.foundation.errors import InputError
 
 Value = TypeVar("Value")
-PATIENCE = timedelta(days=1)
-"""How long ranks wait for each other: the first one may encode the features of a whole dataset before a run."""
+PATIENCE = timedelta(days=1)  # the other ranks wait while the first one encodes the features of a whole dataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +42,6 @@ def rank_zero_errors() -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(error.problems if world_from_environment()[0] == 0 else ()) from error
-
-
-def is_launched() -> bool:
-    """Tells whether a launcher for several ranks started this process, even if it is the only one."""
-    return "LOCAL_RANK" in os.environ
 
 
 def join_ranks() -> Place:

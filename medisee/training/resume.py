@@ -80,7 +80,6 @@ class LastStates:
 
     @property
     def newest(self) -> Path | None:
-        """The newest state of this run."""
         return self.out / _name(self._own[-1]) if self._own else None
 
     def write(
@@ -122,7 +121,9 @@ def save_state(
     """Saves all that an exact resume needs; every rank calls it, the first one writes. A failure leaves older states."""
     moments = optimization.moments()
     with optimization.whole_parameters():
-        weights = whole_tensors(trained_state(model)) if place.rank == 0 else {}
+        # Each with its own memory, contiguous, on the CPU: safetensors refuses others.
+        kept = trained_state(model) if place.rank == 0 else {}
+        weights = {name: value.detach().cpu().clone().contiguous() for name, value in kept.items()}
     problems = []
     if place.rank == 0:
         facts = {**asdict(progress), "effective_batch": effective_batch, "config": config.model_dump(mode="json")}
@@ -131,11 +132,6 @@ def save_state(
         except (OSError, SafetensorError) as error:
             problems = [_not_saved(states, progress.step, error)]
     raise_on_all_ranks(problems, place)
-
-
-def whole_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns copies that can be saved: on the CPU, contiguous, each with its own memory."""
-    return {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
 
 
 @contextmanager
@@ -159,7 +155,10 @@ def find_last(out: Path) -> Saved:
         if (problem := damage(folder)) is None:
             for one in damaged:
                 print(f"warning: {one}; continuing from {folder}.", file=sys.stderr, flush=True)
-            return _read(folder)
+            path = folder / PROGRESS
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            progress = Progress(facts["step"], facts["best"], facts["skipped"])
+            return Saved(folder, progress, facts["effective_batch"], config_from(facts["config"], where=str(path)))
         damaged.append(f"{folder}: {problem}")
     if damaged:
         raise InputError(f"{one}; all saved states are damaged, so start again with --fresh." for one in damaged)
@@ -249,13 +248,6 @@ def damage(folder: Path) -> str | None:
         if sha256(path) != digest:
             return f"{name} is damaged (its SHA-256 is not that of {FILES})"
     return None
-
-
-def _read(folder: Path) -> Saved:
-    path = folder / PROGRESS
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    progress = Progress(facts["step"], facts["best"], facts["skipped"])
-    return Saved(folder, progress, facts["effective_batch"], config_from(facts["config"], where=str(path)))
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -110,7 +110,6 @@ class RunLog:
             write_json(self.out / "run.json", {**self.facts, "seconds": time.perf_counter() - self.began})
 
     def close(self) -> None:
-        """Closes the logs of a run that may be resumed later."""
         if self.active:
             self.board.close()
 
