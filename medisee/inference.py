@@ -205,8 +205,7 @@ def _parser() -> argparse.ArgumentParser:
 def _plan(argv: Sequence[str] | None) -> str:
     """Plans inference of a checkpoint or a configuration; needs neither image nor query."""
     from medisee.config.load import load_config
-    from medisee.planning.plan import GPU, checkpoint_config, plan_inference
-    from medisee.planning.plan_tables import render_inference_plan
+    from medisee.planning.plan import GPU, checkpoint_config, plan_inference, render_inference_plan
 
     parser = argparse.ArgumentParser(prog=f"{Path(sys.argv[0]).name} --plan")
     parser.description = "Prints parameters, memory, arithmetic and missing files."

@@ -10,6 +10,7 @@ Writes <train.out>/: checkpoint/ (best on val), last-<step>/ (for --resume), log
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import time
@@ -23,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from medisee.config import Config, Train
+from medisee.config import Config
 from medisee.config.load import dump_config, load_config
 from medisee.data.dataset import TrainingBatches, training_batches
 from medisee.data.features import FeatureCache, fill_cache
@@ -34,8 +35,7 @@ from medisee.models.losses import Terms, mean_terms
 from medisee.models.medisee import MaskDetail, MediSee
 from medisee.models.packing import check_flex
 from medisee.models.processing import Batch
-from medisee.planning.plan import GPU, GPUS, plan_training
-from medisee.planning.plan_tables import render_plan
+from medisee.planning.plan import GPU, GPUS, plan_training, render_plan
 from medisee.records.manifest import Manifest
 from medisee.training.initial_model import build_model, read_images_and_texts
 from medisee.training.interruption import Stopped, StopRequest
@@ -53,7 +53,6 @@ from medisee.training.ranks import (
     Place,
     errors_on_all_ranks,
     gather,
-    is_launched,
     join_ranks,
     raise_on_all_ranks,
     rank_zero_errors,
@@ -74,26 +73,17 @@ from medisee.training.resume import (
     save_state,
 )
 from medisee.training.run_log import RunLog, Throughput
-from medisee.training.validation import figures, selection_figure, validate
+from medisee.training.validation import figures, validate
 from medisee.weights.checkpoints import WEIGHTS, load_trained, save_checkpoint
 from medisee.weights.missing import check_files, with_missing_weights
 
 
 @dataclass(slots=True)
 class Run:
-    """What the loop works with.
+    """What the loop works with."""
 
-    Attributes:
-        given: the configuration as the user wrote it.
-        config: the same with the accumulation that this number of ranks needs.
-        start: progress of the state that the run continues from.
-        best: the best figure on val so far.
-        batch: the last micro-batch that could be read.
-        named: records that were reported as skipped.
-    """
-
-    given: Config
-    config: Config
+    given: Config  # as the user wrote it
+    config: Config  # the same with the accumulation that this number of ranks needs
     place: Place
     model: MediSee
     optimization: Optimization
@@ -102,29 +92,21 @@ class Run:
     cache: FeatureCache | None
     states: LastStates
     log: RunLog
-    start: Progress
-    best: float
-    batch: Batch | None = None
-    named: set[str] = field(default_factory=set)
+    start: Progress  # of the state that the run continues from
+    best: float  # figure on val so far
+    batch: Batch | None = None  # the last micro-batch that could be read
+    named: set[str] = field(default_factory=set)  # records that were reported as skipped
 
     @property
     def out(self) -> Path:
-        """The run's folder."""
         return Path(self.config.train.out)
 
 
 def train(config: Config, *, resume: bool = False, fresh: bool = False) -> Path:
     """Trains a model and returns the folder of the best checkpoint.
 
-    Args:
-        config: the run.
-        resume: continue from the newest undamaged state in <train.out>.
-        fresh: start again even if <train.out> holds a run, which the new one replaces as it saves.
-
-    Raises:
-        InputError: bad data, a run folder of another configuration, nothing to resume, a run that would be replaced
-            without `fresh`, a loss that is not finite, a full disk.
-        Stopped: the run was asked to stop; its state is saved.
+    `resume` continues from the newest undamaged state in <train.out>; `fresh` starts again even if it holds a run, which
+    the new one replaces as it saves. Raises Stopped, with the state saved, if the run was asked to stop.
     """
     out = Path(config.train.out)
     if not (resume or fresh):
@@ -204,7 +186,8 @@ def _prepare(
         # Before the optimization is made, which may cut the parameters into parts.
         load_trained(model, load_file(saved.folder / WEIGHTS), saved.folder / WEIGHTS)
     loss = TrainingLoss(model, config.loss, dtype=dtype, world=place.world, release=config.release)
-    optimization = (DeepSpeedOptimization if is_launched() else Optimization)(loss, settings)
+    # Launchers for several ranks set it, even for a single one.
+    optimization = (DeepSpeedOptimization if "LOCAL_RANK" in os.environ else Optimization)(loss, settings)
     start = Progress()
     if saved is not None:
         start = saved.progress
@@ -250,7 +233,15 @@ def _steps(run: Run, stop: StopRequest) -> None:
             _validate(run, run.val, step)
         request = 0 if last else stop.request(place)
         if last or request or step % settings.save_every == 0:
-            _save(run, step)
+            save_state(
+                run.states,
+                Progress(step, run.best, _skipped(run)),
+                config=run.given,
+                effective_batch=effective_batch(settings, place.world),
+                model=run.model,
+                optimization=run.optimization,
+                place=place,
+            )
         if request:
             run.log.close()
             raise Stopped(step, run.out, request)
@@ -265,13 +256,16 @@ def _step(run: Run, step: int, since_log: list[Terms], throughput: Throughput) -
     settings = run.config.train
     started = time.perf_counter()
     _seed_step(settings.seed, step, run.place.rank)
+    masks: MaskDetail = "coarse" if step <= settings.coarse_masks_until else "full"
+    if step <= settings.mask_from:
+        masks = "none"
     problems: list[str] = []
     records: list[list[str]] = []
     for _ in range(settings.accumulation):
         waiting_since = time.perf_counter()
         batch = _read_batch(run, problems)
         throughput.waiting += time.perf_counter() - waiting_since
-        terms = run.optimization.losses(batch, masks=_mask_detail(settings, step))
+        terms = run.optimization.losses(batch, masks=masks)
         run.optimization.backward(terms.total)
         since_log.append(terms.detach())
         records.append(sorted({query.record for query in batch.queries}))
@@ -292,10 +286,8 @@ def _step(run: Run, step: int, since_log: list[Terms], throughput: Throughput) -
 def _read_batch(run: Run, problems: list[str]) -> Batch:
     """Returns this rank's next micro-batch on its device; the last one again after a problem, which it adds to the list.
 
-    Without a batch the other ranks would wait for this one in the model's collective operations.
-
-    Raises:
-        InputError: a rank cannot read its first micro-batch, or the only rank cannot read one.
+    Without a batch the other ranks would wait for this one in the model's collective operations. Only a first
+    micro-batch that cannot be read, or any on the only rank, raises InputError.
     """
     previous = run.batch
     if previous is not None and problems:
@@ -316,7 +308,7 @@ def _read_batch(run: Run, problems: list[str]) -> Batch:
 
 
 def _seed_step(seed: int, step: int, rank: int) -> None:
-    """Makes dropout a function of seed, step and rank, so that no generator's state has to be saved."""
+    # Dropout is a function of seed, step and rank, so that no generator's state has to be saved.
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
 
 
@@ -325,20 +317,15 @@ def _skipped(run: Run) -> int:
     return run.start.skipped + sum(gather(len(run.batches.skipped), run.place))
 
 
-def _mask_detail(settings: Train, step: int) -> MaskDetail:
-    if step <= settings.mask_from:
-        return "none"
-    return "coarse" if step <= settings.coarse_masks_until else "full"
-
-
 def _validate(run: Run, val: Manifest, step: int) -> None:
     """Scores val (or what `data.select` names), and saves the checkpoint if it is the best so far."""
     split = run.config.data.select
     with uncompiled(run.config.train.compile_layers):
         summary = validate(run.model, val, run.config, cache=run.cache, place=run.place)
     run.log.validation(step, summary, split)
-    if selection_figure(summary) > run.best:
-        run.best = selection_figure(summary)
+    figure = (summary.dice.value + summary.iou.value) / 2
+    if figure > run.best:
+        run.best = figure
         _save_best(run, {"step": step, split: figures(summary)})
 
 
@@ -349,18 +336,6 @@ def _save_best(run: Run, facts: dict[str, object]) -> None:
     wait_for_ranks()
 
 
-def _save(run: Run, step: int) -> None:
-    save_state(
-        run.states,
-        Progress(step, run.best, _skipped(run)),
-        config=run.given,
-        effective_batch=effective_batch(run.config.train, run.place.world),
-        model=run.model,
-        optimization=run.optimization,
-        place=run.place,
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -369,15 +344,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     start.add_argument("--resume", action="store_true", help="continue from the newest undamaged state in train.out")
     start.add_argument("--fresh", action="store_true", help="start again, replacing the run in train.out")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
-    parser.add_argument(
-        "--plan", action="store_true", help="print memory, time and missing files, and exit (takes a minute)"
-    )
-    parser.add_argument(
-        "--gpu", default=GPU, metavar="NAME", help=f"GPU type for --plan, such as rtx4090 (default: {GPU})"
-    )
-    parser.add_argument(
-        "--gpus", type=int, default=GPUS, metavar="N", help=f"number of GPUs for --plan (default: {GPUS})"
-    )
+    parser.add_argument("--plan", action="store_true", help="print memory, time and missing files (takes a minute)")
+    parser.add_argument("--gpu", default=GPU, metavar="NAME", help=f"GPU for --plan, such as rtx4090 (default: {GPU})")
+    parser.add_argument("--gpus", type=int, default=GPUS, metavar="N", help=f"GPUs for --plan (default: {GPUS})")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="dotted overrides, such as train.lr=1e-4")
     arguments = parser.parse_args(argv)

@@ -55,93 +55,57 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 IMAGES = 4
 PAPER = Path(__file__).parents[1] / "configs" / "medisee_7b.yaml"
 COMPARED = (
-    "release's mode: one sequence per query in a padded batch, causal attention without a mask, the vision tower once per "
-    "query, segment-anything's own image encoder and upscaling, the output layer and the cross-entropy at every position. "
-    "Ours: one packed sequence per image, read without padding, the vision tower once per image, the output layer at "
-    "supervised positions only. Both: image encoder once per image, masks' losses at the images' size (in the last mode at "
-    "the decoder's), freed memory kept by the allocator."
+    "release's mode: one sequence per query, padded; the vision tower per query; segment-anything's own encoder; logits at "
+    "every position. Ours: one packed sequence per image, unpadded; the vision tower per image; logits where supervised."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What is timed.
-
-    Attributes:
-        model: values of the configuration's model.
-        vocabulary: words of the tokenizer, without candidate tokens and `<image>`.
-        image: side of the square images, pixels.
-        plan: whether the paper's run is projected, which takes a minute or more.
-    """
+    """What is timed: a model of the configuration, on square images of `image` pixels a side."""
 
     model: dict[str, Any]
-    vocabulary: int
+    vocabulary: int  # words of the tokenizer, without candidate tokens and `<image>`
     image: int
-    plan: bool
 
 
+_LANGUAGE = {"train_projector": False, "lora": {"dropout": 0.0}}
+_MIDDLE = {"hidden": 512, "layers": 8, "heads": 8, "kv_heads": 8, "intermediate": 2048}
+_MIDDLE_ENCODER = {"width": 192, "depth": 4, "heads": 3, "global_attention": (1, 3)}
+_SMALL = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate": 64, "initial_std": 0.2}
 SIZES = {
     "middle": Size(
         {
-            "mllm": {
-                "size": {"hidden": 512, "layers": 8, "heads": 8, "kv_heads": 8, "intermediate": 2048},
-                "vision_hidden": 256,
-                "vision_layers": 6,
-                "train_projector": False,
-                "lora": {"dropout": 0.0},
-            },
-            "seg_head": {
-                "size": 1024,
-                "sizes": {"width": 192, "depth": 4, "heads": 3, "global_attention": (1, 3)},
-            },
+            "mllm": {"size": _MIDDLE, "vision_hidden": 256, "vision_layers": 6, **_LANGUAGE},
+            "seg_head": {"size": 1024, "sizes": _MIDDLE_ENCODER},
         },
         vocabulary=32000,
         image=512,
-        plan=True,
     ),
     "small": Size(
         {
-            "mllm": {
-                "size": {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate": 64, "initial_std": 0.2},
-                "vision_hidden": 32,
-                "vision_layers": 2,
-                "vision_size": 56,
-                "train_projector": False,
-                "lora": {"dropout": 0.0},
-            },
+            "mllm": {"size": _SMALL, "vision_hidden": 32, "vision_layers": 2, "vision_size": 56, **_LANGUAGE},
             "seg_head": {"vit": "micro", "size": 64},
             "router_hidden": 16,
             "box_hidden": 16,
         },
         vocabulary=400,
         image=48,
-        plan=False,
     ),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one compute mode takes.
+    """What one compute mode takes: median seconds, and the losses of the first step, before it changes anything."""
 
-    Attributes:
-        way: name of the mode.
-        step_s: median seconds of a step.
-        lm_s: median seconds of the language model alone: layers, logits and cross-entropy, forward and backward.
-        head_s: the part of `lm_s` that logits and cross-entropy take.
-        encoders_s: median seconds of both image encoders, which compute forward only.
-        memory: bytes at the steps' peak above the built model.
-        positions: computed by the language model, padding included.
-        total_loss, text_loss, gradient_norm: of the first step, before it changes anything.
-    """
-
-    way: str
+    way: str  # name of the mode
     step_s: float
-    lm_s: float
-    head_s: float
-    encoders_s: float
-    memory: int
-    positions: int
+    lm_s: float  # the language model alone: layers, logits and cross-entropy, forward and backward
+    head_s: float  # the part of `lm_s` that logits and cross-entropy take
+    encoders_s: float  # both image encoders, which compute forward only
+    memory: int  # bytes at the steps' peak above the built model
+    positions: int  # computed by the language model, padding included
     total_loss: float
     text_loss: float
     gradient_norm: float
@@ -257,25 +221,22 @@ def _resident(*, peak: bool = False) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def _in_own_process(name: str, arguments: argparse.Namespace) -> Figures:
-    options = [f"--{key}={getattr(arguments, key)}" for key in ("size", "repeats", "threads", "dtype")]
-    done = subprocess.run([sys.executable, __file__, "--way", name, *options], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise InputError(f"--way {name}: its process ended with code {done.returncode}; see above, or use less memory.")
-    return Figures(**json.loads(done.stdout.splitlines()[-1]))
-
-
 def _compare(arguments: argparse.Namespace) -> None:
     print(COMPARED, flush=True)
     names = ("step s", "lm s", "head s", "encoders s", "peak GiB", "positions", "text loss")
     print(f"{'':<28}" + "".join(f"{name:>12}" for name in names), flush=True)
+    options = [f"--{key}={getattr(arguments, key)}" for key in ("size", "repeats", "threads", "dtype")]
     figures: dict[str, Figures] = {}
     for name in MODES:
-        one = figures[name] = _in_own_process(name, arguments)
+        done = subprocess.run([sys.executable, __file__, "--way", name, *options], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise InputError(f"--way {name}: its process ended with code {done.returncode}; use less memory.")
+        one = figures[name] = Figures(**json.loads(done.stdout.splitlines()[-1]))
         values = (one.step_s, one.lm_s, one.head_s, one.encoders_s, one.memory / 2**30)
         print(f"{one.way:<28}" + "".join(f"{v:>12.3f}" for v in values) + f"{one.positions:>12}{one.text_loss:>12.6f}")
     theirs, plain, cached, bounded = (figures[name] for name in ("release", "supervised", "cached", "bounded"))
-    planned = plan_training(load_config(PAPER)).modes if SIZES[arguments.size].plan else ()
+    # Projecting the paper's run takes a minute or more.
+    planned = plan_training(load_config(PAPER)).modes if arguments.size == "middle" else ()
     days = {one.mode.name: one.days for one in planned}
     for mode, value in days.items():
         print(f"the paper's run on 4 x A6000 by --plan's cost model, {mode}: {value:.2f} days")
@@ -307,9 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="bench_train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", default="middle", help=f"model size: {' or '.join(SIZES)}")
-    parser.add_argument(
-        "--way", choices=list(MODES), help="measure one compute mode in this process, without comparing"
-    )
+    parser.add_argument("--way", choices=list(MODES), help="measure one compute mode in this process")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each mode")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="compute precision")

@@ -23,18 +23,15 @@ from medisee.models.seg_head import vit_sizes
 from medisee.planning.workload import CACHED, OURS, RELEASE, ComputeMode
 from medisee.training.optimization import TrainingLoss
 
-PACKED = ComputeMode("packed, all logits", all_logits=True)
 MODES = {
     "release": replace(RELEASE, name="unpacked, all logits"),
-    "packed": PACKED,
+    "packed": ComputeMode("packed, all logits", all_logits=True),
     "supervised": replace(OURS, name="packed, supervised logits"),
     "cached": replace(CACHED, name="the same, features cached"),
     "bounded": replace(CACHED, name="the same, small mask losses"),
 }
-MASK_RESOLUTION = {"bounded": "decoder"}
-"""Modes whose mask losses are not computed at the images' size, so that their total loss differs from the others'."""
-IGNORED = -100
-"""Label of a position that is not supervised: cross_entropy leaves it out."""
+MASK_RESOLUTION = {"bounded": "decoder"}  # mask losses not at the images' size: the total loss differs
+IGNORED = -100  # label of a position that is not supervised: cross_entropy leaves it out
 
 
 def use_package(model: MediSee) -> None:
@@ -93,7 +90,6 @@ class ModeLoss(TrainingLoss):
         self.mode = mode
 
     def forward(self, batch: Batch, *, masks: MaskDetail) -> tuple[Tensor, ...]:
-        """See TrainingLoss."""
         if not self.mode.all_logits:
             return super().forward(batch, masks=masks)
         with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):

@@ -149,6 +149,10 @@ class Loaded:
     skipped: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
+    def pin_memory(self) -> Loaded:
+        """Returns it with a batch in page-locked memory; torch's data loader calls this."""
+        return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
+
 
 class MicroBatchReader(Dataset[Loaded]):
     """Reads whole micro-batches; picklable for loader processes."""

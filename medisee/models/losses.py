@@ -166,10 +166,10 @@ def mean_terms(terms: Sequence[Terms], *, world: int = 1) -> Terms:
 def _mask_pairs(masks_Jhh: Tensor, batch: Batch, *, decoder: bool) -> list[tuple[Tensor, Tensor]]:
     # Logits and true masks: of all targets at the decoder's size, or each target alone at the size of its true mask,
     # which the processor has scaled.
-    masks = [batch.masks[index] for index in batch.masked_J.tolist()]
+    masks = [batch.masks[index] for index in batch.masked]
     if decoder:
         return [(masks_Jhh, F.adaptive_avg_pool2d(torch.stack(masks)[None], masks_Jhh.shape[-1])[0])]
-    frames = [batch.frames[index] for index in batch.image_of_target_I[batch.masked_J].tolist()]
+    frames = [batch.frames[batch.image_of_target[index]] for index in batch.masked]
     return [
         (logits_to_original(logits, frame, (mask.shape[0], mask.shape[1]))[None], mask[None])
         for logits, frame, mask in zip(masks_Jhh, frames, masks, strict=True)

@@ -276,7 +276,7 @@ class MediSee(nn.Module):
         if batch.boxes_I4 is not None:
             boxes_I4 = torch.where(batch.true_box_I[:, None], batch.boxes_I4, boxes_I4)
         image_of_mask_J = batch.image_of_target_I[batch.masked_J]
-        frames = [batch.frames[index] for index in image_of_mask_J.tolist()]
+        frames = [batch.frames[batch.image_of_target[index]] for index in batch.masked]
         boxes_J4 = boxes_to_frame(boxes_I4[batch.masked_J], frames, self.config.box_frame).to(dtype)
         prompts = Prompts(
             text=self.text_projection(h_seg_ID[batch.masked_J]) if "text" in self.config.prompts else None,

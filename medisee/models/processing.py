@@ -6,7 +6,7 @@ sequence length, N supervised tokens, T image tokens, C channels, G embedding gr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -77,6 +77,7 @@ class Batch:
     image_of_sequence_S: Tensor
     sequence_of_target_I: Tensor
     image_of_target_I: Tensor
+    image_of_target: tuple[int, ...]  # as image_of_target_I, on the host
     candidates_IK: Tensor  # positions of the candidate tokens in their sequence; -1 if the answer does not hold them
     supervised_N2: Tensor  # sequence and position of each token of the answers
     labels_N: Tensor  # those tokens
@@ -90,9 +91,22 @@ class Batch:
     target_of_class_query_Q: Tensor  # the target that each class query belongs to
 
     def to(self, device: torch.device) -> Batch:
+        """Returns the batch on another device; the host does not wait for the copy of what is pinned."""
+        return self._each(lambda value: value.to(device, non_blocking=value.is_pinned()))
+
+    def pin_memory(self) -> Batch:
+        """Returns the batch in page-locked memory; torch's data loader calls this."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **moved, masks=tuple(mask.to(device) for mask in self.masks))
+        changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **changed, masks=tuple(map(change, self.masks)))
+
+    @property
+    def masked(self) -> list[int]:
+        """`masked_J` on the host, so that nothing waits for the device."""
+        return [index for index, query in enumerate(self.queries) if query.masked]
 
 
 class MediSeeProcessor:
@@ -201,6 +215,7 @@ class MediSeeProcessor:
             image_of_sequence_S=torch.tensor([index for index, _ in rows]),
             sequence_of_target_I=torch.tensor([row for row, (_, own) in enumerate(rows) for _ in own]),
             image_of_target_I=torch.tensor(image_of_target),
+            image_of_target=tuple(image_of_target),
             candidates_IK=torch.tensor(candidates),
             supervised_N2=torch.tensor(supervised).reshape(-1, 2),
             labels_N=torch.tensor(labels, dtype=torch.long),

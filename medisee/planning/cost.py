@@ -33,14 +33,8 @@ _FEW = (1, 2)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCost:
-    """One micro-batch.
-
-    Attributes:
-        language_model, lm_head, vision_tower, image_encoder, decoders: floating-point operations of each part, forward
-            and backward; a multiplication and its addition count as two.
-        kept: bytes that live between the forward and the backward pass: the batch, and what the backward pass needs.
-        early: the most bytes alive at any time before the language model, besides weights, gradients and optimizer state.
-        late: the same from the language model on.
+    """One micro-batch: floating-point operations of each part, forward and backward (a multiplication and its addition
+    count as two), and bytes besides weights, gradients and optimizer state.
     """
 
     language_model: float
@@ -48,18 +42,16 @@ class StepCost:
     vision_tower: float
     image_encoder: float
     decoders: float
-    kept: float
-    early: float
-    late: float
+    kept: float  # bytes between the forward and the backward pass: the batch, and what the backward pass needs
+    early: float  # the most bytes alive at any time before the language model
+    late: float  # the same from the language model on
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of all parts."""
         return self.language_model + self.lm_head + self.vision_tower + self.image_encoder + self.decoders
 
     @property
     def peak(self) -> float:
-        """The most bytes alive at any time, besides weights, gradients and optimizer state."""
         return max(self.early, self.late)
 
 
@@ -128,7 +120,6 @@ class _Rehearsal:
             return add_pixels(batch, self.model, mode)
 
     def training(self, batch: Batch) -> StepCost:
-        """Runs forward and backward."""
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 # All micro-batches of a step but the first add to gradients that exist.
@@ -164,7 +155,6 @@ class _Rehearsal:
             )
 
     def reading(self, batch: Batch) -> StepCost:
-        """Runs forward alone."""
         with torch.no_grad(), self._counting(batch), self._autocast():
             output = self.model(batch)
         kept = self.tally.now
@@ -239,12 +229,10 @@ class Tally(TorchDispatchMode):
         self._ignored: list[Any] = []
 
     def ignore(self, tensors: list[Tensor]) -> None:
-        """Leaves tensors out, and all views of them."""
         self._ignored = [tensor.untyped_storage() for tensor in tensors]
         self._known.update(self._ignored)
 
     def add(self, tensors: list[Tensor]) -> None:
-        """Counts tensors for as long as they live."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage not in self._known:

@@ -8,38 +8,27 @@ import torch
 
 from medisee.foundation.errors import InputError, nearest
 
-USABLE = 0.95
-"""Share of a GPU's memory that a plan may fill: the rest holds CUDA's own context and gaps between tensors."""
+USABLE = 0.95  # share of memory that a plan may fill: the rest holds CUDA's own context and gaps between tensors
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU.
+    """One GPU."""
 
-    Attributes:
-        name: the maker's name for it.
-        memory: GiB.
-        bfloat16: dense tensor-core TFLOP/s with float32 accumulation. Data sheets often print the double, "with
-            sparsity".
-        float32: TFLOP/s outside the tensor cores, which torch uses for float32 by default.
-    """
-
-    name: str
-    memory: float
-    bfloat16: float
-    float32: float
+    name: str  # the maker's
+    memory: float  # GiB
+    bfloat16: float  # dense tensor-core TFLOP/s with float32 accumulation; data sheets often print the double, "sparse"
+    float32: float  # TFLOP/s outside the tensor cores, which torch uses for float32 by default
 
     def tflops(self, dtype: torch.dtype) -> float:
-        """Returns the peak of a compute precision."""
         return self.float32 if dtype == torch.float32 else self.bfloat16
 
     @property
     def usable(self) -> float:
-        """Bytes that a plan may fill."""
         return USABLE * self.memory * 2**30
 
 
-GPUS = {
+GPUS = {  # by the names that --gpu takes
     "a6000": Gpu("RTX A6000", 48, 154.8, 38.7),  # data sheet "NVIDIA RTX A6000": 309.7 with sparsity
     "a40": Gpu("A40", 48, 149.7, 37.4),  # data sheet "NVIDIA A40": 149.7 | 299.4
     "a10": Gpu("A10", 24, 125.0, 31.2),  # data sheet "NVIDIA A10": 125 | 250
@@ -53,15 +42,10 @@ GPUS = {
     "rtx4090": Gpu("GeForce RTX 4090", 24, 165.2, 82.6),  # white paper "NVIDIA Ada", float32 accumulation
     "rtx6000ada": Gpu("RTX 6000 Ada", 48, 364.2, 91.1),  # data sheet: 1457 in 8 bits with sparsity, a quarter of it
 }
-"""By the names that --gpu takes."""
 
 
 def find_gpu(name: str) -> Gpu:
-    """Returns a GPU by name; case, spaces and dashes do not matter.
-
-    Raises:
-        InputError: an unknown name.
-    """
+    """Returns a GPU by name; case, spaces and dashes do not matter."""
 
     def plain(text: str) -> str:
         return "".join(filter(str.isalnum, text.lower()))

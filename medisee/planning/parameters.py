@@ -24,11 +24,9 @@ from medisee.weights.llava_format import is_original
 from medisee.weights.shards import CONFIG, read_json
 from medisee.weights.tokenizer import IMAGE_TOKEN, SPECIAL, add_candidate_tokens
 
-VOCABULARY = 32000
-"""Tokens of Mistral's, Llama's and Vicuna's tokenizers."""
+VOCABULARY = 32000  # tokens of Mistral's, Llama's and Vicuna's tokenizers
+# Of bitsandbytes: LLM.int8(), and NF4 with an 8-bit scale per block of 64, whose own scales are 32-bit.
 BYTES_OF_BITS = {8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
-"""Bytes per weight of bitsandbytes: LLM.int8(), and NF4 with an 8-bit scale per block of 64, whose own scales are 32-bit."""
-
 _LAYERS = "mllm.model.language_model"
 _PARTS = {
     f"{_LAYERS}.embed_tokens": "embedding",
@@ -48,19 +46,12 @@ _PARTS = {
 
 @dataclass(frozen=True, slots=True)
 class PartCount:
-    """Parameters of one part of the model.
+    """Parameters of one part of the model."""
 
-    Attributes:
-        part: its name; `LoRA` is the language model's, an image encoder's LoRA counts as part of the encoder.
-        total: all parameters.
-        trainable: those that learn.
-        stored: bytes of all as training stores them.
-    """
-
-    part: str
+    part: str  # `LoRA` is the language model's; an image encoder's counts as part of the encoder
     total: int
     trainable: int
-    stored: int
+    stored: int  # bytes of all as training stores them
 
 
 def meta_model(config: Model, *, dtype: torch.dtype = torch.bfloat16, layers: int | None = None) -> MediSee:
@@ -68,9 +59,6 @@ def meta_model(config: Model, *, dtype: torch.dtype = torch.bfloat16, layers: in
 
     `config.mllm.source` may be missing. Flex attention is replaced by SDPA, since it does not run on tensors without
     memory. The language model has its first `layers` only, if given.
-
-    Raises:
-        InputError: sizes that do not fit together; a language model whose config.json cannot be read.
     """
     planned = _described(config.mllm)
     mllm = planned.mllm

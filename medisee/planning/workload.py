@@ -24,16 +24,11 @@ from medisee.records.jsonl import read_line, read_lines
 from medisee.records.prompts import ANSWERS, CANDIDATE_TOKENS, CLASS_QUESTIONS, candidate_text
 from medisee.records.records import Record, Target
 
-IMAGE_SIDE = 512
-"""Side of an image whose size is not known, pixels; SA-Med2D-20M's are mostly 200 to 1000."""
-SAMPLE = 300
-"""Records that are read from a manifest."""
-CHARACTERS_PER_TOKEN = 4
-"""Of English text, for the usual vocabularies of 32,000."""
-TEMPLATE_TOKENS = 9
-"""Tokens of "[INST] ", the line break and " [/INST]" in Mistral's vocabulary."""
-ANSWER_TOKENS = 7
-"""Tokens of "[SEG] and [BBOX]." and the end."""
+IMAGE_SIDE = 512  # side of an image whose size is not known, pixels; SA-Med2D-20M's are mostly 200 to 1000
+SAMPLE = 300  # records that are read from a manifest
+CHARACTERS_PER_TOKEN = 4  # of English text, for the usual vocabularies of 32,000
+TEMPLATE_TOKENS = 9  # of "[INST] ", the line break and " [/INST]" in Mistral's vocabulary
+ANSWER_TOKENS = 7  # of "[SEG] and [BBOX]." and the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +39,9 @@ class Lengths:
     answer: int
 
 
-CLASS_QUERY = Lengths(20, 12)
-"""A question that names the class, and its answer."""
-REASONING_QUERY = Lengths(45, 45)
-"""An implicit query of up to 20 words with its request, and an explained answer."""
-REASONING_SHARE = 0.3
-"""Share of images with implicit queries (paper, section 5.1: SA-Med2D-20M : MLMR-SD = 7 : 3)."""
+CLASS_QUERY = Lengths(20, 12)  # a question that names the class, and its answer
+REASONING_QUERY = Lengths(45, 45)  # an implicit query of up to 20 words with its request, and an explained answer
+REASONING_SHARE = 0.3  # of images with implicit queries (paper, section 5.1: SA-Med2D-20M : MLMR-SD = 7 : 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +54,13 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class ComputeMode:
-    """How a micro-batch is computed.
+    """How a micro-batch is computed."""
 
-    Attributes:
-        name: for tables.
-        packed: one sequence per image; otherwise one per query.
-        all_logits: logits at every position; otherwise at supervised ones only.
-        vision_per_query: the vision tower reads an image once for each of its queries; otherwise once.
-        cached: the image encoder's features are read from a cache.
-    """
-
-    name: str
-    packed: bool = True
-    all_logits: bool = False
-    vision_per_query: bool = False
-    cached: bool = False
+    name: str  # for tables
+    packed: bool = True  # one sequence per image; otherwise one per query
+    all_logits: bool = False  # logits at every position; otherwise at supervised ones only
+    vision_per_query: bool = False  # the vision tower reads an image once for each of its queries; otherwise once
+    cached: bool = False  # the image encoder's features are read from a cache
 
 
 RELEASE = ComputeMode("the release's way", packed=False, all_logits=True, vision_per_query=True)
@@ -85,11 +69,7 @@ CACHED = ComputeMode("ours, features cached", cached=True)
 
 
 def training_workload(config: Config) -> Workload:
-    """Returns a micro-batch whose images represent the run's mixture evenly, the shortest and the longest among them.
-
-    Raises:
-        InputError: a manifest that exists cannot be read.
-    """
+    """Returns a micro-batch whose images represent the run's mixture evenly, the shortest and the longest among them."""
     train, data = config.train, config.data
     measured = bool(data.train) and all(Path(source.records).is_file() for source in data.train)
     images: list[tuple[Lengths, ...]] = []

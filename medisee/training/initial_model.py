@@ -41,12 +41,7 @@ def read_images_and_texts(
 def build_model(config: Config, texts: Set[str]) -> MediSee:
     """Builds the model, or loads the one that the run starts from.
 
-    Args:
-        config: of the run.
-        texts: of the records; a tokenizer is trained on them if the run names neither a language model nor a checkpoint.
-
-    Raises:
-        InputError: `train.init` is not a checkpoint, or is that of another model.
+    A tokenizer is trained on the records' texts if the run names neither a language model nor a checkpoint.
     """
     if config.train.init is not None:
         folder = local_checkpoint(config.train.init)

@@ -9,7 +9,6 @@ from types import FrameType
 
 from medisee.training.ranks import Place, largest
 
-STOP = "stop"
 BY_FILE = 1
 
 
@@ -28,8 +27,7 @@ class StopRequest:
     """
 
     def __init__(self, out: Path) -> None:
-        """Args: the run's folder, in which the file `stop` may appear."""
-        self.file = out / STOP
+        self.file = out / "stop"
         self.noted = 0
 
     def __enter__(self) -> StopRequest:

@@ -15,11 +15,7 @@ from medisee.foundation.errors import InputError, first_line
 
 
 def check_compiler(device: torch.device) -> None:
-    """Checks that torch.compile can build kernels for a device by building one, which takes seconds the first time.
-
-    Raises:
-        InputError: it cannot: no C++ compiler or no Python headers on a CPU, no Triton for a GPU.
-    """
+    """Checks that torch.compile can build kernels for a device by building one, which takes seconds the first time."""
     probe = torch.compile(lambda values: (values.sin() + 1).sum())
     try:
         probe(torch.ones(64, device=device, requires_grad=True)).backward()

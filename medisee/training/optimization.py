@@ -34,7 +34,6 @@ class TrainingLoss(nn.Module):
     """Model and loss as one module: DeepSpeed's hooks need the tensor from which the backward pass starts."""
 
     def __init__(self, model: MediSee, weights: Loss, *, dtype: torch.dtype, world: int, release: bool = False) -> None:
-        """Args: the model; lambda of every term; what it computes in; number of ranks; see `end_to_end_loss`."""
         super().__init__()
         self.model, self.weights, self.dtype, self.world, self.release = model, weights, dtype, world, release
 
@@ -48,11 +47,7 @@ class TrainingLoss(nn.Module):
 
 
 def split_batch(train: Train, world: int) -> Train:
-    """Returns the settings with the accumulation that gives `global_batch` on this number of ranks.
-
-    Raises:
-        InputError: `global_batch` is not divisible by the ranks' micro-batches; names the nearest numbers that work.
-    """
+    """Returns the settings with the accumulation that gives `global_batch` on this number of ranks."""
     if train.global_batch is None:
         return train
     whole, micro = train.global_batch, train.batch_size * world
@@ -113,11 +108,9 @@ class Optimization:
         self.schedule = LambdaLR(self.optimizer, lambda step: warmup_decay(train, step))
 
     def losses(self, batch: Batch, *, masks: MaskDetail) -> Terms:
-        """Runs model and loss on one micro-batch."""
         return Terms(*self.loss(batch, masks=masks))
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of one micro-batch's loss."""
         (loss / self.train.accumulation).backward()
 
     def step(self) -> float:

@@ -17,8 +17,7 @@ import torch
 from medisee.foundation.errors import InputError
 
 Value = TypeVar("Value")
-PATIENCE = timedelta(days=1)
-"""How long ranks wait for each other: the first one may encode the features of a whole dataset before a run."""
+PATIENCE = timedelta(days=1)  # the other ranks wait while the first one encodes the features of a whole dataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +42,6 @@ def rank_zero_errors() -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(error.problems if world_from_environment()[0] == 0 else ()) from error
-
-
-def is_launched() -> bool:
-    """Tells whether a launcher for several ranks started this process, even if it is the only one."""
-    return "LOCAL_RANK" in os.environ
 
 
 def join_ranks() -> Place:
@@ -87,11 +81,7 @@ def gather(value: Value, place: Place) -> list[Value]:
 
 
 def raise_on_all_ranks(problems: Sequence[str], place: Place) -> None:
-    """Stops every rank when one has a problem; the first rank reports all problems, the others none.
-
-    Raises:
-        InputError: some rank has a problem.
-    """
+    """Stops every rank when one has a problem; the first rank reports all problems, the others none."""
     if largest(bool(problems), place):
         everyones = dict.fromkeys(problem for part in gather(list(problems), place) for problem in part)
         raise InputError(everyones if place.rank == 0 else ())
@@ -99,11 +89,7 @@ def raise_on_all_ranks(problems: Sequence[str], place: Place) -> None:
 
 @contextmanager
 def errors_on_all_ranks(place: Place) -> Iterator[None]:
-    """Stops every rank when one of them raises InputError inside, as `raise_on_all_ranks` does.
-
-    Raises:
-        InputError: some rank has a problem.
-    """
+    """Stops every rank when one of them raises InputError inside, as `raise_on_all_ranks` does."""
     problems: Sequence[str] = ()
     try:
         yield

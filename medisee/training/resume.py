@@ -31,8 +31,7 @@ from medisee.training.optimization import Optimization
 from medisee.training.ranks import Place, errors_on_all_ranks, gather, raise_on_all_ranks
 from medisee.weights.checkpoints import WEIGHTS, trained_state
 
-CHECKPOINT = "checkpoint"
-"""Folder of the best checkpoint, next to the saved states."""
+CHECKPOINT = "checkpoint"  # folder of the best checkpoint, next to the saved states
 PREFIX = "last-"
 OPTIMIZER = "optimizer.safetensors"
 PROGRESS = "progress.json"
@@ -54,17 +53,11 @@ MAY_CHANGE = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run has come.
+    """How far a run has come."""
 
-    Attributes:
-        step: optimizer steps done.
-        best: the best figure on val so far.
-        skipped: draws that were replaced because their image or mask cannot be read.
-    """
-
-    step: int = 0
-    best: float = -1.0
-    skipped: int = 0
+    step: int = 0  # optimizer steps done
+    best: float = -1.0  # the best figure on val so far
+    skipped: int = 0  # draws that were replaced because their image or mask cannot be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,24 +74,18 @@ class LastStates:
     """The states that a run saves: the last `keep` of them stay."""
 
     def __init__(self, out: Path, keep: int, found: Path | None = None) -> None:
-        """Args: the run's folder; how many states stay; the state that the run continues from."""
         self.out, self.keep = out, keep
         # Others are damaged, or an earlier run's: they go when this run has saved its first state.
         self._own = [] if found is None else [one for one in map(_step, saved_folders(out)) if one <= _step(found)]
 
     @property
     def newest(self) -> Path | None:
-        """The newest state of this run."""
         return self.out / _name(self._own[-1]) if self._own else None
 
     def write(
         self, step: int, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], facts: dict[str, Any]
     ) -> None:
-        """Writes one state; it gets its name once it is complete, and only then are older ones removed.
-
-        Raises:
-            OSError, SafetensorError: it cannot be written; nothing of it is left, and the older states are untouched.
-        """
+        """Writes one state, and then removes older ones; OSError or SafetensorError leave these untouched."""
         folder = self.out / _name(step)
         new = self.out / f".{folder.name}.new"
         shutil.rmtree(new, ignore_errors=True)
@@ -114,9 +101,6 @@ class LastStates:
             shutil.rmtree(new, ignore_errors=True)
             raise
         self._own = [*(one for one in self._own if one < step), step][-self.keep :]
-        self._remove_others()
-
-    def _remove_others(self) -> None:
         for folder in saved_folders(self.out):
             if _step(folder) not in self._own:
                 _remove(folder)
@@ -134,14 +118,12 @@ def save_state(
     optimization: Optimization,
     place: Place,
 ) -> None:
-    """Saves all that an exact resume needs; every rank calls it, the first one writes.
-
-    Raises:
-        InputError: it cannot be written; raised on every rank, and the older states are untouched.
-    """
+    """Saves all that an exact resume needs; every rank calls it, the first one writes. A failure leaves older states."""
     moments = optimization.moments()
     with optimization.whole_parameters():
-        weights = whole_tensors(trained_state(model)) if place.rank == 0 else {}
+        # Each with its own memory, contiguous, on the CPU: safetensors refuses others.
+        kept = trained_state(model) if place.rank == 0 else {}
+        weights = {name: value.detach().cpu().clone().contiguous() for name, value in kept.items()}
     problems = []
     if place.rank == 0:
         facts = {**asdict(progress), "effective_batch": effective_batch, "config": config.model_dump(mode="json")}
@@ -150,11 +132,6 @@ def save_state(
         except (OSError, SafetensorError) as error:
             problems = [_not_saved(states, progress.step, error)]
     raise_on_all_ranks(problems, place)
-
-
-def whole_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns copies that can be saved: on the CPU, contiguous, each with its own memory."""
-    return {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
 
 
 @contextmanager
@@ -172,17 +149,16 @@ def disk_errors(out: Path) -> Iterator[None]:
 
 
 def find_last(out: Path) -> Saved:
-    """Returns the newest undamaged state; newer ones that are damaged are named on stderr.
-
-    Raises:
-        InputError: there is none, or all are damaged.
-    """
+    """Returns the newest undamaged state; newer ones that are damaged are named on stderr."""
     damaged = []
     for folder in reversed(saved_folders(out)):
         if (problem := damage(folder)) is None:
             for one in damaged:
                 print(f"warning: {one}; continuing from {folder}.", file=sys.stderr, flush=True)
-            return _read(folder)
+            path = folder / PROGRESS
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            progress = Progress(facts["step"], facts["best"], facts["skipped"])
+            return Saved(folder, progress, facts["effective_batch"], config_from(facts["config"], where=str(path)))
         damaged.append(f"{folder}: {problem}")
     if damaged:
         raise InputError(f"{one}; all saved states are damaged, so start again with --fresh." for one in damaged)
@@ -204,11 +180,7 @@ def find_last_on_all_ranks(out: Path, place: Place) -> Saved:
 
 
 def check_no_run(out: Path) -> None:
-    """Refuses to start where a run would be replaced.
-
-    Raises:
-        InputError: the folder holds saved states or a checkpoint.
-    """
+    """Refuses to start where a run would be replaced."""
     states = saved_folders(out)
     found = [*states[-1:], *(path for path in [out / CHECKPOINT] if path.exists())]
     if found:
@@ -233,11 +205,7 @@ def _remove(folder: Path) -> None:
 
 
 def check_same_run(saved: Saved, config: Config, effective_batch: int) -> None:
-    """Refuses to continue with what would be another run.
-
-    Raises:
-        InputError: a setting outside MAY_CHANGE differs, or the effective batch.
-    """
+    """Refuses to continue with what would be another run."""
     where = saved.folder / PROGRESS
     old, new = _settings(saved.config), _settings(config)
     problems = [
@@ -280,13 +248,6 @@ def damage(folder: Path) -> str | None:
         if sha256(path) != digest:
             return f"{name} is damaged (its SHA-256 is not that of {FILES})"
     return None
-
-
-def _read(folder: Path) -> Saved:
-    path = folder / PROGRESS
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    progress = Progress(facts["step"], facts["best"], facts["skipped"])
-    return Saved(folder, progress, facts["effective_batch"], config_from(facts["config"], where=str(path)))
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -29,19 +29,12 @@ TELEMETRY = ("seconds", "images_per_second", "tokens_per_second", "data_wait", "
 
 @dataclass(slots=True)
 class Throughput:
-    """What this rank has done since the last line of the log; validation and saving do not count.
+    """What this rank has done since the last line of the log; validation and saving do not count."""
 
-    Attributes:
-        seconds: in optimizer steps.
-        waiting: of these, seconds in which no batch was ready.
-        images: read by the model.
-        tokens: positions that the language model has read, image tokens and computed padding included.
-    """
-
-    seconds: float = 0.0
-    waiting: float = 0.0
+    seconds: float = 0.0  # in optimizer steps
+    waiting: float = 0.0  # of these, seconds in which no batch was ready
     images: int = 0
-    tokens: int = 0
+    tokens: int = 0  # that the language model has read, image tokens and computed padding included
 
     def over_ranks(self, place: Place) -> dict[str, float]:
         """Returns figures of all ranks together, with the longest wait and the highest memory; every rank calls it."""
@@ -117,7 +110,6 @@ class RunLog:
             write_json(self.out / "run.json", {**self.facts, "seconds": time.perf_counter() - self.began})
 
     def close(self) -> None:
-        """Closes the logs of a run that may be resumed later."""
         if self.active:
             self.board.close()
 

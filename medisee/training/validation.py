@@ -1,4 +1,4 @@
-"""The figure on val that chooses the best checkpoint: teacher-forced answers, scored by all ranks together."""
+"""The figures on val that choose the best checkpoint: teacher-forced answers, scored by all ranks together."""
 
 from __future__ import annotations
 
@@ -43,11 +43,6 @@ def validate(model: MediSee, val: Manifest, config: Config, *, cache: FeatureCac
 def figures(summary: Summary) -> dict[str, float]:
     """Returns the figures that were computed, and `n`: `validate` resamples nothing, so there is no interval."""
     return {name: value for name, value in summary.to_json().items() if name != "ci95"}
-
-
-def selection_figure(summary: Summary) -> float:
-    """Returns the mean of Dice and box IoU: the higher, the better the checkpoint."""
-    return (summary.dice.value + summary.iou.value) / 2
 
 
 def _scores(

@@ -15,8 +15,7 @@ from medisee.config.load import config_from, load_config
 from medisee.foundation.errors import InputError, exit_code
 from medisee.planning.gpus import GPUS, find_gpu
 from medisee.planning.parameters import PartCount
-from medisee.planning.plan import UTILISATION, TrainingPlan, plan_inference, plan_training, stage_memory
-from medisee.planning.plan_tables import render_plan
+from medisee.planning.plan import UTILISATION, TrainingPlan, plan_inference, plan_training, render_plan, stage_memory
 from medisee.weights.missing import missing_files, missing_weights
 
 CONFIG_7B = Path(__file__).parents[2] / "configs" / "medisee_7b.yaml"
