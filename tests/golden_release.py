@@ -81,7 +81,7 @@ class Row:
         ids, labels: with the image's tokens in the place of the image's id, without padding.
         image_end: number of ids up to the image's last.
         row: its sequence.
-        shared: number of ids that stand at the sequence's beginning, for all its conversations.
+        shared: number of ids at the sequence's beginning, for all its conversations.
         start: column of the first id that is its own.
     """
 
@@ -231,7 +231,7 @@ def common_length(lists: list[list[int]]) -> int:
 def packed_rows(rows: list[Row], groups: list[list[int]], pad: int) -> tuple[Packed, list[Row]]:
     """Packs groups of conversations behind what they have in common up to the image.
 
-    Where they differ before the image, it stands in each of them.
+    Where they differ before the image, each of them holds it.
     """
     shared = [common_length([rows[index].ids[: rows[index].image_end] for index in group]) for group in groups]
     sequences = pack(
@@ -257,7 +257,7 @@ def batch_of(case: Case, images: list[int], ids_CL: np.ndarray, *, packed: bool)
     together = [[places[c] for c in conversations] for conversations in of_image]
     alone = [[place] for place in range(len(flat))]
     sequences, rows = packed_rows(rows_of(case, ids_CL, flat), together if packed else alone, processor.pad_id)
-    # One entry for each time that an image stands in a sequence.
+    # One entry per image in a sequence.
     times = (sequences.input_ids_SL == processor.image_id).sum(1) // processor.image_tokens
     image_of_sequence = [
         images.index(case.image_of_conversation[flat[group[0]]]) for group in (together if packed else alone)

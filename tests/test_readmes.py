@@ -54,7 +54,7 @@ def blocks(readme: Path, language: str) -> list[str]:
 
 
 def inline_code(readme: Path) -> list[str]:
-    """What stands between single backticks, on one line."""
+    """Text between single backticks, on one line."""
     return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", FENCE.sub("", text_of(readme)))]
 
 

@@ -33,7 +33,7 @@ class RateLimit:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """Starts with full buckets; None is no limit. `clock` and `sleep` are in seconds."""
+        """Starts with full buckets; None means unlimited. `clock` and `sleep` are in seconds."""
         self._clock, self._sleep = clock, sleep
         self._requests = _Bucket(requests_per_minute, clock())
         self._tokens = _Bucket(tokens_per_minute, clock())

@@ -96,7 +96,7 @@ def score(
 
 
 def box_iou(a: Box | None, b: Box | None) -> float:
-    """Returns the IoU of two half-open boxes in the same frame and unit; None is no box."""
+    """Returns the IoU of two half-open boxes in the same frame and unit; None if there is no box."""
     if a is None or b is None:
         return float(a is b)
     if not np.isfinite([*a, *b]).all():

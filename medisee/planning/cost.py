@@ -96,7 +96,7 @@ def _for_all_layers(config: Config, dtype: torch.dtype, measure: Callable[[MediS
 class _Rehearsal:
     """Turns a model on the meta device into fake tensors on the CPU, and runs it while counting.
 
-    The CPU stands for any device: it has the fused attention that GPUs have and the meta device lacks.
+    The CPU represents any device: it has the fused attention that GPUs have and the meta device lacks.
     """
 
     def __init__(self, model: MediSee, config: Config, dtype: torch.dtype) -> None:

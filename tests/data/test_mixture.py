@@ -195,7 +195,7 @@ def save(path: Path, pixels: np.ndarray) -> str:
 
 
 def record_of(folder: Path, name: str, size: tuple[int, int], x1: int) -> Record:
-    """One image of two targets, the first with a question of its own and the second without."""
+    """One image of two targets, the first with its own question and the second without."""
     pixels = np.zeros(size, dtype=np.uint8)
     pixels[2:9, 3:x1] = 255
     question = QA(f"What lies at {name}?", "It is [SEG] and [BBOX].", "location", "short")
@@ -282,7 +282,7 @@ def test_l_sim_adds_plain_queries_and_draws_all_else_as_before(
         assert [(q.target, q.question, q.true_box) for q in one.queries] == [
             (q.target, q.question, q.true_box) for q in other.queries
         ]
-        # The disc has a question of its own; the lung's already names the class.
+        # The disc has its own question; the lung's already names the class.
         assert [q.class_query is not None for q in other.queries] == [q.target == "a" for q in other.queries]
         assert all("the disc" in q.class_query for q in other.queries if q.class_query is not None)
         assert torch.equal(one.labels_N, other.labels_N)

@@ -275,7 +275,7 @@ def test_losses_reproduce_the_release(release: Path) -> None:
 
 @pytest.mark.parametrize("release", RELEASES, ids=[path.stem for path in RELEASES])
 def test_text_loss_reproduces_the_release(release: Path) -> None:
-    """Image embeddings stand where one image token stood; each state predicts the next token."""
+    """Image embeddings replace the one image token; each state predicts the next token."""
     arrays = np.load(release.with_suffix(".npz"))
     facts = json.loads(release.read_text())
     logits = torch.from_numpy(arrays["train_logits"])

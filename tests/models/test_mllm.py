@@ -1,4 +1,4 @@
-"""The language model: what is built or loaded, where LoRA sits, what learns, where the new tokens stand."""
+"""The language model: what is built or loaded, where LoRA is, what learns, where the new tokens are."""
 
 from __future__ import annotations
 

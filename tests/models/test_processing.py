@@ -106,7 +106,7 @@ def test_labels_are_the_answer_and_its_end_and_nothing_else(packed: bool) -> Non
     ]
     assert batch.labels_N.tolist() == [token for ids in expected for token in ids]
     rows, places = batch.supervised_N2.unbind(1)
-    # Each supervised state stands one before its token, inside the same query or, for n = 0, at the question's end.
+    # Each supervised state is one before its token, inside the same query or, for n = 0, at the question's end.
     assert torch.equal(batch.input_ids_SL[rows, places + 1], batch.labels_N)
     assert torch.equal(batch.segments_SL[rows, places], batch.segments_SL[rows, places + 1])
     assert torch.equal(batch.positions_SL[rows, places] + 1, batch.positions_SL[rows, places + 1])
@@ -146,7 +146,7 @@ def test_only_the_last_answer_of_a_conversation_is_learnt(packed: bool) -> None:
     assert torch.equal(told.labels_N, alone.labels_N)
     rows, places = told.supervised_N2.unbind(1)
     assert torch.equal(told.input_ids_SL[rows, places + 1], told.labels_N)
-    # The candidate tokens of the earlier answer are not read: all stand at or behind the last question's end.
+    # The candidate tokens of the earlier answer are not read: all are at or behind the last question's end.
     assert (told.candidates_IK[0] >= told.supervised_N2[0, 1]).all()
     longer = told.input_ids_SL.shape[1] - alone.input_ids_SL.shape[1]
     assert longer > 0
@@ -267,7 +267,7 @@ def coverage(own: MediSeeProcessor, height: int, width: int, mask: np.ndarray) -
 
 
 def test_coverage_on_the_seg_heads_frame() -> None:
-    """The frame's image stands at the top left; below a wide one there is padding."""
+    """The frame's image is at the top left; below a wide one there is padding."""
     own = processor(image_tokens="seg_head", image_grid=4)
     upper_right = rectangle(32, 64, (32, 0, 64, 16))
     assert coverage(own, 32, 64, upper_right) == [[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
@@ -277,7 +277,7 @@ def test_coverage_on_the_seg_heads_frame() -> None:
 
 
 def test_coverage_on_the_vision_towers_padded_square() -> None:
-    """The square's image stands in the middle."""
+    """The square's image is in the middle."""
     own = processor(vision_size=56)
     upper_right = rectangle(32, 64, (32, 0, 64, 16))
     assert coverage(own, 32, 64, upper_right) == [[0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]

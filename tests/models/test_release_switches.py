@@ -147,7 +147,7 @@ def test_the_centre_crop_does_not_see_the_ends(upright: bool) -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(61, 60), (60, 61), (33, 97), (97, 33), (28, 28), (7, 200)])
 def test_the_centre_crop_is_the_resized_centre(height: int, width: int) -> None:
-    """A linear ramp stays one: its middle stands in the middle, and its slope is that of the shorter side."""
+    """A linear ramp stays one: its middle is in the middle, and its slope is that of the shorter side."""
     ramp = np.linspace(0, 1, width)[None] * np.linspace(0, 1, height)[:, None] * 255
     image = np.repeat(ramp.astype(np.uint8)[..., None], 3, axis=2)
     model = tiny(mllm={**MODEL["mllm"], "vision_input": "centre_crop"})

@@ -51,7 +51,7 @@ def test_labels_of_data_sets_have_one_canonical_name(label: str, category: str) 
 
 def test_sides_and_bases() -> None:
     assert (NAMES.side("kidney_left"), NAMES.base("kidney_left")) == ("left", "kidney")
-    # The left ventricle is no left one of two ventricles.
+    # The left ventricle is not the left one of a pair.
     assert (NAMES.side("left ventricle"), NAMES.base("left ventricle")) == (None, "left ventricle")
     assert NAMES.of("kidney_left")[0] == "left kidney" and "left ren" in NAMES.of("left kidney")
     assert NAMES.of("vertebrae_L1") == ("vertebrae L1",)

@@ -1,4 +1,4 @@
-"""The pass over near-duplicates: put anew, dropped, compared with what was kept before."""
+"""The pass over near-duplicates: asked again, dropped, compared with what was kept before."""
 
 from __future__ import annotations
 

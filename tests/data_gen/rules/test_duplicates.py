@@ -30,7 +30,7 @@ def test_across_images_only_the_wording_counts() -> None:
     assert seen.add("c#1", "WHICH organ makes bile") is not None
     assert seen.add("c#1", "Which organ makes insulin?") is None
     assert seen.add("a#2", BILE) is None
-    # British and American spelling, case and punctuation are no difference.
+    # British and American spelling, case and punctuation make no difference.
     assert seen.add("b#2", BILE.replace("?", " ...").upper()) is not None
 
 
