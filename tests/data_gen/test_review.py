@@ -44,7 +44,10 @@ class Site:
             given = {name.replace("_", "-"): value for name, value in headers.items()}
             connection.request(method, path, data, {**own, **given})
             reply = connection.getresponse()
-            return reply.status, reply.read()
+            try:
+                return reply.status, reply.read()
+            except ConnectionResetError:  # the server closes with a refused body unread
+                return reply.status, b""
         finally:
             connection.close()
 
@@ -250,7 +253,8 @@ def test_pages_of_other_sites_may_not_ask(site: Site) -> None:
 
 def test_large_and_unmeasured_bodies_are_refused(site: Site) -> None:
     assert site.send("POST", "/api/decide", b" " * (MOST_BYTES + 1))[0] == 413
-    assert site.send("POST", "/api/decide", b"{}", Content_Length="-5")[0] == 400  # h11 itself refuses it
+    # h11 itself refuses it, and closes the connection: a body left unread would reset it before the answer is read.
+    assert site.send("POST", "/api/decide", b"", Content_Length="-5")[0] == 400
     assert site.send("POST", "/api/decide", b"", Transfer_Encoding="chunked")[0] == 411
     assert site.send("PUT", "/api/decide", b"{}")[0] == 501
 
