@@ -121,7 +121,7 @@ def answer_examples(
         if not emitted[index]:
             answers.append(QueryAnswer(text=text))
             continue
-        frame = batch.frames[int(batch.image_of_target_I[index])]
+        frame = batch.frames[batch.image_of_target[index]]
         logits = logits_to_original(output.masks_Jhh[index], frame)
         mask = logits > 0
         scores = {"mask_confidence": float(logits.sigmoid()[mask].mean()) if bool(mask.any()) else 0.0}
