@@ -47,6 +47,11 @@ check "ruff format" $bin/ruff format --check .
 check "codespell" $bin/codespell
 check "imports" $bin/lint-imports --no-cache
 check "pyright" $bin/pyright
+# Tests of named files start sooner in one process. A worker per core, a thread each: more would only wait for each other.
+if [[ ${#pytest_arguments[@]} -eq 0 ]]; then
+  pytest_arguments=(-n auto --maxprocesses 8 --dist loadfile)
+  export OMP_NUM_THREADS=1
+fi
 # The odd expansion: bash 3.2, which macOS has, takes an empty array for an unset variable.
 check "pytest" $bin/python -m pytest ${pytest_arguments[@]+"${pytest_arguments[@]}"}
 echo "all checks passed in $SECONDS s"

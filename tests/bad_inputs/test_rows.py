@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rows import Row, Workspace
-from rows_commands import ROWS as COMMANDS
-from rows_configs import ROWS as CONFIGS
-from rows_images import ROWS as IMAGES
-from rows_records import ROWS as RECORDS
 
 from medisee.foundation.errors import exit_code
 
-ROWS: list[Row] = [*COMMANDS, *CONFIGS, *IMAGES, *RECORDS]
+_TABLES = sorted(path.stem for path in Path(__file__).parent.glob("rows_*.py"))
+ROWS: list[Row] = [row for table in _TABLES for row in import_module(table).ROWS]
 
 
 @pytest.fixture
