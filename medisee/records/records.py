@@ -84,6 +84,13 @@ def _unique_ids(targets: tuple[Target, ...]) -> tuple[Target, ...]:
     return targets
 
 
+def _spacing(value: Any) -> tuple[float, float]:
+    if not (isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value)) and min(value) > 0):
+        raise ValueError("expected [height, width] of a pixel in millimetres, both above 0; correct it or leave it out")
+    return float(value[0]), float(value[1])
+
+
+Spacing = Annotated[tuple[float, float], PlainValidator(_spacing)]
 TrueBox = Annotated[Box, PlainValidator(_true_box)]
 SoundRle = Annotated[Rle, AfterValidator(_sound_rle)]
 TargetMask: TypeAlias = Annotated[
@@ -137,6 +144,7 @@ class Record:
     case: Text  # the patient or volume; a split never cuts one
     targets: Annotated[tuple[Target, ...], AfterValidator(_unique_ids)]  # the objects, in any number
     plane: Text | None = None  # the direction of the slice, when it is known
+    spacing: Spacing | None = None  # (height, width) of a pixel in millimetres, when it is known
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -160,7 +168,7 @@ class Prediction:
 
 def record_writer(path: Path | str) -> AbstractContextManager[LineWriter]:
     """Opens a manifest for records; it takes its place when all of them are written."""
-    return line_writer(path, omit_empty=("history", "author", "inverted"))
+    return line_writer(path, omit_empty=("history", "author", "inverted", "spacing"))
 
 
 def write_records(path: Path | str, records: Iterable[Record]) -> None:

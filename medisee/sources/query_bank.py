@@ -24,7 +24,11 @@ from medisee.sources.brain import STRUCTURES
 Cell: TypeAlias = tuple[Perspective, Length]
 
 BANK_FILE = Path(__file__).with_name("demo_bank.yaml")
-BANKS = {"brain": BANK_FILE, "abdomen": Path(__file__).with_name("abdomen_bank.yaml")}
+BANKS = {
+    "brain": BANK_FILE,
+    "abdomen": Path(__file__).with_name("abdomen_bank.yaml"),
+    "patients": Path(__file__).with_name("patients_bank.yaml"),
+}
 HELD_OUT_SHARE = 0.11  # of each pool, for val and again for test
 
 

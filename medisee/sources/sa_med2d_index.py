@@ -19,6 +19,7 @@ from pydantic import StrictInt, TypeAdapter, ValidationError
 
 from medisee.foundation.errors import InputError, nearest
 from medisee.foundation.files import Fingerprints, fingerprint
+from medisee.sources.splits import Reject
 
 INDEX_FILE = "SAMed2D_v1.json"
 CLASSES_FILE = "SAMed2D_v1_class_mapping_id.json"
@@ -59,15 +60,6 @@ def parse_name(image: str) -> ImageName | None:
     name, dataset, case = parts
     modality = _WITHOUT_SUBMODALITY.get(name) or name.partition("_")[0]
     return ImageName(modality, dataset, f"{dataset}/{case}", _PLANES[match[1] or match[2]])
-
-
-@dataclass(frozen=True, slots=True)
-class Reject:
-    """A file that was left out: `reason` is one of a few, for counting; `detail` is what was found."""
-
-    file: str
-    reason: str
-    detail: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +13,12 @@ from medisee.records.images import read_image
 from medisee.records.manifest import read_mask
 from medisee.records.masks import MaskFiles, encode_mask, mask_box
 from medisee.records.records import Record, Target
-from medisee.sources.sa_med2d_index import Entry, Reject
+from medisee.sources.sa_med2d_index import Entry
+from medisee.sources.splits import Found, Reject
 
 _INVERTED = "ichallenge_adam_task2"
 _WITH_MASKS_AS_IMAGES = "Brain_PTM"
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What an image gave: its Record, None where no target is left, and the files that were left out."""
-
-    record: Record | None
-    rejects: tuple[Reject, ...]
 
 
 def by_names(entry: Entry | Reject) -> Found:

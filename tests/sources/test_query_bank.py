@@ -36,6 +36,15 @@ ORGANS = (
     "right adrenal gland",
     "left adrenal gland",
 )
+STRUCTURES_OF_PATIENTS = (
+    "left ventricle",
+    "right ventricle",
+    "myocardium",
+    "polyp",
+    "fetal head",
+    "anterior hippocampus",
+    "posterior hippocampus",
+)
 # Sources store slices either way up: a query about a side of the picture would be wrong for some.
 SIDE_OF_PICTURE = r"\b(image|picture)('s)? (left|right|top|bottom)|(left|right|top|bottom|upper|lower)[ \w]* of (the|this) (image|picture|scan|slice)"
 every_bank = pytest.mark.parametrize("bank", [load_bank(path, None) for path in BANKS.values()], ids=list(BANKS))
@@ -62,6 +71,15 @@ def test_the_abdomen_has_all_organs() -> None:
     for name, pool in bank.items():
         assert pool.names[0] == name
         assert {len(queries) for queries in pool.queries.values()} == {44}, name
+        assert all(len(texts) >= 4 for texts in pool.explanations.values()), name
+
+
+def test_the_patients_bank_has_the_structures_of_the_public_sets() -> None:
+    bank = load_bank(BANKS["patients"], None)
+    assert tuple(bank) == STRUCTURES_OF_PATIENTS
+    for name, pool in bank.items():
+        assert pool.names[0] == name
+        assert {len(queries) for queries in pool.queries.values()} == {24}, name
         assert all(len(texts) >= 4 for texts in pool.explanations.values()), name
 
 

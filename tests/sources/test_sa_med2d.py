@@ -14,8 +14,9 @@ from medisee.foundation.errors import InputError
 from medisee.records.manifest import Manifest
 from medisee.records.masks import MaskFiles, Rle, decode_mask
 from medisee.records.records import Record
-from medisee.sources.sa_med2d import prepare, read_images, split_cases
+from medisee.sources.sa_med2d import prepare, read_images
 from medisee.sources.sa_med2d_index import CLASSES_FILE, INDEX_FILE, Entry, Index
+from medisee.sources.splits import split_cases
 from medisee.sources.subset import Subset
 
 SHAPE = (20, 30)
