@@ -22,6 +22,7 @@ from medisee.config.load import load_config
 from medisee.config.model import PLACING, LanguageSize, Mllm, Model
 from medisee.foundation.errors import InputError, exit_code
 from medisee.foundation.files import atomic_path
+from medisee.foundation.json_files import read_json
 from medisee.models.medisee import MediSee
 from medisee.models.seg_head import vit_sizes
 from medisee.weights.checkpoints import (
@@ -37,7 +38,7 @@ from medisee.weights.checkpoints import (
 from medisee.weights.llava_format import original_tokenizer
 from medisee.weights.medisee_release import RELEASE_TOKENS, Report, our_values, place, release_key
 from medisee.weights.sam_format import write_transformers
-from medisee.weights.shards import CONFIG, plan_shards, read_json, shard_paths, some, write_shards
+from medisee.weights.shards import CONFIG, plan_shards, shard_paths, some, write_shards
 from medisee.weights.tokenizer import IMAGE_TOKEN, add_candidate_tokens, token_id
 
 FROM_RELEASE = """Converts the authors' checkpoint strictly: a tensor without a place, or a missing one, is an error.
@@ -118,7 +119,7 @@ def _check_model(model: Model, weights: Path) -> None:
         if value != expected
     ]
     described = weights / CONFIG
-    stated = read_json(described) if described.exists() else {}
+    stated = read_json(described, "the release's settings") if described.exists() else {}
     # Shapes do not show heads, base and epsilon.
     problems += [
         f"{described}: {key} is {stated[key]}, but model.mllm.size.{name} is {value}; correct the configuration."
@@ -148,10 +149,12 @@ def merge(checkpoint: Path, out: Path) -> None:
     """Writes a checkpoint as one model without LoRA that needs no other weights; replaces a checkpoint at `out`."""
     check_replaceable(out)
     folder = local_checkpoint(checkpoint)
+    if out.resolve() == folder.resolve():
+        raise InputError(f"{out}: is the checkpoint itself; name another folder for the merged one.")
     model = load_checkpoint(folder, _in_full)
     merge_adapters(model)
     model.config = _standalone(model, folder)
-    save_checkpoint(model, out, {**(read_description(folder).get("run") or {}), "merged": True})
+    save_checkpoint(model, out, {**(read_description(folder).run or {}), "merged": True})
 
 
 def export_sam(checkpoint: Path, out: Path) -> None:
@@ -168,10 +171,10 @@ def export_sam(checkpoint: Path, out: Path) -> None:
         write_transformers(model.seg_head.state_dict(), vit_sizes(head), head.size, temporary)
 
 
-def _in_full(config: Model, tokenizer: PreTrainedTokenizerBase) -> MediSee:
+def _in_full(config: Model, tokenizer: PreTrainedTokenizerBase, *, weights: bool = True) -> MediSee:
     # LoRA cannot be folded into layers of 4 bits or on a disk.
     mllm = config.mllm.model_copy(update=dict.fromkeys(PLACING))
-    return MediSee(config.model_copy(update={"mllm": mllm}), tokenizer)
+    return MediSee(config.model_copy(update={"mllm": mllm}), tokenizer, weights=weights)
 
 
 def _standalone(model: MediSee, folder: Path) -> Model:

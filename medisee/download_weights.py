@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from medisee.foundation.errors import InputError, exit_code, nearest
 from medisee.foundation.files import inside, sha256, write_json
-from medisee.weights.hub import fetch, verify
+from medisee.foundation.json_files import parse_json
+from medisee.weights.hub import fetch, foreign_content, verify
 
 MANIFEST = "weights.json"
 
@@ -123,6 +124,8 @@ def download(out: Path, models: Mapping[str, str | None]) -> list[str]:
                     f"{folder / weights.manual}: its authors offer it by a link only; "
                     f"open {weights.page}, save {weights.manual} there, and start again."
                 )
+            elif found := foreign_content(folder / weights.manual):
+                raise InputError(f"{folder / weights.manual}: {found}; download it again from {weights.page}.")
             files = _hashed(out, folder)
             known = notes[name].files if name in notes else {}
             if changed := [file for file in files if file in known and known[file].sha256 != files[file].sha256]:
@@ -158,7 +161,9 @@ def read_manifest(out: Path) -> dict[str, ModelNote]:
     if not path.exists():
         return {}
     try:
-        return TypeAdapter(Notes).validate_json(path.read_bytes(), strict=True).weights
+        text = path.read_bytes()
+        parse_json(text)  # refuses what pydantic's parser takes, such as a key that is twice in an object
+        return TypeAdapter(Notes).validate_json(text, strict=True).weights
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a list of weights of format 1; delete it and download again.") from error
 

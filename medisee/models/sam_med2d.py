@@ -82,9 +82,13 @@ def sam_med2d_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
             f"model.seg_head.size = {config.size}: SAM-Med2D needs a multiple of 32; it was trained at 256."
         )
     sizes = vit_sizes(config)
-    encoder = image_encoder(sizes, config.size)
-    for index, block in enumerate(encoder.blocks):
-        encoder.blocks[index] = AdaptedBlock(block, sizes.width)  # type: ignore[arg-type]
+
+    def encoder() -> nn.Module:
+        plain = image_encoder(sizes, config.size)
+        for index, block in enumerate(plain.blocks):
+            plain.blocks[index] = AdaptedBlock(block, sizes.width)  # type: ignore[arg-type]
+        return plain
+
     optimizers: list[Any] = [(_NoOptimizer, f"torch.optim.{name}") for name in ("adam.Adam", "adamw.AdamW")]
     with torch.serialization.safe_globals([*optimizers, (lambda *_: {}, "collections.defaultdict"), dict]):
-        return assemble(encoder, config, weights=weights, part="model")
+        return assemble(encoder, config, weights=weights)

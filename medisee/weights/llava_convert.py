@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from huggingface_hub.constants import HF_HOME
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from medisee.config.model import Mllm
-from medisee.foundation.errors import InputError
+from medisee.foundation.errors import InputError, first_line
 from medisee.foundation.files import atomic_path
+from medisee.foundation.json_files import read_json
 from medisee.weights.hub import fetch
 from medisee.weights.llava_format import (
     CLIP_DROPPED,
@@ -36,11 +37,12 @@ from medisee.weights.llava_format import (
 )
 from medisee.weights.shards import (
     CONFIG,
+    WEIGHT_TYPES,
     Shard,
     ShardPlan,
+    TensorFacts,
     open_shard,
     plan_shards,
-    read_json,
     shard_paths,
     some,
     weight_map,
@@ -51,7 +53,6 @@ FORMAT = 1
 PADDED_ROWS = 64
 """Embeddings are padded to a multiple of this at most; more rows belong to another tokenizer."""
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _EMBEDDING = "model.language_model.embed_tokens.weight"
 
 
@@ -61,7 +62,7 @@ def converted(folder: Path, config: Mllm) -> Path:
     Its name depends on sizes and times of the weights and on the content of all other files, so that it is never taken
     for another checkpoint's.
     """
-    settings = read_json(folder / CONFIG)
+    settings = read_json(folder / CONFIG, "a LLaVA's settings")
     names = weight_map(folder)
     if not names:
         with open_shard(shard_paths(folder)[0]) as shard:
@@ -168,7 +169,9 @@ def _plan(shard: Shard, names: Iterable[tuple[str, str]], dropped: re.Pattern[st
     if unknown := [old for old, new in new_names.items() if new is None]:
         problems.append(f"{shard.path}: holds {some(unknown)}, which this format does not have; fetch it again.")
     tensors = {new: shard.tensors[old] for new, old in old_names.items()}
-    if odd := [f"{old_names[new]} ({facts.dtype})" for new, facts in tensors.items() if facts.dtype not in _FLOATS]:
+    if odd := [
+        f"{old_names[new]} ({facts.dtype})" for new, facts in tensors.items() if facts.dtype not in WEIGHT_TYPES
+    ]:
         problems.append(f"{shard.path}: holds {some(odd)}; give the checkpoint without quantization.")
     if problems:
         raise InputError(problems)
@@ -176,8 +179,8 @@ def _plan(shard: Shard, names: Iterable[tuple[str, str]], dropped: re.Pattern[st
 
 
 def _differences(folder: Path, plans: Iterable[ShardPlan], llava: LlavaConfig) -> list[str]:
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(llava)
+    held = [one for plan in plans for one in plan.tensors.values()]
+    model = described_model(lambda: LlavaForConditionalGeneration(llava), llava, held, folder / CONFIG)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems, missing = [], set(expected)
     for one in plans:
@@ -195,6 +198,30 @@ def _differences(folder: Path, plans: Iterable[ShardPlan], llava: LlavaConfig) -
         lacking = some(named_back(name, LLAVA_NAMES) for name in missing)
         problems.append(f"{folder}: lacks {lacking}; fetch the checkpoint again.")
     return problems
+
+
+def described_model(build: Callable[[], Any], config: Any, held: Sequence[TensorFacts], where: Path) -> Any:
+    """Builds the model that `config`, read from `where`, describes, without memory for its weights.
+
+    Refuses one that cannot be built, or is so large that it cannot be the one whose tensors are `held`: a wrong number
+    in a config.json must not take all memory.
+    """
+    try:
+        parts = (getattr(config, "text_config", config), getattr(config, "vision_config", None))
+        layers = sum(part.num_hidden_layers for part in parts if part is not None)
+        count = sum(torch.Size(one.shape).numel() for one in held)
+        if layers > len(held):
+            raise ValueError(f"{layers:,} layers, but the files hold {len(held):,} tensors")
+        with torch.device("meta"):
+            model = build()
+        described = sum(value.numel() for value in model.parameters())
+        if described > 2 * count:
+            raise ValueError(f"{described:,} weights, but the files hold {count:,}")
+    except Exception as error:  # transformers raises many types for numbers that do not go together
+        raise InputError(
+            f"{where}: does not describe the model of these weights ({first_line(error)[:200]}); fetch both again."
+        ) from error
+    return model
 
 
 def vocabulary_problems(where: Path, *, rows: int, stated: int, tokens: int) -> list[str]:

@@ -8,7 +8,7 @@ followed by a token for a space; otherwise only the first piece does.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,55 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from medisee.foundation.errors import InputError
+from medisee.foundation.errors import InputError, first_line
+from medisee.foundation.json_files import read_json
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 IMAGE_TOKEN = "<image>"
 SPACE = "\u2581"
 
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_MOST_BYTES = 1 << 28  # of a file; the largest vocabularies of today need a tenth of it
+
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 _BPE = 2
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a folder; code that the folder holds is never run."""
+    return _usable(folder, lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+
+
+def read_fast_tokenizer(folder: Path, **special: str) -> PreTrainedTokenizerBase:
+    """Loads a folder's tokenizer.json alone; `special` names its special tokens."""
+    file = str(folder / "tokenizer.json")
+    return _usable(folder, lambda: PreTrainedTokenizerFast(tokenizer_file=file, **special))
+
+
+def _usable(folder: Path, load: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
+    for path in (folder / name for name in _FILES if (folder / name).exists()):
+        if path.stat().st_size > _MOST_BYTES:
+            raise InputError(f"{path}: too large for a tokenizer ({path.stat().st_size >> 20} MiB); copy it again.")
+        read_json(path, "a tokenizer's file")
+    try:
+        tokenizer = load()
+        tokenizer("A word.")
+    except Exception as error:  # tokenizers raises plain exceptions, transformers many types
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{folder / _FILES[1]}: auto_map names a tokenizer in code of its own, which is never run; give a "
+                "checkpoint with one of transformers' tokenizers."
+            ) from error
+        reason = first_line(error)[:200]
+        raise InputError(f"{folder}: its tokenizer cannot be used ({reason}); copy the tokenizer again.") from error
+    return tokenizer
+
+
+def token_count(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns how many rows an embedding needs for every token; some vocabularies leave out ids."""
+    return 1 + max(tokenizer.get_vocab().values())
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -117,7 +156,8 @@ def _sentencepiece_model(path: Path) -> Any:
         raise InputError(f"{path}: not a sentencepiece model ({error}); copy the tokenizer again.") from error
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     kinds = {piece.type for piece in proto.pieces}
-    if not proto.pieces or min(trainer.unk_id, trainer.bos_id, trainer.eos_id) < 0:
+    ids = (trainer.unk_id, trainer.bos_id, trainer.eos_id)
+    if min(ids) < 0 or max(ids) >= len(proto.pieces):
         raise InputError(f"{path}: has no <unk>, <s> and </s>; expected Llama's kind of tokenizer, copy it again.")
     changed = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces or not normalizer.add_dummy_prefix
     if trainer.model_type != _BPE or changed or not kinds <= {_NORMAL, _UNKNOWN, _CONTROL, _BYTE}:

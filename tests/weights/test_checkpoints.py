@@ -19,9 +19,9 @@ from medisee import MediSee
 from medisee.foundation import files
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import sha256
+from medisee.foundation.json_files import read_json
 from medisee.models.processing import Example, Query
 from medisee.weights import checkpoints, hub
-from medisee.weights.shards import read_json
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +57,11 @@ def damage(checkpoint: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("no weights", "model.safetensors: missing; copy the whole checkpoint folder"),
-        ("truncated", "unreadable checkpoint"),
+        ("no weights", "model.safetensors: missing; copy the whole folder"),
+        ("truncated", "model.safetensors: truncated or not a safetensors file"),
         ("missing", "model.safetensors: missing tensor seg_router.gate.0.bias"),
         ("left-over", "model.safetensors: left-over tensor stranger"),
-        ("tokenizer", "unreadable checkpoint"),
+        ("tokenizer", "checkpoint: its tokenizer cannot be used"),
         ("tokens", r"config.json: candidate_tokens \[BOX\] are not in the checkpoint's tokenizer"),
         ("base", "no/sam.pth: the seg head's frozen weights cannot be read"),
         ("width", r"seg_router.*has shape \(16"),
@@ -102,7 +102,7 @@ def test_files_are_read_once(
     monkeypatch.setattr(files, "sha256", lambda path: hashed.append(Path(path)) or sha256(path))
     model.save_pretrained(tmp_path / "checkpoint")
     read: list[Path] = []
-    monkeypatch.setattr(checkpoints, "read_json", lambda path: read.append(path) or read_json(path))
+    monkeypatch.setattr(checkpoints, "read_json", lambda path, expected: read.append(path) or read_json(path, expected))
     MediSee.from_pretrained(tmp_path / "checkpoint")
     assert hashed == [tmp_path / "sam.safetensors"]
     assert read == [tmp_path / "checkpoint" / "config.json"]
