@@ -149,8 +149,6 @@ def merge(checkpoint: Path, out: Path) -> None:
     """Writes a checkpoint as one model without LoRA that needs no other weights; replaces a checkpoint at `out`."""
     check_replaceable(out)
     folder = local_checkpoint(checkpoint)
-    if out.resolve() == folder.resolve():
-        raise InputError(f"{out}: is the checkpoint itself; name another folder for the merged one.")
     model = load_checkpoint(folder, _in_full)
     merge_adapters(model)
     model.config = _standalone(model, folder)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class InputError(Exception):
@@ -22,6 +24,18 @@ class InputError(Exception):
 def first_line(error: Exception) -> str:
     """Returns the first line of an error's message, or the error's type where there is no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextmanager
+def library_errors(where: Path | str, what: str, fix: str) -> Iterator[None]:
+    """Turns whatever a library raises when it reads a file of others, which may be of any type, into an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{where}: {what} ({reason}); {fix}.") from error
 
 
 def shortened(problems: Sequence[str], where: str, most: int = 8) -> list[str]:

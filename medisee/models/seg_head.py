@@ -6,7 +6,7 @@ h low-resolution mask side (4 G), U channels of the enlarged states (C / 8).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -188,35 +188,23 @@ def assemble(encoder: Callable[[], nn.Module], config: SegHeadConfig, *, weights
 
 
 def with_weights(build: Callable[[], SamHead], source: str | Path, depth: int = 1) -> SamHead:
-    """Builds a head with published weights; before it takes memory, its sizes are compared with those of the weights."""
+    """Builds a head of `depth` blocks with published weights, strictly and without running code from the file.
+
+    `source` (see `weights_file`) has segment_anything's names, or is a whole transformers SamModel. Its tensors are
+    compared with the head's before memory is taken; what does not fit is named as in the file.
+    """
     path = weights_file(source)
     state, begin = read_weights(path)
     if depth > len(state):
         raise InputError(f"{path}: holds {len(state)} tensors, too few for {depth} blocks; {_FIX}.")
     with torch.device("meta"):
-        skeleton = build()
-    state = _fitting(skeleton, state, begin, path)
-    head = build()
-    head.load_state_dict(state)
-    return head
-
-
-def load_weights(head: SamHead, source: str | Path) -> None:
-    """Loads published weights strictly, without running code from the file; names are as in `with_weights`.
-
-    `source` (see `weights_file`) has segment_anything's names, or is a whole transformers SamModel.
-    """
-    path = weights_file(source)
-    head.load_state_dict(_fitting(head, *read_weights(path), path))
-
-
-def _fitting(head: SamHead, state: Mapping[str, Tensor], begin: str, path: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a file under the head's names; all that does not fit is named as in the file."""
-    own = facts_of(head.state_dict())
+        own = facts_of(build().state_dict())
     names = dict(zip(own, own, strict=True))
     if is_transformers(state):
         state, names = without_tied(state, path), {name: transformers_name(name) for name in own}
     expected = {begin + published: own[name] for name, published in names.items()}
     if problems := misfits(expected, facts_of({begin + name: value for name, value in state.items()}), path, _FIX):
         raise InputError(shortened(problems, str(path)))
-    return {name: state[published] for name, published in names.items()}
+    head = build()
+    head.load_state_dict({name: state[published] for name, published in names.items()})
+    return head

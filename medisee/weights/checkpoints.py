@@ -9,8 +9,7 @@ tensors are in one file, or in several with an index.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,8 +27,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from medisee.config.load import config_from
-from medisee.config.model import PLACING, LanguageSize, Model
-from medisee.foundation.errors import InputError, first_line, shortened
+from medisee.config.model import PLACING, Model
+from medisee.foundation.errors import InputError, first_line, library_errors, shortened
 from medisee.foundation.files import atomic_path, cached_sha256, write_json
 from medisee.foundation.json_files import read_json
 from medisee.weights.gguf import gguf_file
@@ -40,7 +39,7 @@ from medisee.weights.shards import (
     CONFIG,
     SAFETENSORS,
     SAFETENSORS_INDEX,
-    TensorFacts,
+    Shard,
     check_shards,
     facts_of,
     misfits,
@@ -48,7 +47,6 @@ from medisee.weights.shards import (
     open_shard,
     shard_paths,
     shards_digest,
-    some,
 )
 from medisee.weights.tokenizer import IMAGE_TOKEN, read_tokenizer, token_count
 
@@ -59,12 +57,6 @@ _FIX = "give the folder that training wrote, such as runs/demo/checkpoint"
 
 
 _OWN = "use the config.json that was written with the weights"
-# What a checkpoint's folder holds: also what a hub and its tokenizer's library add. Hidden files are no one's work.
-_FILES = re.compile(
-    r"\..*|README\.md|config\.json|model.*\.safetensors|model\.safetensors\.index\.json|"
-    r"(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template).*"
-)
-_FIRST_OF_BOX = "box_decoder.layers.0.weight"
 
 
 class SavedModel(Protocol):
@@ -109,9 +101,6 @@ class Description:
     model: dict[str, Any]
     frozen: tuple[FrozenBase, ...] = ()
     run: dict[str, Any] | None = None
-
-
-_DESCRIPTION = TypeAdapter(Description)
 
 
 def _has_published_head(config: Model) -> bool:
@@ -196,15 +185,12 @@ def check_replaceable(folder: Path) -> None:
         read_description(folder)
     except InputError as error:
         raise InputError(f"{folder}: holds no checkpoint, but other files; name a new or empty folder.") from error
-    if others := [path.name for path in folder.iterdir() if not _FILES.fullmatch(path.name)]:
-        raise InputError(f"{folder}: holds {some(others)} beside a checkpoint; name a new or empty folder.")
 
 
 def write_description(folder: Path, config: Model, run: dict[str, Any]) -> None:
     """Writes a checkpoint's config.json: the model's configuration, its frozen bases, facts about the run."""
-    bases = [asdict(base) for base in frozen_bases(config)]
-    model = config.model_dump(mode="json")
-    write_json(folder / CONFIG, {"format": FORMAT, "model": model, "frozen": bases, "run": run})
+    content = Description(FORMAT, config.model_dump(mode="json"), tuple(frozen_bases(config)), run)
+    write_json(folder / CONFIG, asdict(content))
 
 
 def load_checkpoint(
@@ -242,67 +228,50 @@ def load_checkpoint(
         shards = [stack.enter_context(open_shard(path)) for path in paths]
         if len(paths) > 1:
             check_shards(folder)
-        _check_fit(
-            config, tokenizer, {name: facts for one in shards for name, facts in one.tensors.items()}, build, folder
-        )
+        if config.mllm.source is None:  # else the published model is compared with its own config.json first
+            _check_fit(config, tokenizer, shards, build, folder)
         model = build(config, tokenizer)
         load_trained(model, {name: one.read(name) for one in shards for name in one.tensors}, folder / WEIGHTS)
     return model
 
 
 def _tokenizer(config: Model, folder: Path) -> PreTrainedTokenizerBase:
-    if not (folder / "tokenizer.json").is_file():
-        raise InputError(f"{folder / 'tokenizer.json'}: missing; copy the whole checkpoint folder.")
     tokenizer = read_tokenizer(folder)
-    known, where = tokenizer.get_vocab(), folder / CONFIG
+    known = tokenizer.get_vocab()
     if unknown := [token for token in config.candidate_tokens if token not in known]:
         raise InputError(
-            f"{where}: candidate_tokens {', '.join(unknown)} are not in the checkpoint's tokenizer; use the config.json "
-            "that was written with it."
+            f"{folder / CONFIG}: candidate_tokens {', '.join(unknown)} are not in the checkpoint's tokenizer; {_OWN}."
         )
-    special = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token}
-    if lacking := [name for name, token in {IMAGE_TOKEN: IMAGE_TOKEN, **special}.items() if token not in known]:
-        raise InputError(f"{folder}: its tokenizer has no {', '.join(lacking)}; copy the tokenizer again.")
+    needed = {
+        "<image>": IMAGE_TOKEN,
+        "beginning": tokenizer.bos_token,
+        "end": tokenizer.eos_token,
+        "padding": tokenizer.pad_token,
+    }
+    if lacking := [name for name, token in needed.items() if token not in known]:
+        raise InputError(f"{folder}: its tokenizer has no token for {', '.join(lacking)}; copy the tokenizer again.")
     if token_count(tokenizer) > len(tokenizer):
-        raise InputError(f"{folder / 'tokenizer.json'}: ids of tokens are missing; copy the tokenizer again.")
+        raise InputError(f"{folder}: its tokenizer leaves out ids; copy the tokenizer again.")
     return tokenizer
 
 
 def _check_fit(
     config: Model,
     tokenizer: PreTrainedTokenizerBase,
-    found: Mapping[str, TensorFacts],
+    shards: Sequence[Shard],
     build: Callable[..., SavedModel],
     folder: Path,
 ) -> None:
     """Compares a checkpoint's tensors with its config.json before memory is taken for what that describes."""
-    where, standalone = folder / CONFIG, config.mllm.source is None
-    if not standalone:
-        # A published language model is compared with its own config.json; here the smallest one stands in for it.
-        hidden = next((facts.shape[-1] for name, facts in found.items() if name == _FIRST_OF_BOX and facts.shape), 1)
-        size = LanguageSize.model_construct(hidden=hidden, layers=1, heads=1, kv_heads=1, intermediate=1)
-        changes = {"source": None, "image_tokens": "seg_head", "image_grid": 1, "size": size, **dict.fromkeys(PLACING)}
-        config = config.model_copy(update={"mllm": config.mllm.model_copy(update=changes)})
-    mllm, head = config.mllm, config.seg_head
-    depth = 0 if _has_published_head(config) or head.sizes is None else head.sizes.depth
+    found = {name: facts for shard in shards for name, facts in shard.tensors.items()}
+    sizes, mllm = config.seg_head.sizes, config.mllm
     towers = mllm.vision_layers if mllm.image_tokens == "vision_tower" else 0
-    if (layers := max(mllm.size.layers, towers, depth)) > len(found):
-        raise InputError(f"{where}: describes {layers:,} layers, but the weights are {len(found)} tensors; {_OWN}.")
-    try:
+    layers = max(mllm.size.layers, towers, sizes.depth if sizes and not _has_published_head(config) else 0)
+    with library_errors(folder / CONFIG, "does not describe the model of these weights", _OWN):
+        if layers > len(found):
+            raise ValueError(f"{layers:,} layers, but the weights are {len(found)} tensors")
         with torch.device("meta"):
             own = facts_of(trained_state(build(config, tokenizer, weights=False)))
-    except InputError:
-        raise
-    except Exception as error:  # torch and transformers raise many types for sizes that do not go together
-        raise InputError(
-            f"{where}: describes no model that can be built ({first_line(error)[:200]}); {_OWN}."
-        ) from error
-    if not standalone:
-        # Of the language model, only LoRA's rank and width are those of the stand-in.
-        own = {
-            name: facts for name, facts in own.items() if "mllm." not in name or (".lora_A." in name and name in found)
-        }
-        found = {name: facts for name, facts in found.items() if "mllm." not in name or name in own}
     if problems := misfits(own, found, folder / WEIGHTS, _OWN):
         raise InputError(shortened(problems, str(folder / WEIGHTS)))
 
@@ -417,9 +386,7 @@ def read_description(folder: Path) -> Description:
     if content.get("format") != FORMAT or "model" not in content:
         raise InputError(f"{path}: not a medisee checkpoint of format {FORMAT}; {_FIX}.")
     try:
-        return _DESCRIPTION.validate_python(content)
+        return TypeAdapter(Description).validate_python(content)
     except ValidationError as error:
-        raise InputError(
-            f"{path}: {'.'.join(map(str, problem['loc']))} = {problem['input']!r:.100}: {problem['msg']}; {_OWN}."
-            for problem in error.errors()[:8]
-        ) from error
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        raise InputError(f"{path}: {key}: {error.errors()[0]['msg']}; copy the checkpoint again.") from error

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from transformers import (
 )
 
 from medisee.config.model import PACKAGE, Mllm
-from medisee.foundation.errors import InputError, first_line
+from medisee.foundation.errors import InputError, library_errors
 from medisee.foundation.files import atomic_path, cached_sha256
 from medisee.weights.llava_convert import convert_once, described_model
 from medisee.weights.shards import TensorFacts, not_finite, some
@@ -127,7 +128,9 @@ def _read(path: Path) -> tuple[PreTrainedTokenizerBase, Any]:
     kind = getattr(transformers, "GgufConfig", None)
     unpacked = {"quantization_config": kind(dequantize=True)} if kind is not None else {}
     file: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
-    try:
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(f"{path}: reading it needs the package gguf; run pip install -e '.[laptop]'.")
+    with library_errors(path, "not a language model that transformers can read", "fetch the file again"):
         held = _tensors(path)
         settings = AutoConfig.from_pretrained(path.parent, **file)
         described_model(lambda: AutoModelForCausalLM.from_config(settings), settings, held, path)
@@ -135,14 +138,6 @@ def _read(path: Path) -> tuple[PreTrainedTokenizerBase, Any]:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, **file, dtype=torch.float32, output_loading_info=True, **unpacked
         )
-    except ImportError as error:
-        raise InputError(f"{path}: reading it needs the package gguf; run pip install -e '.[laptop]'.") from error
-    except InputError:
-        raise
-    except Exception as error:  # gguf and transformers raise many types for damaged files
-        raise InputError(
-            f"{path}: not a language model that transformers can read ({first_line(error)[:200]})."
-        ) from error
     text, report = loaded
     problems = not_finite(text.state_dict(), path)
     if lacking := {*report["missing_keys"], *(str(name) for name, *_ in report["mismatched_keys"])}:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from medisee.config.model import Mllm
-from medisee.foundation.errors import InputError, first_line
+from medisee.foundation.errors import InputError, library_errors
 from medisee.foundation.json_files import read_json
 from medisee.weights.gguf import gguf_folder
 from medisee.weights.hub import fetch, is_hub_id
@@ -54,6 +54,7 @@ def pretrained_tokenizer(config: Mllm) -> PreTrainedTokenizerBase:
     folder = _source_folder(config, weights=False)
     if is_original(read_json(folder / CONFIG, _EXPECTED)):
         return original_tokenizer(folder)
+    llava_settings(folder)  # transformers reads it too, and would call its faults the tokenizer's
     return as_legacy(read_tokenizer(folder))
 
 
@@ -90,18 +91,13 @@ def load_pretrained(config: Mllm) -> Pretrained:
 def llava_settings(folder: Path) -> Any:
     """Reads the config.json of a transformers Llava; code that it names is never run."""
     path = folder / CONFIG
-    kind = read_json(path, _EXPECTED).get("model_type")
-    if kind != "llava":
+    if (kind := read_json(path, _EXPECTED).get("model_type")) != "llava":
         raise InputError(
             f"{path}: describes {kind!r}, which is not a Llava; give a transformers Llava or an original LLaVA(-Med) "
             "checkpoint."
         )
-    try:
+    with library_errors(path, "does not describe a transformers Llava", "fetch it again"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises many types for settings of a wrong type
-        raise InputError(
-            f"{path}: does not describe a transformers Llava ({first_line(error)[:200]}); fetch it again."
-        ) from error
 
 
 def _load(folder: Path, config: Mllm) -> LlavaForConditionalGeneration:
@@ -110,7 +106,7 @@ def _load(folder: Path, config: Mllm) -> LlavaForConditionalGeneration:
         placing = {"quantization_config": quantization_config(config), "device_map": {"": torch.cuda.current_device()}}
     if config.device_map is not None:
         placing = {"device_map": layer_devices(folder, config), "offload_folder": config.offload_folder}
-    try:
+    with library_errors(f"model.mllm.source = {config.source!r}", "cannot be loaded", "fetch it again"):
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
             folder,
             dtype=DTYPES[config.dtype],
@@ -121,10 +117,6 @@ def _load(folder: Path, config: Mllm) -> LlavaForConditionalGeneration:
             output_loading_info=True,
             **placing,
         )
-    except Exception as error:  # transformers raises many types, and ImportError for kinds of quantization
-        raise InputError(
-            f"model.mllm.source = {config.source!r}: cannot be loaded ({first_line(error)[:200]}); fetch it again."
-        ) from error
     llava, report = loaded
     problems = []
     if lacking := report["missing_keys"]:

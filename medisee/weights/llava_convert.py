@@ -20,7 +20,7 @@ from huggingface_hub.constants import HF_HOME
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from medisee.config.model import Mllm
-from medisee.foundation.errors import InputError, first_line
+from medisee.foundation.errors import InputError, library_errors
 from medisee.foundation.files import atomic_path
 from medisee.foundation.json_files import read_json
 from medisee.weights.hub import fetch
@@ -85,16 +85,19 @@ def convert_once(name: str, config: Mllm, convert: Callable[[Path], None]) -> Pa
     One process converts while others that were started with it wait.
     """
     home = Path(config.converted) if config.converted else Path(HF_HOME) / "medisee"
-    target = home / name
+    target, lock = home / name, home / f".{name}.lock"
     if target.is_dir():
         return target
     try:
         home.mkdir(parents=True, exist_ok=True)
-        with FileLock(home / f".{name}.lock"):
+        with FileLock(lock):
             for left in home.glob(f".{name}.*.tmp"):
                 shutil.rmtree(left, ignore_errors=True)
-            if not target.is_dir():
-                convert(target)
+            try:
+                if not target.is_dir():
+                    convert(target)
+            finally:
+                lock.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(
             f"{target}: cannot be written ({error.strerror or error}); set model.mllm.converted to another folder."
@@ -206,7 +209,7 @@ def described_model(build: Callable[[], Any], config: Any, held: Sequence[Tensor
     Refuses one that cannot be built, or is so large that it cannot be the one whose tensors are `held`: a wrong number
     in a config.json must not take all memory.
     """
-    try:
+    with library_errors(where, "does not describe the model of these weights", "fetch both again"):
         parts = (getattr(config, "text_config", config), getattr(config, "vision_config", None))
         layers = sum(part.num_hidden_layers for part in parts if part is not None)
         count = sum(torch.Size(one.shape).numel() for one in held)
@@ -217,10 +220,6 @@ def described_model(build: Callable[[], Any], config: Any, held: Sequence[Tensor
         described = sum(value.numel() for value in model.parameters())
         if described > 2 * count:
             raise ValueError(f"{described:,} weights, but the files hold {count:,}")
-    except Exception as error:  # transformers raises many types for numbers that do not go together
-        raise InputError(
-            f"{where}: does not describe the model of these weights ({first_line(error)[:200]}); fetch both again."
-        ) from error
     return model
 
 

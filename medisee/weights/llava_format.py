@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from medisee.foundation.errors import InputError, first_line
+from medisee.foundation.errors import InputError, library_errors
 from medisee.foundation.json_files import read_json
 from medisee.weights.shards import CONFIG, TensorFacts, some
 from medisee.weights.tokenizer import as_legacy, read_fast_tokenizer, sentencepiece_tokenizer
@@ -106,13 +106,11 @@ def llava_config(path: Path, settings: Mapping[str, Any], vision: CLIPVisionConf
     ]
     if problems:
         raise InputError(problems)
-    try:
-        return _llava_config(settings, "mistral" if language == "mistral" else "llama", vision)
-    except (ValueError, TypeError, ArithmeticError, AttributeError) as error:  # of transformers' types, or of ours
-        raise InputError(f"{path}: does not describe a LLaVA ({first_line(error)[:200]}); fetch it again.") from error
+    with library_errors(path, "does not describe a LLaVA", "fetch it again"):
+        return _llava_config(settings, language, vision)
 
 
-def _llava_config(settings: Mapping[str, Any], language: str, vision: CLIPVisionConfig) -> LlavaConfig:
+def _llava_config(settings: Mapping[str, Any], language: str | None, vision: CLIPVisionConfig) -> LlavaConfig:
     theta = settings.get("rope_theta") or (1e6 if language == "mistral" else 1e4)
     scaling = dict(settings.get("rope_scaling") or {})
     # Older configurations call the kind "type".
@@ -175,8 +173,9 @@ def vision_config(
             "set model.mllm.vision_source to its hub id or folder."
         )
     own = read_json(described / CONFIG, "CLIP's settings") if described is not None else {}
-    own = own.get("vision_config", own)
-    try:
+    where = described / CONFIG if described is not None else folder
+    with library_errors(where, "does not describe a CLIP", "fetch it again"):
+        own = own.get("vision_config", own)
         return CLIPVisionConfig(
             hidden_size=width,
             intermediate_size=tensors[tower + first].shape[0],
@@ -187,9 +186,6 @@ def vision_config(
             hidden_act=own.get("hidden_act", "quick_gelu"),
             layer_norm_eps=own.get("layer_norm_eps", 1e-5),
         )
-    except (ValueError, TypeError, AttributeError) as error:
-        where = described / CONFIG if described is not None else folder
-        raise InputError(f"{where}: does not describe a CLIP ({first_line(error)[:200]}); fetch it again.") from error
 
 
 def original_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -203,12 +199,10 @@ def original_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     tokenizer = sentencepiece_tokenizer(model, legacy=settings.get("legacy") is not False)
     extra = folder / "added_tokens.json"
     named = read_json(extra, "added tokens and their ids") if extra.exists() else {}
-    try:
+    with library_errors(folder, "its added tokens are not texts with ids", "copy the tokenizer again"):
         added = {int(number): str(token) for token, number in named.items()}
         for number, token in settings.get("added_tokens_decoder", {}).items():
             added.setdefault(int(number), str(token["content"]))
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise InputError(f"{folder}: added_tokens are not texts with ids; copy the tokenizer again.") from error
     for number in sorted(number for number in added if number >= len(tokenizer)):
         if number != len(tokenizer):
             raise InputError(

@@ -18,7 +18,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from medisee.foundation.errors import InputError, first_line
+from medisee.foundation.errors import InputError, library_errors
 from medisee.foundation.json_files import read_json
 
 SPECIAL = ("<unk>", "<s>", "</s>")
@@ -48,17 +48,18 @@ def _usable(folder: Path, load: Callable[[], PreTrainedTokenizerBase]) -> PreTra
         if path.stat().st_size > _MOST_BYTES:
             raise InputError(f"{path}: too large for a tokenizer ({path.stat().st_size >> 20} MiB); copy it again.")
         read_json(path, "a tokenizer's file")
-    try:
-        tokenizer = load()
-        tokenizer("A word.")
-    except Exception as error:  # tokenizers raises plain exceptions, transformers many types
-        if "trust_remote_code" in str(error):
+    lacks = "" if (folder / _FILES[0]).exists() else f"there is no {_FILES[0]}, and without it "
+    with library_errors(folder, f"{lacks}its tokenizer cannot be used", "copy the tokenizer again"):
+        try:
+            tokenizer = load()
+            tokenizer("A word.")
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            fix = "give a checkpoint with one of transformers' tokenizers"
             raise InputError(
-                f"{folder / _FILES[1]}: auto_map names a tokenizer in code of its own, which is never run; give a "
-                "checkpoint with one of transformers' tokenizers."
+                f"{folder / _FILES[1]}: auto_map names code of its own, which is never run; {fix}."
             ) from error
-        reason = first_line(error)[:200]
-        raise InputError(f"{folder}: its tokenizer cannot be used ({reason}); copy the tokenizer again.") from error
     return tokenizer
 
 
