@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,6 +91,79 @@ def test_saved_and_loaded_models_agree_to_the_last_bit(model: MediSee, tmp_path:
         assert (mine is None) == (yours is None), field.name
         if mine is not None and yours is not None:
             assert torch.equal(mine, yours), field.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_precisions_are_taken(tiny_checkpoint: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    state = load_file(folder / "model.safetensors")
+    save_file({name: value.to(dtype) for name, value in state.items()}, folder / "model.safetensors")
+    for name, value in MediSee.from_pretrained(folder).state_dict().items():
+        assert torch.equal(value, state[name].to(dtype).float()), name
+
+
+def test_shards_may_be_links_as_in_the_hubs_cache(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder, names = (
+        Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")),
+        ("model-1.safetensors", "b.safetensors"),
+    )
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    places = {name: names[number % 2] for number, name in enumerate(state)}
+    for number, file in enumerate(names):
+        save_file({name: state[name] for name in places if places[name] == file}, tmp_path / str(number))
+        (folder / file).symlink_to(tmp_path / str(number))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    loaded = MediSee.from_pretrained(folder).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+def test_a_checkpoint_may_lie_beside_other_files(model: MediSee, tmp_path: Path) -> None:
+    """As in a saved state of a run."""
+    (tmp_path / "progress.json").write_text("{}")
+    files = checkpoints.write_checkpoint(model, tmp_path, {"step": 3}, checkpoints.trained_state(model))
+    assert {*files, tmp_path / "progress.json"} == set(tmp_path.iterdir())
+    assert checkpoints.read_description(tmp_path).run == {"step": 3}
+    loaded = MediSee.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["OwnTokenizer", None])
+def test_code_of_a_tokenizer_is_never_run(
+    tiny_checkpoint: Path, tmp_path: Path, kind: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, asked = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")), []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "y")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    settings |= {"tokenizer_class": kind} if kind else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass OwnTokenizer: pass\n")
+    if kind is None:  # the tokenizer's own class is one of transformers'
+        assert isinstance(MediSee.from_pretrained(folder), MediSee)
+    else:
+        with pytest.raises(
+            InputError, match=r"tokenizer_config\.json: auto_map names code of its own, which is never run"
+        ):
+            MediSee.from_pretrained(folder)
+    assert not (tmp_path / "executed").exists() and not asked
+
+
+def test_memory_is_not_taken_for_what_does_not_fit(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    content = json.loads((folder / "config.json").read_text())
+    content["model"]["router_hidden"] = 32768
+    (folder / "config.json").write_text(json.dumps(content))
+    built = []
+
+    def build(*arguments: Any, weights: bool = True) -> MediSee:
+        model = MediSee(*arguments, weights=weights)
+        built.append(next(model.parameters()).device.type)
+        return model
+
+    with pytest.raises(InputError, match=r"seg_router\.gate\.0\.weight has shape \(16, 64\), expected \(32768, 64\)"):
+        checkpoints.load_checkpoint(folder, build)
+    assert built == ["meta"]
 
 
 def test_files_are_read_once(
