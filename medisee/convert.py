@@ -22,9 +22,11 @@ from medisee.config.load import load_config
 from medisee.config.model import PLACING, LanguageSize, Mllm, Model
 from medisee.foundation.errors import InputError, exit_code
 from medisee.foundation.files import atomic_path
+from medisee.foundation.output import LEAST_SPACE, held
 from medisee.models.medisee import MediSee
 from medisee.models.seg_head import vit_sizes
 from medisee.weights.checkpoints import (
+    CHECKPOINT,
     check_replaceable,
     load_checkpoint,
     local_checkpoint,
@@ -230,6 +232,16 @@ def _sizes(llava: Any, mllm: Mllm, folder: Path) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Converts from the command line."""
     arguments = _parser().parse_args(argv)
+    out, source = arguments.out, getattr(arguments, "checkpoint", None) or arguments.weights
+    need = max(LEAST_SPACE, sum(path.stat().st_size for path in source.glob("*") if path.is_file()))
+    # A SAM is written into a new folder only.
+    result = None if arguments.command == "export-sam" else CHECKPOINT
+    with held(out, result, inputs={"what is converted": source}, need=need):
+        _convert(arguments)
+    print(f"done: the {'SAM' if arguments.command == 'export-sam' else 'checkpoint'} is in {out}")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
     if arguments.command == "from-release":
         # Only the model matters here: not what a run would choose its checkpoint on, nor how answers would be decoded.
         settings = ["compat=release", "data.select=val", *arguments.overrides]
@@ -240,7 +252,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         merge(arguments.checkpoint, arguments.out)
     else:
         export_sam(arguments.checkpoint, arguments.out)
-    print(f"done: the {'SAM' if arguments.command == 'export-sam' else 'checkpoint'} is in {arguments.out}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -32,7 +32,8 @@ from tqdm import tqdm
 from medisee.config import Eval
 from medisee.evaluation.drawing import overlay
 from medisee.foundation.errors import InputError, exit_code, first_line
-from medisee.foundation.files import atomic_path, write_json
+from medisee.foundation.files import atomic_path, safe_name, write_json
+from medisee.foundation.output import Result, check_output, filled_folder, remove_leftovers
 from medisee.records.images import read_image
 from medisee.records.masks import Box, encode_mask
 from medisee.records.prompts import candidate_text
@@ -50,6 +51,8 @@ Decode = Literal["generate", "forced"]
 MAX_NEW_TOKENS = Eval().max_new_tokens
 MASK, OVERLAY, PREDICTION, RUN = "mask.png", "overlay.png", "prediction.json", "run.json"
 
+_ANSWER = Result(what="answer", files=rf"{MASK}|{OVERLAY}|{PREDICTION}", mark=PREDICTION, key="plain_text")
+_RUN = Result(what="answer", files=RUN, mark=RUN, key="settings.queries")
 _MODES: dict[Decode, Mode] = {"generate": "generated", "forced": "forced"}
 _KEPT_BYTES = 1 << 28  # of pixels of checked images that are kept; images beyond it are read again
 
@@ -152,7 +155,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     folders = _folders(arguments.out, arguments.image, len(arguments.query))
     checkpoint, device, images = _checked(arguments, [folder for its in folders for folder in its])
+    with filled_folder(arguments.out):
+        _answer(arguments, checkpoint, device, images=images, folders=folders)
 
+
+def _answer(
+    arguments: argparse.Namespace,
+    checkpoint: Path,
+    device: torch.device,
+    *,
+    images: Sequence[Path | NDArray[np.uint8]],
+    folders: Sequence[Sequence[Path]],
+) -> None:
+    """Loads the model, asks it, and writes the answers into the folders of each image."""
     from medisee.foundation.provenance import run_facts
     from medisee.models.medisee import MediSee
     from medisee.weights.checkpoints import load_checkpoint
@@ -241,12 +256,14 @@ def _checked(
             pixels = read_image(path)
             size += pixels.nbytes
             images.append(pixels if size <= _KEPT_BYTES else path)
-    existing = {next((path for path in (folder, *folder.parents) if path.exists()), folder) for folder in folders}
-    files = sorted(path for path in existing if path.exists() and not path.is_dir())
-    problems += [f"--out: {path} is a file; expected a folder; choose another." for path in files]
     written = {(folder / name).resolve() for folder in folders for name in (MASK, OVERLAY)}
     replaced = [image for image in arguments.image if image.resolve() in written]
     problems += [f"--image {image}: would be replaced by the result; choose another --out." for image in replaced]
+    if not replaced:
+        with collected():
+            check_output(arguments.out, _RUN, inputs={"the checkpoint": arguments.checkpoint})
+            for folder in folders:
+                check_output(folder, _ANSWER)
     checkpoint = device = None
     if arguments.device is not None or not problems:
         with collected():
@@ -285,24 +302,18 @@ def _folders(out: Path, images: Sequence[Path], queries: int) -> list[list[Path]
     taken = {RUN}
     folders = []
     for image in images:
-        name, number = image.stem, 1
-        while name.casefold() in taken:  # some file systems ignore case
-            number += 1
-            name = f"{image.stem}-{number}"
-        taken.add(name.casefold())
+        name = safe_name(image.stem, taken)
         folders.append([out / (f"{name}-{query}" if queries > 1 else name) for query in range(1, queries + 1)])
     return folders
 
 
 def _write(folder: Path, image_name: str, answer: Answer, decode: Decode, note: str) -> None:
-    """Writes the three files, each atomically, prediction.json last."""
+    """Writes the three files, each atomically and at the same moment, prediction.json last."""
+    remove_leftovers(folder.glob("*"))
     height, width = answer.image.shape[:2]
     mask = answer.mask if answer.mask is not None else np.zeros((height, width), np.bool_)
     legend = "\n".join(part for part in (answer.question, answer.plain_text, note) if part)
     drawn = overlay(answer.image, answer.mask, answer.box, legend=legend)
-    for name, picture in ((MASK, Image.fromarray(mask.astype(np.uint8) * 255)), (OVERLAY, drawn)):
-        with atomic_path(folder / name) as temporary:
-            picture.save(temporary, format="PNG")
     content = {
         "image": image_name,
         "height": height,
@@ -317,7 +328,11 @@ def _write(folder: Path, image_name: str, answer: Answer, decode: Decode, note: 
         "mask": asdict(encode_mask(mask)) if answer.emitted else None,
         "scores": answer.scores,
     }
-    write_json(folder / PREDICTION, content)
+    with ExitStack() as files:  # it is left in reverse order
+        paths = [files.enter_context(atomic_path(folder / name)) for name in (PREDICTION, OVERLAY, MASK)]
+        write_json(paths[0], content)
+        drawn.save(paths[1], format="PNG")
+        Image.fromarray(mask.astype(np.uint8) * 255).save(paths[2], format="PNG")
 
 
 def _report(folder: Path, image_name: str, answer: Answer, note: str) -> str:

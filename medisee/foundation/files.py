@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ import numpy as np
 from safetensors import SafetensorError
 
 from medisee.foundation.errors import InputError
+
+_LONGEST_NAME = 150  # bytes; most file systems take 255, with ending and hidden companions
 
 
 @contextmanager
@@ -106,21 +109,6 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def is_new_or_earlier(folder: Path, file: str, key: str) -> bool:
-    """Tells whether a folder is missing, empty, or an earlier result: its JSON file `file` has the key `key`."""
-    if not folder.exists():
-        return True
-    if not folder.is_dir():
-        return False
-    try:
-        found = json.loads((folder / file).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return not any(folder.iterdir())
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and key in found
-
-
 def sha256(path: Path | str) -> str:
     """Returns the hex SHA-256 of a file, read in 1 MiB pieces."""
     digest = hashlib.sha256()
@@ -147,6 +135,30 @@ def inside(root: Path, relative: str, where: str) -> Path:
     if Path(relative).is_absolute() or not path.is_relative_to(root.resolve()):
         raise InputError(f"{where}: path {relative!r} leaves the root {str(root)!r}; use a path inside it.")
     return path
+
+
+def safe_name(name: str, taken: set[str], *, only_ascii: bool = False) -> str:
+    """Returns a name from outside as the name of a file, without ending; it differs from those in `taken` and joins them.
+
+    What a file system, a shell or Windows takes for something else becomes "_"; a very long name is cut.
+    """
+    text = unicodedata.normalize("NFC", name)
+    if only_ascii:
+        kept = re.sub(r"[^\w.-]", "_", text, flags=re.ASCII)
+    else:
+        kept = "".join("_" if c in '<>:"/\\|?*' or not c.isprintable() else c for c in text)
+    kept = kept.lstrip(".- ").rstrip(". ") or "image"
+    if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", kept, re.IGNORECASE):
+        kept = f"_{kept}"
+    if len(kept.encode()) > _LONGEST_NAME:
+        cut = kept.encode()[:_LONGEST_NAME].decode(errors="ignore")
+        kept = f"{cut}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+    safe, number = kept, 1
+    while (key := unicodedata.normalize("NFC", safe.casefold())) in taken:  # some file systems ignore case
+        number += 1
+        safe = f"{kept}-{number}"
+    taken.add(key)
+    return safe
 
 
 class Fingerprints:

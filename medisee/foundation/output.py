@@ -8,15 +8,14 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from medisee.foundation.errors import InputError
+from medisee.foundation.errors import InputError, shortened
 from medisee.foundation.files import atomic_path, hidden_name, recover_folder
 from medisee.foundation.json_files import parse_json
 
@@ -34,16 +33,18 @@ class Result:
 
     Attributes:
         what: the result's name in messages, such as "evaluation".
-        files: patterns of its files' paths in the folder; "*" stays within a part of a path.
+        files: a regular expression of its files' paths in the folder.
         mark: a JSON file that every result holds; the dotted `key` in it is in no other command's.
         value: what the key has; None takes any value.
+        listed: returns more of its files, which a result itself lists.
     """
 
     what: str
-    files: tuple[str, ...]
+    files: str
     mark: str
     key: str
     value: str | None = None
+    listed: Callable[[Path], Collection[str]] = lambda folder: ()
 
     def is_in(self, folder: Path) -> bool:
         """Tells whether a folder holds an earlier result."""
@@ -59,18 +60,14 @@ class Result:
 
     def foreign(self, folder: Path) -> list[str]:
         """Returns the paths in a folder that are not files of this result, in order."""
-        patterns = [pattern.split("/") for pattern in self.files]
-
-        def is_own(path: Path) -> bool:
-            parts = path.relative_to(folder).parts
-            return any(len(one) == len(parts) and all(map(fnmatchcase, parts, one)) for one in patterns)
-
+        listed = self.listed(folder)
         entries = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-        return sorted(str(one.relative_to(folder)) for one in entries if one.name not in _OF_SYSTEM and not is_own(one))
+        names = (path.relative_to(folder).as_posix() for path in entries if path.name not in _OF_SYSTEM)
+        return sorted(name for name in names if name not in listed and not re.fullmatch(self.files, name))
 
     def present(self, folder: Path) -> list[str]:
-        """Returns the paths of files of this result that are in a folder, in order."""
-        return sorted({str(path.relative_to(folder)) for one in self.files for path in folder.glob(one)})
+        """Returns the names in a folder that are of files of this result, in order."""
+        return sorted(path.name for path in folder.iterdir() if re.fullmatch(self.files, path.name))
 
 
 @contextmanager
@@ -127,28 +124,30 @@ def check_output(
         InputError: names every problem.
     """
     problems = _place_problems(out, option, whole=whole, need=need)
+    choose = f"choose another {option}."
     if not problems:
-        choose = f"choose another {option}."
+        place = out.resolve()
         for name, path in (inputs or {}).items():
-            if path is not None and (what := _contains(out, Path(path), whole=whole)):
+            if path is not None and (what := _contains(place, Path(path).resolve(), result, whole=whole)):
                 problems.append(f"{option} {out}: {what} {name} ({path}), which would be lost or mixed up; {choose}")
-        if result is not None and out.is_dir():
-            lost = result.foreign(out) if whole else []
-            if not lost and not result.is_in(out):
-                lost = result.present(out)
-            if lost:
-                problems.append(
-                    f"{option} {out}: holds {lost[0]!r}, which is not of an earlier {result.what} and would be lost; {choose}"
-                )
+    if result is not None and out.is_dir() and not problems:
+        lost = result.foreign(out) if whole else []
+        if not lost and not result.is_in(out):
+            lost = result.present(out)
+        if lost:
+            of = f"is not of an earlier {result.what}"
+            problems.append(f"{option} {out}: holds {lost[0]!r}, which {of} and would be lost; {choose}")
     if problems:
-        raise InputError(problems)
+        raise InputError(shortened(problems, f"{option} {out}"))
 
 
-def _contains(out: Path, path: Path, *, whole: bool) -> str:
-    place, inner = out.resolve(), path.resolve()
+def _contains(place: Path, inner: Path, result: Result | None, *, whole: bool) -> str:
     if place == inner:
         return "is"
-    return "holds" if whole and inner.is_relative_to(place) else ""
+    if not inner.is_relative_to(place):
+        return ""
+    replaced = whole or (result is not None and re.fullmatch(result.files, inner.relative_to(place).as_posix()))
+    return "holds" if replaced else ""
 
 
 def _place_problems(out: Path, option: str, *, whole: bool, need: int) -> list[str]:
@@ -188,43 +187,41 @@ def _as_given(path: Path, out: Path) -> Path:
 
 
 @contextmanager
-def replaced_folder(
-    out: Path,
-    result: Result,
-    *,
-    option: str = "--out",
-    inputs: Mapping[str, Path | str | None] | None = None,
-    need: int = LEAST_SPACE,
-) -> Iterator[Path]:
-    """Yields a new folder for a result, which takes the place of `out` when it is complete; see `check_output`.
+def held(
+    out: Path, result: Result | None, *, inputs: Mapping[str, Path | str | None] | None = None, need: int = LEAST_SPACE
+) -> Iterator[None]:
+    """Keeps other runs off a folder that is replaced as a whole; see `check_output`.
 
-    Enter it before the work: what is wrong with `out` is then told at once, and other runs are kept off it. On an
-    exception `out` stays as it was. Of a link to a folder the folder is replaced.
+    Enter it before the work: what is wrong with `out` is then told at once.
     """
-    check_output(out, result, option=option, inputs=inputs, whole=True, need=need)
+    check_output(out, result, inputs=inputs, whole=True, need=need)
     place = out.resolve()
     place.parent.mkdir(parents=True, exist_ok=True)
     with _locked(place.parent / f"{hidden_name(place)}.lock", out):
         recover_folder(place)
-        with atomic_path(place) as temporary:
-            temporary.mkdir()
-            yield temporary
+        yield
 
 
 @contextmanager
-def filled_folder(
-    out: Path,
-    result: Result | None = None,
-    *,
-    option: str = "--out",
-    inputs: Mapping[str, Path | str | None] | None = None,
-    need: int = LEAST_SPACE,
-) -> Iterator[None]:
-    """Holds a folder while files of a result are written into it, each atomically; its other files stay.
+def replaced_folder(
+    out: Path, result: Result, *, inputs: Mapping[str, Path | str | None] | None = None, need: int = LEAST_SPACE
+) -> Iterator[Path]:
+    """Yields a new folder for a result, which takes the place of `out` when it is complete; see `held`.
 
-    See `check_output`. What an interrupted run left half-written is removed.
+    On an exception `out` stays as it was. Of a link to a folder the folder is replaced.
     """
-    check_output(out, result, option=option, inputs=inputs, need=need)
+    with held(out, result, inputs=inputs, need=need), atomic_path(out.resolve()) as temporary:
+        temporary.mkdir()
+        yield temporary
+
+
+@contextmanager
+def filled_folder(out: Path) -> Iterator[None]:
+    """Holds a folder while files are written into it, each atomically; see `check_output`.
+
+    What an interrupted run left half-written is removed.
+    """
+    check_output(out)
     made = not out.exists()
     try:
         with locked(out):
@@ -242,3 +239,10 @@ def remove_leftovers(paths: Iterable[Path]) -> None:
     for path in list(paths):
         if _LEFT.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
+
+
+def keep_foreign(folder: Path, new: Path, result: Result) -> None:
+    """Copies what a user has put into a folder to the one that replaces it."""
+    for name in result.foreign(folder) if folder.is_dir() else ():
+        (new / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(folder / name, new / name, follow_symlinks=False)

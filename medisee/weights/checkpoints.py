@@ -28,6 +28,7 @@ from medisee.config.load import config_from
 from medisee.config.model import PLACING, Model
 from medisee.foundation.errors import InputError, first_line, shortened
 from medisee.foundation.files import atomic_path, cached_sha256, write_json
+from medisee.foundation.output import Result, keep_foreign
 from medisee.weights.gguf import gguf_file
 from medisee.weights.hub import cached_folder, fetch, is_hub_id
 from medisee.weights.model_card import CARD, model_card
@@ -112,7 +113,7 @@ def trained_state(model: SavedModel) -> dict[str, Tensor]:
 
 
 def save_checkpoint(model: SavedModel, folder: Path, extra: dict[str, Any] | None = None) -> None:
-    """Writes a checkpoint folder atomically; an older checkpoint there is replaced as a whole.
+    """Writes a checkpoint folder atomically; an older checkpoint there is replaced as a whole, a user's notes in it stay.
 
     `extra` are facts about the run, kept under "run" in config.json.
 
@@ -126,6 +127,17 @@ def save_checkpoint(model: SavedModel, folder: Path, extra: dict[str, Any] | Non
         state = {name: value.detach().cpu().contiguous() for name, value in trained_state(model).items()}
         save_file(state, str(temporary / WEIGHTS), metadata={"format": "pt"})
         write_description(temporary, model.config, extra or {})
+        keep_foreign(folder, temporary, CHECKPOINT)
+
+
+CHECKPOINT = Result(
+    what="checkpoint",
+    files=r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|tokenizer\.(json|model)|"
+    r"(tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|chat_template\.jinja",
+    mark=CONFIG,
+    key="frozen",
+)
+"""The files of a checkpoint folder."""
 
 
 def check_replaceable(folder: Path) -> None:
