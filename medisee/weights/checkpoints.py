@@ -28,7 +28,6 @@ from medisee.config.load import config_from
 from medisee.config.model import PLACING, Model
 from medisee.foundation.errors import InputError, first_line, shortened
 from medisee.foundation.files import atomic_path, cached_sha256, write_json
-from medisee.foundation.output import Result, keep_foreign
 from medisee.weights.gguf import gguf_file
 from medisee.weights.hub import cached_folder, fetch, is_hub_id
 from medisee.weights.model_card import CARD, model_card
@@ -113,7 +112,7 @@ def trained_state(model: SavedModel) -> dict[str, Tensor]:
 
 
 def save_checkpoint(model: SavedModel, folder: Path, extra: dict[str, Any] | None = None) -> None:
-    """Writes a checkpoint folder atomically; an older checkpoint there is replaced as a whole, a user's notes in it stay.
+    """Writes a checkpoint folder atomically; an older checkpoint there is replaced as a whole.
 
     `extra` are facts about the run, kept under "run" in config.json.
 
@@ -123,21 +122,25 @@ def save_checkpoint(model: SavedModel, folder: Path, extra: dict[str, Any] | Non
     check_replaceable(folder)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        model.tokenizer.save_pretrained(temporary)
-        state = {name: value.detach().cpu().contiguous() for name, value in trained_state(model).items()}
-        save_file(state, str(temporary / WEIGHTS), metadata={"format": "pt"})
-        write_description(temporary, model.config, extra or {})
-        keep_foreign(folder, temporary, CHECKPOINT)
+        write_checkpoint(model, temporary, extra)
 
 
-CHECKPOINT = Result(
-    what="checkpoint",
-    files=r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|tokenizer\.(json|model)|"
-    r"(tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|chat_template\.jinja",
-    mark=CONFIG,
-    key="frozen",
-)
-"""The files of a checkpoint folder."""
+def write_checkpoint(
+    model: SavedModel, folder: Path, extra: dict[str, Any] | None = None, weights: Mapping[str, Tensor] | None = None
+) -> list[Path]:
+    """Writes a checkpoint's files into an existing folder and returns their paths.
+
+    `weights` are `trained_state(model)`, each contiguous and on the CPU, where the caller has gathered them already.
+    """
+    state = trained_state(model) if weights is None else weights
+    files = [folder / Path(name).name for name in model.tokenizer.save_pretrained(folder) if Path(name).exists()]
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in state.items()},
+        str(folder / WEIGHTS),
+        metadata={"format": "pt"},
+    )
+    write_description(folder, model.config, extra or {})
+    return sorted({*files, folder / WEIGHTS, folder / CONFIG})
 
 
 def check_replaceable(folder: Path) -> None:
