@@ -90,14 +90,11 @@ def _pictures(folder: Path) -> set[str]:
     return names
 
 
-RESULT = Result(
-    what="export",
-    files=r"(train|val|test|test_short|test_long)\.(jsonl|offsets\.safetensors)|(categories|data)\.json|"
-    r"release/(train|val|test)\.jsonl?|hub/README\.md|hub/data/(train|validation|test)-\d{5}-of-\d{5}\.parquet",
-    mark=SUMMARY,
-    key="screening",
-    listed=_pictures,
+_FILES = (
+    r"(train|val|test|test_short|test_long)\.(jsonl|offsets\.safetensors)|(categories|data)\.json|"
+    r"release/(train|val|test)\.jsonl?|hub/README\.md|hub/data/(train|validation|test)-\d{5}-of-\d{5}\.parquet"
 )
+RESULT = Result("export", _FILES, SUMMARY, "screening", listed=_pictures)
 
 
 def _inputs(ledger: Ledger, out: Path) -> dict[str, Path]:

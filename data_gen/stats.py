@@ -30,12 +30,8 @@ from medisee.foundation.json_files import parse_json
 from medisee.foundation.output import Result, replaced_folder
 
 STATS = "stats.json"
-RESULT = Result(
-    what="statistics",
-    files=r"(cloud_categories|cloud_questions|frequency|lengths|perspectives|dropped)\.png|stats\.(json|md)",
-    mark=STATS,
-    key="balance",
-)
+_FILES = r"(cloud_categories|cloud_questions|frequency|lengths|perspectives|dropped)\.png|stats\.(json|md)"
+RESULT = Result("result of this command", _FILES, STATS, "balance")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

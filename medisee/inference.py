@@ -33,7 +33,7 @@ from medisee.config import Eval
 from medisee.evaluation.drawing import overlay
 from medisee.foundation.errors import InputError, exit_code, first_line
 from medisee.foundation.files import atomic_path, safe_name, write_json
-from medisee.foundation.output import Result, check_output, filled_folder, remove_leftovers
+from medisee.foundation.output import Result, check_output, locked
 from medisee.records.images import read_image
 from medisee.records.masks import Box, encode_mask
 from medisee.records.prompts import candidate_text
@@ -51,8 +51,8 @@ Decode = Literal["generate", "forced"]
 MAX_NEW_TOKENS = Eval().max_new_tokens
 MASK, OVERLAY, PREDICTION, RUN = "mask.png", "overlay.png", "prediction.json", "run.json"
 
-_ANSWER = Result(what="answer", files=rf"{MASK}|{OVERLAY}|{PREDICTION}", mark=PREDICTION, key="plain_text")
-_RUN = Result(what="answer", files=RUN, mark=RUN, key="settings.queries")
+_ANSWER = Result("answer", f"{MASK}|{OVERLAY}|{PREDICTION}", PREDICTION, "plain_text")
+_RUN = Result("answer", RUN, RUN, "settings.queries")
 _MODES: dict[Decode, Mode] = {"generate": "generated", "forced": "forced"}
 _KEPT_BYTES = 1 << 28  # of pixels of checked images that are kept; images beyond it are read again
 
@@ -155,19 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     folders = _folders(arguments.out, arguments.image, len(arguments.query))
     checkpoint, device, images = _checked(arguments, [folder for its in folders for folder in its])
-    with filled_folder(arguments.out):
-        _answer(arguments, checkpoint, device, images=images, folders=folders)
 
-
-def _answer(
-    arguments: argparse.Namespace,
-    checkpoint: Path,
-    device: torch.device,
-    *,
-    images: Sequence[Path | NDArray[np.uint8]],
-    folders: Sequence[Sequence[Path]],
-) -> None:
-    """Loads the model, asks it, and writes the answers into the folders of each image."""
     from medisee.foundation.provenance import run_facts
     from medisee.models.medisee import MediSee
     from medisee.weights.checkpoints import load_checkpoint
@@ -187,13 +175,14 @@ def _answer(
     marked = 0
     disable = None if len(images) > 1 else True  # None: a progress bar on a terminal only
     progress = tqdm(images, desc="images", unit="image", disable=disable)
-    for image, name, its in zip(progress, names, folders, strict=True):
-        for folder, answer in zip(its, ask_all(model, image, arguments.query, **choices), strict=True):
-            note = "" if answer.emitted else no_region
-            _write(folder, name, answer, arguments.decode, note)
-            tqdm.write(_report(folder, name, answer, note))
-            marked += answer.emitted
-    write_json(arguments.out / RUN, {**facts, "seconds": round(time.perf_counter() - started, 3)})
+    with locked(arguments.out):
+        for image, name, its in zip(progress, names, folders, strict=True):
+            for folder, answer in zip(its, ask_all(model, image, arguments.query, **choices), strict=True):
+                note = "" if answer.emitted else no_region
+                _write(folder, name, answer, arguments.decode, note)
+                tqdm.write(_report(folder, name, answer, note))
+                marked += answer.emitted
+        write_json(arguments.out / RUN, {**facts, "seconds": round(time.perf_counter() - started, 3)})
     print(f"done: {sum(map(len, folders))} answer(s), {marked} with a region, in {arguments.out}")
 
 
@@ -309,7 +298,6 @@ def _folders(out: Path, images: Sequence[Path], queries: int) -> list[list[Path]
 
 def _write(folder: Path, image_name: str, answer: Answer, decode: Decode, note: str) -> None:
     """Writes the three files, each atomically and at the same moment, prediction.json last."""
-    remove_leftovers(folder.glob("*"))
     height, width = answer.image.shape[:2]
     mask = answer.mask if answer.mask is not None else np.zeros((height, width), np.bool_)
     legend = "\n".join(part for part in (answer.question, answer.plain_text, note) if part)

@@ -20,7 +20,7 @@ from typing import Any
 
 from medisee.foundation.errors import InputError, exit_code, nearest
 from medisee.foundation.files import write_json
-from medisee.foundation.output import Result, check_output, filled_folder
+from medisee.foundation.output import Result, check_output, locked
 
 DEMO = """Makes the demo data set, offline and in about a minute: MRI slices of an averaged brain with the outlines of
 its structures, and questions that describe a structure without naming it.
@@ -68,17 +68,8 @@ run.json.
 """
 
 _FILLED = {
-    name: Result(
-        what=f"{name} command",
-        files=rf"({files})\.jsonl|run\.json{more}",
-        mark="run.json",
-        key="settings.data",
-        value=name,
-    )
-    for name, files, more in (
-        ("sa-med2d", "train|val|test|rejects", ""),
-        ("mlmr-sd", "train|val|test|test_short|test_long", "|images|masks"),
-    )
+    name: Result(name, rf"({files})\.jsonl|run\.json", "run.json", "settings.data", value=name)
+    for name, files in (("sa-med2d", "train|val|test|rejects"), ("mlmr-sd", "train|val|test|test_short|test_long"))
 }
 """The results that are written into OUT file by file, beside what else lies in it."""
 
@@ -92,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(problems)
     started = time.perf_counter()
     # The others replace OUT as a whole, and hold it themselves.
-    with filled_folder(options["out"]) if command in _FILLED else nullcontext():
+    with locked(options["out"]) if command in _FILLED else nullcontext():
         {"demo": _demo, "sa-med2d": _sa_med2d, "mlmr-sd": _mlmr_sd, "ask": _ask}[command](options)
     seconds = round(time.perf_counter() - started, 3)
     # Late: the processes that read masks import this module and do not need torch.

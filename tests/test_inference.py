@@ -279,7 +279,7 @@ def test_all_bad_input_is_reported_together_and_nothing_is_written(
         ("--max-new-tokens is 0", "expected 1 or more"),
         (f"{tmp_path / 'no.png'}: expected an image file", "check the path"),
         (f"{cut}: cannot be decoded", "expected a whole PNG, JPEG or TIFF, found a truncated"),
-        (f"--out: {tmp_path / 'file'} is a file", "expected a folder"),
+        (f"{tmp_path / 'file' / 'out'}: {tmp_path / 'file'} is a file", "expected a folder"),
         ("--device 'gpu0' cannot be used", "expected cpu"),
         (f"{tmp_path / 'empty' / 'config.json'}: no checkpoint here", "training wrote"),
     ):

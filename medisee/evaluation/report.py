@@ -17,12 +17,8 @@ from medisee.foundation.output import Result
 from medisee.records.records import write_predictions
 
 FIGURES = ("Dice", "gIoU", "cIoU", "IoU", "Acc")
-REPORT = Result(
-    what="evaluation",
-    files=r"predictions\.jsonl|scores\.csv|summary\.json|table\.(md|tex)|gallery\.html|run\.json",
-    mark="summary.json",
-    key="splits",
-)
+_FILES = r"predictions\.jsonl|scores\.csv|summary\.json|table\.(md|tex)|gallery\.html|run\.json"
+REPORT = Result("evaluation", _FILES, "summary.json", "splits")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

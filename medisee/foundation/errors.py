@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import difflib
 import errno
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-_OF_MACHINE = {
-    errno.EACCES: "correct its permissions, or choose another place",
-    errno.EDQUOT: "your quota on this disk is used up: make room, or choose another place",
-    errno.EFBIG: "the disk, or `ulimit -f`, allows no larger file: choose another place",
-    errno.EIO: "the disk or its connection fails: check it, or choose another place",
-    errno.ELOOP: "its links go in a circle: correct them",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ENOSPC: "make room on the disk, or choose another place",
-    errno.ENOTDIR: "a file is in the place of a folder: choose another place",
-    errno.EROFS: "the disk cannot be written: choose another place",
-}
-"""Errors of a user's disk, which no check before the work can rule out, and what to do; others are bugs of ours."""
+_OF_DISK = ("EACCES", "EDQUOT", "EFBIG", "EIO", "ELOOP", "ENAMETOOLONG", "ENOSPC", "ENOTDIR", "EROFS")
+"""Errors that a check before the work cannot rule out; any other is a bug of ours."""
 
 
 class InputError(Exception):
@@ -63,10 +52,10 @@ def exit_code(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] 
             print(f"error: {problem}", file=sys.stderr)
         return 2
     except OSError as error:
-        if (fix := _OF_MACHINE.get(error.errno or 0)) is None:
+        if errno.errorcode.get(error.errno or 0) not in _OF_DISK:
             raise
-        name = f"{error.filename}: " if error.filename else ""
-        print(f"error: {name}{os.strerror(error.errno or 0)}; {fix}.", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}; mend this, or choose another place.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -35,7 +35,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     if path.is_symlink() and path.is_dir():
         path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{hidden_name(path)}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         if temporary.is_dir():
@@ -58,20 +58,12 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             temporary.unlink()
 
 
-def hidden_name(path: Path) -> str:
-    """Returns how the names of hidden files beside a path begin, with some room left for their endings."""
-    name = path.name
-    if len(os.fsencode(name)) > 200:
-        name = hashlib.sha256(os.fsencode(name)).hexdigest()
-    return f".{name}"
-
-
 def replace_folder(new: Path, folder: Path) -> None:
     """Flushes a complete folder to the disk and moves it to `folder`, replacing an older one if there is one."""
     for path in new.rglob("*"):
         _sync(path)
     _sync(new)
-    old = folder.with_name(f"{hidden_name(folder)}.old")
+    old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.is_dir():
         os.rename(folder, old)
@@ -82,11 +74,10 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 def recover_folder(folder: Path) -> None:
     """Undoes a `replace_folder` that was killed between its two renames; removes leftovers of interrupted writes."""
-    hidden = hidden_name(folder)
-    old = folder.with_name(f"{hidden}.old")
+    old = folder.with_name(f".{folder.name}.old")
     if old.is_dir() and not folder.exists():
         os.rename(old, folder)
-    for left in (old, *folder.parent.glob(f"{glob.escape(hidden)}.[0-9]*.tmp")):
+    for left in (old, *folder.parent.glob(f".{glob.escape(folder.name)}.[0-9]*.tmp")):
         shutil.rmtree(left, ignore_errors=True)
 
 

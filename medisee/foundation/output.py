@@ -1,4 +1,4 @@
-"""The one door for output folders: looked at before the work, held by one run, and never with a loss of a user's files."""
+"""The one door for output folders: looked at before the work, held by one run, and a user's own files never lost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,76 +16,62 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from medisee.foundation.errors import InputError, shortened
-from medisee.foundation.files import atomic_path, hidden_name, recover_folder
+from medisee.foundation.files import atomic_path, recover_folder
 from medisee.foundation.json_files import parse_json
 
 LEAST_SPACE = 1 << 20
 """Bytes that must be free where a command cannot tell how much it writes."""
 
-_LEFT = re.compile(r"\..+\.[0-9]+\.tmp")  # what `atomic_path` calls its temporary files
+_LONGEST_NAME = 230  # bytes; file systems take 255, with what is written beside it for a moment
 _OF_SYSTEM = frozenset({".DS_Store", ".directory", ".lock", "Thumbs.db", "desktop.ini"})
-_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})  # of a network disk
+_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK})  # of a network disk
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Result:
-    """What a command writes into its folder, so that an earlier result is told from files of a user's.
+    """What a command writes into its folder, by which an earlier result is told from files of a user's."""
 
-    Attributes:
-        what: the result's name in messages, such as "evaluation".
-        files: a regular expression of its files' paths in the folder.
-        mark: a JSON file that every result holds; the dotted `key` in it is in no other command's.
-        value: what the key has; None takes any value.
-        listed: returns more of its files, which a result itself lists.
-    """
+    what: str  # its name in messages, such as "evaluation"
+    files: str  # regular expression of its files' paths in the folder
+    mark: str  # a JSON file that every result holds
+    key: str  # a key in it, dotted inside of an object, that no other command's has
+    value: str = ""  # what the key has; empty: anything
+    listed: Callable[[Path], Collection[str]] = lambda _: ()  # more of its files, which a result names itself
 
-    what: str
-    files: str
-    mark: str
-    key: str
-    value: str | None = None
-    listed: Callable[[Path], Collection[str]] = lambda folder: ()
+    def lost(self, folder: Path, *, whole: bool) -> list[str]:
+        """Returns what would be lost in a folder, in order; of an earlier result that is what others have put there.
 
-    def is_in(self, folder: Path) -> bool:
-        """Tells whether a folder holds an earlier result."""
+        `whole`: all that is in the folder is replaced, not only the result's files.
+        """
+        found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+        paths = found if whole else folder.iterdir()
+        names = {path.relative_to(folder).as_posix() for path in paths if path.name not in _OF_SYSTEM}
+        own = {name for name in names if re.fullmatch(self.files, name)} | (names & {*self.listed(folder)})
+        return sorted((names - own if whole else ()) or (() if self._is_in(folder) else own))
+
+    def _is_in(self, folder: Path) -> bool:
         try:
             found = parse_json((folder / self.mark).read_bytes())
-        except (OSError, ValueError):
+            for key in self.key.split("."):
+                found = found[key]
+        except (OSError, ValueError, LookupError, TypeError):
             return False
-        for key in self.key.split("."):
-            if not isinstance(found, dict) or key not in found:
-                return False
-            found = found[key]
-        return self.value is None or found == self.value
-
-    def foreign(self, folder: Path) -> list[str]:
-        """Returns the paths in a folder that are not files of this result, in order."""
-        listed = self.listed(folder)
-        entries = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-        names = (path.relative_to(folder).as_posix() for path in entries if path.name not in _OF_SYSTEM)
-        return sorted(name for name in names if name not in listed and not re.fullmatch(self.files, name))
-
-    def present(self, folder: Path) -> list[str]:
-        """Returns the names in a folder that are of files of this result, in order."""
-        return sorted(path.name for path in folder.iterdir() if re.fullmatch(self.files, path.name))
+        return self.value in ("", found)
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds an output folder for this process, so that two runs never write into one; a missing folder is made.
+def locked(folder: Path, lock: Path | None = None) -> Iterator[None]:
+    """Holds an output folder for this process, so that two runs never write into one.
 
-    The lock ends with the process, however it ends.
+    A missing folder is made, and removed if it stays empty. The lock ends with the process, however it ends. Half-written
+    files of an earlier one are removed. `lock` is the lock's file where it cannot be in the folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / ".lock", folder):
-        yield
-
-
-@contextmanager
-def _locked(path: Path, folder: Path) -> Iterator[None]:
-    lock = FileLock(path)
+    path = lock or folder / ".lock"
+    made = not path.parent.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        held.acquire(timeout=0)
     except Timeout as error:
         raise InputError(
             f"{folder}: another run is writing here; wait until it ends, or choose another folder."
@@ -95,17 +81,21 @@ def _locked(path: Path, folder: Path) -> Iterator[None]:
             raise
         print(f"warning: {folder}: its disk knows no locks; start no second run in it.", file=sys.stderr, flush=True)
     try:
+        for left in (*folder.glob(".*.[0-9]*.tmp"), *folder.glob("*/.*.[0-9]*.tmp")) if lock is None else ():
+            left.unlink()
         yield
     finally:
         path.unlink(missing_ok=True)
-        lock.release()
+        held.release()
+        if made:
+            with suppress(OSError):  # it is not empty
+                path.parent.rmdir()
 
 
 def check_output(
     out: Path,
     result: Result | None = None,
     *,
-    option: str = "--out",
     inputs: Mapping[str, Path | str | None] | None = None,
     whole: bool = False,
     need: int = LEAST_SPACE,
@@ -115,7 +105,6 @@ def check_output(
     Args:
         out: the folder, which may be missing.
         result: what is written; without it nothing in the folder is replaced.
-        option: what the user calls the folder.
         inputs: what the result is made from, by its name in messages; None is passed over.
         whole: the folder is replaced as a whole, not file by file.
         need: bytes that must be free.
@@ -123,126 +112,60 @@ def check_output(
     Raises:
         InputError: names every problem.
     """
-    problems = _place_problems(out, option, whole=whole, need=need)
-    choose = f"choose another {option}."
-    if not problems:
-        place = out.resolve()
-        for name, path in (inputs or {}).items():
-            if path is not None and (what := _contains(place, Path(path).resolve(), result, whole=whole)):
-                problems.append(f"{option} {out}: {what} {name} ({path}), which would be lost or mixed up; {choose}")
-    if result is not None and out.is_dir() and not problems:
-        lost = result.foreign(out) if whole else []
-        if not lost and not result.is_in(out):
-            lost = result.present(out)
-        if lost:
-            of = f"is not of an earlier {result.what}"
-            problems.append(f"{option} {out}: holds {lost[0]!r}, which {of} and would be lost; {choose}")
+    if problem := _place_problem(out, whole=whole, need=need):
+        raise InputError(f"{out}: {problem}")
+    problems = []
+    place = out.resolve()
+    for name, path in (inputs or {}).items():
+        inner = Path(os.path.realpath(path)) if path is not None else Path()
+        if inner == place or (whole and inner.is_relative_to(place)):
+            verb = "is" if inner == place else "holds"
+            problems.append(f"{out}: {verb} {name} ({path}), which would be lost or mixed up; choose another folder.")
+    if not problems and result is not None and out.is_dir() and (lost := result.lost(out, whole=whole)):
+        of = f"is not of an earlier {result.what}"
+        problems.append(f"{out}: holds {lost[0]!r}, which {of} and would be lost; choose another folder.")
     if problems:
-        raise InputError(shortened(problems, f"{option} {out}"))
+        raise InputError(shortened(problems, str(out)))
 
 
-def _contains(place: Path, inner: Path, result: Result | None, *, whole: bool) -> str:
-    if place == inner:
-        return "is"
-    if not inner.is_relative_to(place):
-        return ""
-    replaced = whole or (result is not None and re.fullmatch(result.files, inner.relative_to(place).as_posix()))
-    return "holds" if replaced else ""
-
-
-def _place_problems(out: Path, option: str, *, whole: bool, need: int) -> list[str]:
-    """Looks at the disk; a folder that is replaced as a whole needs its new one beside it."""
-    start = f"{option} {out}:"
+def _place_problem(out: Path, *, whole: bool, need: int) -> str:
+    """Looks at the disk; a folder that is replaced as a whole gets its new one beside it."""
     try:
-        if out.is_symlink() and not os.path.exists(out):
-            return [
-                f"{start} is a link to {os.readlink(out)}, which does not exist; correct the link or choose another."
-            ]
         place = out.resolve()
-        if any(len(os.fsencode(part)) > 255 for part in place.parts):
-            return [f"{start} a name in it is longer than 255 bytes; choose a shorter one."]
         existing = next(path for path in (place, *place.parents) if os.path.lexists(path))
-        if not existing.is_dir():
-            return [f"{start} {_as_given(existing, out)} is a file; expected a folder; choose another."]
-        if whole and place.exists() and os.path.ismount(place):
-            return [
-                f"{start} is where a disk is mounted, and cannot be replaced; choose a folder in it, such as {out / 'result'}."
-            ]
         written = place.parent if whole and existing == place else existing
+        if out.is_symlink() and not out.exists():
+            return f"is a link to {os.readlink(out)}, which does not exist; correct the link or choose another folder."
+        if any(len(os.fsencode(part)) > _LONGEST_NAME for part in place.parts):
+            return f"has a name of more than {_LONGEST_NAME} bytes; choose a shorter one."
+        if not existing.is_dir():
+            return f"{existing} is a file; expected a folder; choose another."
+        if whole and os.path.ismount(place):
+            return (
+                f"is where a disk is mounted, and cannot be replaced; choose a folder in it, such as {out / 'result'}."
+            )
         with tempfile.TemporaryFile(dir=written) as probe:
             probe.write(b"x")
         if (free := shutil.disk_usage(written).free) < need:
-            return [
-                f"{start} {need / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free; make room or choose another disk."
-            ]
+            return f"{need / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free; make room or choose another disk."
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle; ValueError: a NUL
-        reason = getattr(error, "strerror", None) or error
-        return [f"{start} cannot be written ({reason}); correct it or choose another folder."]
-    return []
-
-
-def _as_given(path: Path, out: Path) -> Path:
-    """Returns the user's words for a path of a resolved `out`."""
-    return next((one for one in (out, *out.parents) if one.resolve() == path), path)
-
-
-@contextmanager
-def held(
-    out: Path, result: Result | None, *, inputs: Mapping[str, Path | str | None] | None = None, need: int = LEAST_SPACE
-) -> Iterator[None]:
-    """Keeps other runs off a folder that is replaced as a whole; see `check_output`.
-
-    Enter it before the work: what is wrong with `out` is then told at once.
-    """
-    check_output(out, result, inputs=inputs, whole=True, need=need)
-    place = out.resolve()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(place.parent / f"{hidden_name(place)}.lock", out):
-        recover_folder(place)
-        yield
+        return f"cannot be written ({getattr(error, 'strerror', None) or error}); choose another folder."
+    return ""
 
 
 @contextmanager
 def replaced_folder(
     out: Path, result: Result, *, inputs: Mapping[str, Path | str | None] | None = None, need: int = LEAST_SPACE
 ) -> Iterator[Path]:
-    """Yields a new folder for a result, which takes the place of `out` when it is complete; see `held`.
+    """Yields a new folder for a result, which takes the place of `out` when it is complete; see `check_output`.
 
-    On an exception `out` stays as it was. Of a link to a folder the folder is replaced.
+    Enter it before the work: what is wrong with `out` is then told at once, and other runs are kept off it. On an
+    exception `out` stays as it was. Of a link to a folder the folder is replaced.
     """
-    with held(out, result, inputs=inputs, need=need), atomic_path(out.resolve()) as temporary:
-        temporary.mkdir()
-        yield temporary
-
-
-@contextmanager
-def filled_folder(out: Path) -> Iterator[None]:
-    """Holds a folder while files are written into it, each atomically; see `check_output`.
-
-    What an interrupted run left half-written is removed.
-    """
-    check_output(out)
-    made = not out.exists()
-    try:
-        with locked(out):
-            remove_leftovers(out.iterdir())
-            yield
-    except BaseException:
-        if made:
-            with suppress(OSError):  # it is not empty
-                out.rmdir()
-        raise
-
-
-def remove_leftovers(paths: Iterable[Path]) -> None:
-    """Removes those files that an interrupted `atomic_path` has left."""
-    for path in list(paths):
-        if _LEFT.fullmatch(path.name) and path.is_file():
-            path.unlink(missing_ok=True)
-
-
-def keep_foreign(folder: Path, new: Path, result: Result) -> None:
-    """Copies what a user has put into a folder to the one that replaces it."""
-    for name in result.foreign(folder) if folder.is_dir() else ():
-        (new / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(folder / name, new / name, follow_symlinks=False)
+    check_output(out, result, inputs=inputs, whole=True, need=need)
+    place = out.resolve()
+    with locked(out, place.with_name(f".{place.name}.lock")):
+        recover_folder(place)
+        with atomic_path(place) as temporary:
+            temporary.mkdir()
+            yield temporary

@@ -24,12 +24,8 @@ from medisee.sources.augment import augment
 from medisee.sources.query_bank import QUESTION_FILES, check_settings, load_bank, write_questions
 
 SUMMARY = "asked.json"
-RESULT = Result(
-    what="data set of this command",
-    files=rf"images/(train|val|test)_\d{{6}}(_a\d+)?\.png|asked\.json|{QUESTION_FILES}",
-    mark=SUMMARY,
-    key="bank",
-)
+_IMAGES = r"images/(train|val|test)_\d{6}(_a\d+)?\.png"
+RESULT = Result("data set of this command", rf"{_IMAGES}|asked\.json|{QUESTION_FILES}", SUMMARY, "bank")
 COPY_SIDE = 256  # longest side of an augmented copy, pixels: the frame of small seg heads
 LEAST_AREA = 16  # smallest target that is kept in an augmented copy, pixels
 
@@ -67,10 +63,10 @@ def prepare(
         train_questions: questions for each target of `train_reasoning.jsonl`; a held-out target has two.
     """
     numbers = {"copies": (copies, 0), "seed": (seed, 0), "train_questions": (train_questions, 1)}
-    check_settings(numbers)
+    inputs = {"the manifests": records, "the root": root, "the bank": bank}
+    check_settings(numbers, out, RESULT, inputs)
     unknown: Counter[str] = Counter()
     plain: dict[Split, list[Record]] = {split: [] for split in SPLITS}
-    inputs = {"the manifests": records, "the root": root, "the bank": bank}
     with replaced_folder(out, RESULT, inputs=inputs) as folder:
         pools = load_bank(bank, None)
         known = {name.casefold(): key for key, pool in pools.items() for name in (key, *pool.names)}

@@ -22,12 +22,8 @@ from medisee.sources.brain import PLANES, STRUCTURES, Slice, block_number, block
 from medisee.sources.query_bank import QUESTION_FILES, check_settings, load_bank, write_questions
 
 SUMMARY = "data.json"
-RESULT = Result(
-    what="demo data set",
-    files=rf"images/(axial|coronal|sagittal)_\d{{3}}(_a\d+)?\.png|data\.json|{QUESTION_FILES}",
-    mark=SUMMARY,
-    key="versions",
-)
+_IMAGES = r"images/(axial|coronal|sagittal)_\d{3}(_a\d+)?\.png"
+RESULT = Result("demo data set", rf"{_IMAGES}|data\.json|{QUESTION_FILES}", SUMMARY, "versions")
 NOTE = (
     "These slices show ONE averaged brain. Held-out slices lie at least 4 mm from training slices of their plane, but "
     "they are not held-out people, and training slices of the other two planes cross them. Held-out questions use "
@@ -72,7 +68,7 @@ def prepare_demo(
     """
     numbers = {"copies": (copies, 0), "seed": (seed, 0), "limit": (limit, 1)}
     numbers |= {"train_questions": (train_questions, 1), "min_area": (min_area, 1)}
-    check_settings(numbers)
+    check_settings(numbers, out, RESULT, {})
     plain: dict[Split, list[Record]] = {split: [] for split in SPLITS}
     with replaced_folder(out, RESULT) as folder:
         files = source_files()

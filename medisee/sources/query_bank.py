@@ -17,6 +17,7 @@ import yaml
 
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import write_json
+from medisee.foundation.output import Result, check_output
 from medisee.records.prompts import reasoning_answer, reasoning_question
 from medisee.records.records import LENGTHS, PERSPECTIVES, QA, SPLITS, Length, Perspective, Record, Split, write_records
 from medisee.sources.brain import STRUCTURES
@@ -142,8 +143,10 @@ QUESTION_FILES = (
 """The files of a data set with questions, beside its own; a command may add run.json."""
 
 
-def check_settings(numbers: Mapping[str, tuple[int | None, int]]) -> None:
-    """Checks what a data set with questions is made of.
+def check_settings(
+    numbers: Mapping[str, tuple[int | None, int]], out: Path, result: Result, inputs: Mapping[str, Path | None]
+) -> None:
+    """Checks what a data set with questions is made of, and its folder; see `check_output`.
 
     `numbers` has the value and the least allowed value of each setting; None is not checked.
     """
@@ -152,6 +155,10 @@ def check_settings(numbers: Mapping[str, tuple[int | None, int]]) -> None:
         for name, (value, least) in numbers.items()
         if value is not None and value < least
     ]
+    try:
+        check_output(out, result, inputs=inputs, whole=True)
+    except InputError as error:
+        problems += error.problems
     if problems:
         raise InputError(problems)
 

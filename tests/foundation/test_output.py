@@ -20,9 +20,16 @@ def test_a_second_run_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
         )
         other = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True)
         assert (other.returncode, "another run is writing here" in other.stderr) == (2, True)
-    assert list(out.iterdir()) == []
+        (out / "result").touch()
+    assert [path.name for path in out.iterdir()] == ["result"]
     with locked(out):
         pass
+
+
+def test_a_folder_without_a_result_is_not_left(tmp_path: Path) -> None:
+    with locked(tmp_path / "new"):
+        pass
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_error_inside_frees_the_folder(tmp_path: Path) -> None:
