@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,8 @@ from medisee.foundation.output import Result
 from medisee.records.records import write_predictions
 
 FIGURES = ("Dice", "gIoU", "cIoU", "IoU", "Acc")
-_FILES = r"predictions\.jsonl|scores\.csv|summary\.json|table\.(md|tex)|gallery\.html|run\.json"
-REPORT = Result("evaluation", _FILES, "summary.json", "splits")
+FILES = ("predictions.jsonl", "scores.csv", "summary.json", "table.md", "table.tex", "gallery.html", "run.json")
+REPORT = Result("evaluation", "|".join(map(re.escape, FILES)), "summary.json", "splits")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -134,8 +134,8 @@ def _place_problem(out: Path, *, whole: bool, need: int) -> str:
         place = out.resolve()
         existing = next(path for path in (place, *place.parents) if os.path.lexists(path))
         written = place.parent if whole and existing == place else existing
-        if out.is_symlink() and not out.exists():
-            return f"is a link to {os.readlink(out)}, which does not exist; correct the link or choose another folder."
+        if gone := [path for path in (out, *out.parents) if path.is_symlink() and not path.exists()]:
+            return f"{gone[0]} is a link to {os.readlink(gone[0])}, which does not exist; correct it or choose another folder."
         if any(len(os.fsencode(part)) > _LONGEST_NAME for part in place.parts):
             return f"has a name of more than {_LONGEST_NAME} bytes; choose a shorter one."
         if not existing.is_dir():
