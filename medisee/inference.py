@@ -15,6 +15,7 @@ From Python: model = MediSee.from_pretrained(folder), then ask(model, image, que
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import time
@@ -245,8 +246,8 @@ def _checked(
             pixels = read_image(path)
             size += pixels.nbytes
             images.append(pixels if size <= _KEPT_BYTES else path)
-    written = {(folder / name).resolve() for folder in folders for name in (MASK, OVERLAY)}
-    replaced = [image for image in arguments.image if image.resolve() in written]
+    written = {os.path.realpath(folder / name) for folder in folders for name in (MASK, OVERLAY)}
+    replaced = [image for image in arguments.image if os.path.realpath(image) in written]
     problems += [f"--image {image}: would be replaced by the result; choose another --out." for image in replaced]
     if not replaced:
         with collected():

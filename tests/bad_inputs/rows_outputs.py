@@ -258,13 +258,10 @@ _INPUTS = [
         ],
         ("1: holds 'mask.png'", "lost"),
     ),
-    Row("a mounted disk", "eval", lambda w: w.evaluate("--out", os.sep), ("/: ", "choose a")),
     Row(
-        "a mounted disk",
-        "prepare",
-        lambda w: ["demo", "--out", "/proc"],
-        ("is where a disk is mounted", "/proc/result"),
+        "a mounted disk", "eval", lambda w: w.evaluate("--out", "/proc"), ("is where a disk is mounted", "/proc/result")
     ),
+    Row("the root of all disks", "eval", lambda w: w.evaluate("--out", os.sep), ("/: is where a disk", "/result")),
     Row(
         "a cache that is a file",
         "eval",
