@@ -54,7 +54,7 @@ _INTERRUPTED = "interrupted; run again to go on"
 def main(argv: Sequence[str] | None = None) -> None:
     """Makes pairs from the command line."""
     arguments = _arguments(argv)
-    check_output(arguments.ledger.parent)
+    check_output(arguments.ledger.parent, option="--ledger")
     inputs = read_inputs(arguments)
     style, limit = inputs.recipe.style, arguments.limit
     if not arguments.author:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from medisee.foundation.errors import InputError, exit_code, nearest
 from medisee.foundation.files import inside, sha256, write_json
-from medisee.foundation.output import check_output, locked
+from medisee.foundation.output import filled_folder
 from medisee.weights.hub import fetch, verify
 
 MANIFEST = "weights.json"
@@ -211,8 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("no weights named; give one or more of those that --list prints, such as medisee-7b.")
     else:
         models = wanted(arguments.names)
-        check_output(out)
-        with locked(out):
+        with filled_folder(out):
             if missing := download(out, models):
                 raise InputError(missing)
         print(f"done: {', '.join(models)} in {out}; --check compares them with {MANIFEST} later")

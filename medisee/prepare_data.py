@@ -68,8 +68,11 @@ run.json.
 """
 
 _FILLED = {
-    name: Result(name, rf"({files})\.jsonl|run\.json", "run.json", "settings.data", value=name)
-    for name, files in (("sa-med2d", "train|val|test|rejects"), ("mlmr-sd", "train|val|test|test_short|test_long"))
+    name: Result(name, rf"({files})\.jsonl|run\.json|{more}", "run.json", "settings.data", value=name)
+    for name, files, more in (
+        ("sa-med2d", "train|val|test|rejects", ""),
+        ("mlmr-sd", "train|val|test|test_short|test_long", "images|masks"),
+    )
 }
 """The results that are written into OUT file by file, beside what else lies in it."""
 

@@ -107,7 +107,7 @@ def fill_cache(
     if not missing:
         return cache
     size = 2 * len(missing) * head.spec.channels * head.spec.grid**2
-    check_output(folder, need=size)
+    check_output(folder, option="data.cache", need=size)
     print(f"features: {len(missing)} images to encode once, {size / 2**20:.0f} MiB in {cache.folder}", flush=True)
     device = next(head.parameters()).device
     # A copy: rounding the model's own weights to 16 bit and back would change them.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from filelock import FileLock, Timeout
 
@@ -19,6 +20,8 @@ from medisee.foundation.errors import InputError, shortened
 from medisee.foundation.files import atomic_path, recover_folder
 from medisee.foundation.json_files import parse_json
 
+Inputs: TypeAlias = Mapping[str, Path | str | None]
+"""What a result is made from, by its name in messages; None is passed over."""
 LEAST_SPACE = 1 << 20
 """Bytes that must be free where a command cannot tell how much it writes."""
 
@@ -82,7 +85,7 @@ def locked(folder: Path, lock: Path | None = None) -> Iterator[None]:
         print(f"warning: {folder}: its disk knows no locks; start no second run in it.", file=sys.stderr, flush=True)
     try:
         for left in (*folder.glob(".*.[0-9]*.tmp"), *folder.glob("*/.*.[0-9]*.tmp")) if lock is None else ():
-            left.unlink()
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield
     finally:
         path.unlink(missing_ok=True)
@@ -96,36 +99,34 @@ def check_output(
     out: Path,
     result: Result | None = None,
     *,
-    inputs: Mapping[str, Path | str | None] | None = None,
+    option: str = "--out",
+    inputs: Inputs | None = None,
     whole: bool = False,
     need: int = LEAST_SPACE,
 ) -> None:
     """Checks an output folder before the work: that it can be written, and that nothing else is lost in it.
 
-    Args:
-        out: the folder, which may be missing.
-        result: what is written; without it nothing in the folder is replaced.
-        inputs: what the result is made from, by its name in messages; None is passed over.
-        whole: the folder is replaced as a whole, not file by file.
-        need: bytes that must be free.
+    Without a `result` nothing in the folder is replaced; `whole` replaces the folder, not only the result's files in it.
+    `option` is what a user calls the folder, `inputs` are what the result is made from, `need` are bytes to be free.
 
     Raises:
         InputError: names every problem.
     """
+    start = f"{option} {out}:".lstrip()
     if problem := _place_problem(out, whole=whole, need=need):
-        raise InputError(f"{out}: {problem}")
+        raise InputError(f"{start} {problem}")
     problems = []
     place = out.resolve()
     for name, path in (inputs or {}).items():
         inner = Path(os.path.realpath(path)) if path is not None else Path()
         if inner == place or (whole and inner.is_relative_to(place)):
             verb = "is" if inner == place else "holds"
-            problems.append(f"{out}: {verb} {name} ({path}), which would be lost or mixed up; choose another folder.")
+            problems.append(f"{start} {verb} {name} ({path}), which would be lost or mixed up; choose another folder.")
     if not problems and result is not None and out.is_dir() and (lost := result.lost(out, whole=whole)):
         of = f"is not of an earlier {result.what}"
-        problems.append(f"{out}: holds {lost[0]!r}, which {of} and would be lost; choose another folder.")
+        problems.append(f"{start} holds {lost[0]!r}, which {of} and would be lost; choose another folder.")
     if problems:
-        raise InputError(shortened(problems, str(out)))
+        raise InputError(shortened(problems, start[:-1]))
 
 
 def _place_problem(out: Path, *, whole: bool, need: int) -> str:
@@ -140,10 +141,9 @@ def _place_problem(out: Path, *, whole: bool, need: int) -> str:
             return f"has a name of more than {_LONGEST_NAME} bytes; choose a shorter one."
         if not existing.is_dir():
             return f"{existing} is a file; expected a folder; choose another."
-        if whole and os.path.ismount(place):
-            return (
-                f"is where a disk is mounted, and cannot be replaced; choose a folder in it, such as {out / 'result'}."
-            )
+        if whole and existing == place and (os.path.ismount(place) or not os.access(place.parent, os.W_OK)):
+            reason = "a disk is mounted there" if os.path.ismount(place) else f"{place.parent} cannot be written"
+            return f"cannot be replaced, since {reason}; choose a folder in it, such as {out / 'result'}."
         with tempfile.TemporaryFile(dir=written) as probe:
             probe.write(b"x")
         if (free := shutil.disk_usage(written).free) < need:
@@ -155,17 +155,25 @@ def _place_problem(out: Path, *, whole: bool, need: int) -> str:
 
 @contextmanager
 def replaced_folder(
-    out: Path, result: Result, *, inputs: Mapping[str, Path | str | None] | None = None, need: int = LEAST_SPACE
+    out: Path, result: Result, *, option: str = "--out", inputs: Inputs | None = None, need: int = LEAST_SPACE
 ) -> Iterator[Path]:
     """Yields a new folder for a result, which takes the place of `out` when it is complete; see `check_output`.
 
     Enter it before the work: what is wrong with `out` is then told at once, and other runs are kept off it. On an
     exception `out` stays as it was. Of a link to a folder the folder is replaced.
     """
-    check_output(out, result, inputs=inputs, whole=True, need=need)
+    check_output(out, result, option=option, inputs=inputs, whole=True, need=need)
     place = out.resolve()
     with locked(out, place.with_name(f".{place.name}.lock")):
         recover_folder(place)
         with atomic_path(place) as temporary:
             temporary.mkdir()
             yield temporary
+
+
+@contextmanager
+def filled_folder(out: Path, *, option: str = "--out") -> Iterator[None]:
+    """Holds a folder while files are written into it, each atomically; its other files stay. See `check_output`."""
+    check_output(out, option=option)
+    with locked(out):
+        yield

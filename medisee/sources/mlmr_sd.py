@@ -29,7 +29,7 @@ from medisee.sources.sa_med2d_index import ImageName, parse_name
 
 HUB_NAMES: dict[Split, str] = {"train": "train", "val": "validation", "test": "test"}  # of the splits
 _CLASSES = TypeAdapter(dict[str, dict[str, Text]])
-_PICTURE = re.compile(r"[\w-][\w.-]*\.(png|jpe?g|tiff?)", re.ASCII | re.IGNORECASE)
+_PICTURE = re.compile(r"[\w-][\w.-]{,200}\.(png|jpe?g|tiff?)", re.ASCII | re.IGNORECASE)
 
 
 def _answered(turn: Turn) -> Turn:

@@ -28,7 +28,7 @@ from medisee.config.load import config_from
 from medisee.config.model import PLACING, Model
 from medisee.foundation.errors import InputError, first_line, shortened
 from medisee.foundation.files import cached_sha256, write_json
-from medisee.foundation.output import Result, replaced_folder
+from medisee.foundation.output import Result, check_output, replaced_folder
 from medisee.weights.gguf import gguf_file
 from medisee.weights.hub import cached_folder, fetch, is_hub_id
 from medisee.weights.model_card import CARD, model_card
@@ -129,7 +129,7 @@ def save_checkpoint(model: SavedModel, folder: Path, extra: dict[str, Any] | Non
     Raises:
         InputError: the folder holds something else, which would be lost.
     """
-    with replaced_folder(folder, CHECKPOINT) as temporary:
+    with replaced_folder(folder, CHECKPOINT, option="") as temporary:
         write_checkpoint(model, temporary, extra)
 
 
@@ -149,6 +149,11 @@ def write_checkpoint(
     )
     write_description(folder, model.config, extra or {})
     return sorted({*files, folder / WEIGHTS, folder / CONFIG})
+
+
+def check_replaceable(folder: Path) -> None:
+    """Checks that writing a checkpoint here loses nothing else."""
+    check_output(folder, CHECKPOINT, option="", whole=True)
 
 
 def write_description(folder: Path, config: Model, run: dict[str, Any]) -> None:

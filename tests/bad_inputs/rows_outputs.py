@@ -259,9 +259,12 @@ _INPUTS = [
         ("1: holds 'mask.png'", "lost"),
     ),
     Row(
-        "a mounted disk", "eval", lambda w: w.evaluate("--out", "/proc"), ("is where a disk is mounted", "/proc/result")
+        "a mounted disk",
+        "eval",
+        lambda w: w.evaluate("--out", "/proc"),
+        ("since a disk is mounted there", "/proc/result"),
     ),
-    Row("the root of all disks", "eval", lambda w: w.evaluate("--out", os.sep), ("/: is where a disk", "/result")),
+    Row("the root of all disks", "eval", lambda w: w.evaluate("--out", os.sep), ("/: cannot be replaced", "/result")),
     Row(
         "a cache that is a file",
         "eval",

@@ -129,8 +129,9 @@ def test_a_killed_run_leaves_the_earlier_result_and_the_next_one_cleans_up(tmp_p
 def test_half_written_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     killed = in_other_process(
-        "with locked(out), atomic_path(out / 'x' / 'mask.png') as path:\n"
+        "with locked(out), atomic_path(out / 'x' / 'mask.png') as path, atomic_path(out / 'checkpoint') as folder:\n"
         "    path.write_text('half')\n"
+        "    folder.mkdir(), (folder / 'config.json').write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n",
         out,
     )
@@ -266,6 +267,19 @@ def test_space_that_is_known_to_be_needed_must_be_free(tmp_path: Path, monkeypat
     check_output(tmp_path)
     with pytest.raises(InputError, match="out: 15 MB are needed, 2 MB are free; make room or choose another disk"):
         check_output(tmp_path / "out", need=15_000_000)
+
+
+def test_a_folder_among_others_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a shared disk, where only the folder itself is the user's."""
+    access = os.access
+    monkeypatch.setattr(output.os, "access", lambda path, mode: path != tmp_path and access(path, mode))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(
+        InputError, match=r"cannot be replaced, since .* cannot be written; choose a folder in it, such"
+    ):
+        check_output(tmp_path / "out", whole=True)
+    check_output(tmp_path / "out")
+    check_output(tmp_path / "out" / "result", whole=True)
 
 
 @pytest.mark.parametrize("written", ["text", "safetensors"])
