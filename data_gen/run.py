@@ -42,6 +42,7 @@ from data_gen.pipeline.deduplicate import deduplicate
 from data_gen.pipeline.stages import make
 from data_gen.plan import count_items
 from medisee.foundation.errors import InputError
+from medisee.foundation.output import check_output
 
 _ROUNDS = 3  # over items that the server did not answer for
 _EMPTY = 3  # batches without any answer
@@ -53,6 +54,7 @@ _INTERRUPTED = "interrupted; run again to go on"
 def main(argv: Sequence[str] | None = None) -> None:
     """Makes pairs from the command line."""
     arguments = _arguments(argv)
+    check_output(arguments.ledger.parent, option="--ledger")
     inputs = read_inputs(arguments)
     style, limit = inputs.recipe.style, arguments.limit
     if not arguments.author:

@@ -14,21 +14,24 @@ From a ledger they include tokens and prices, and what the rules objected to bef
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_gen.export import SUMMARY, check_out
+from data_gen.export import SUMMARY
 from data_gen.ledger.ledger import Ledger
 from data_gen.publishing.card import markdown_table
 from data_gen.publishing.figures import draw_figures
 from data_gen.publishing.statistics import Statistics, balance, statistics_of_export, statistics_of_ledger
 from medisee.foundation.errors import InputError
-from medisee.foundation.files import atomic_path, write_json, write_text
+from medisee.foundation.files import write_json, write_text
+from medisee.foundation.json_files import parse_json
+from medisee.foundation.output import Result, replaced_folder
 
 STATS = "stats.json"
+_FILES = r"(cloud_categories|cloud_questions|frequency|lengths|perspectives|dropped)\.png|stats\.(json|md)"
+RESULT = Result("result of this command", _FILES, STATS, "balance")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,15 +44,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     out_help = "folder to write; earlier statistics in it are replaced"
     parser.add_argument("--out", type=Path, required=True, help=out_help)
     arguments = parser.parse_args(argv)
-    check_out(arguments.out, STATS, "balance")
-    if arguments.ledger is not None:
-        with Ledger(arguments.ledger) as ledger:
-            found = statistics_of_ledger(ledger)
-    else:
-        found = statistics_of_export(arguments.export, _facts(arguments.export))
-    balances = {name: round(balance(getattr(found, name)), 4) for name in ("images", "pairs", "cells")}
-    with atomic_path(arguments.out) as folder:
-        folder.mkdir()
+    inputs = {"the ledger": arguments.ledger, "the export": arguments.export}
+    with replaced_folder(arguments.out, RESULT, inputs=inputs) as folder:
+        if arguments.ledger is not None:
+            with Ledger(arguments.ledger) as ledger:
+                found = statistics_of_ledger(ledger)
+        else:
+            found = statistics_of_export(arguments.export, _facts(arguments.export))
+        balances = {name: round(balance(getattr(found, name)), 4) for name in ("images", "pairs", "cells")}
         figures = draw_figures(found, folder)
         write_json(folder / STATS, {**asdict(found), "figures": figures, "balance": balances})
         write_text(folder / "stats.md", _markdown(found, balances))
@@ -80,7 +82,7 @@ def _markdown(statistics: Statistics, balances: dict[str, float]) -> str:
 def _facts(folder: Path) -> dict[str, Any]:
     path = folder / SUMMARY
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = parse_json(path.read_bytes())
         return {"author": str(facts["author"]), "dropped": list(facts["dropped"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(

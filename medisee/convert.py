@@ -23,10 +23,11 @@ from medisee.config.model import PLACING, LanguageSize, Mllm, Model
 from medisee.foundation.errors import InputError, exit_code
 from medisee.foundation.files import atomic_path
 from medisee.foundation.json_files import read_json
+from medisee.foundation.output import check_output, replaced_folder
 from medisee.models.medisee import MediSee
 from medisee.models.seg_head import vit_sizes
 from medisee.weights.checkpoints import (
-    check_replaceable,
+    CHECKPOINT,
     load_checkpoint,
     local_checkpoint,
     merge_adapters,
@@ -76,8 +77,9 @@ def from_release(weights: Path, model: Model, tokenizer_folder: Path, out: Path)
     The release's weights replace the published ones that `model` names. The tokenizer's folder may lack the candidate
     tokens, which are added in the release's order.
     """
-    check_replaceable(out)
-    shard_paths(weights)
+    need = sum(path.stat().st_size for path in shard_paths(weights))
+    inputs = {"the weights": weights, "the tokenizer": tokenizer_folder}
+    check_output(out, CHECKPOINT, inputs=inputs, whole=True, need=need)
     _check_model(model, weights)
     tokenizer = _release_tokenizer(tokenizer_folder)
     mllm = model.mllm.model_copy(update={"train_projector": False})
@@ -96,8 +98,7 @@ def from_release(weights: Path, model: Model, tokenizer_folder: Path, out: Path)
     if report.dtypes.most_common(1)[0][0] == "bfloat16":
         model = model.model_copy(update={"mllm": model.mllm.model_copy(update={"dtype": "bfloat16"})})
     run = {"converted": "release", "weights": weights.absolute().name, "tensors": dict(report.placed)}
-    with atomic_path(out) as temporary:
-        temporary.mkdir()
+    with replaced_folder(out, CHECKPOINT) as temporary:
         write_shards(plans, temporary, lambda name, values: our_values(name, values, model.candidate_tokens))
         tokenizer.save_pretrained(temporary)
         write_description(temporary, model, run)
@@ -147,8 +148,9 @@ def _release_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def merge(checkpoint: Path, out: Path) -> None:
     """Writes a checkpoint as one model without LoRA that needs no other weights; replaces a checkpoint at `out`."""
-    check_replaceable(out)
     folder = local_checkpoint(checkpoint)
+    need = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    check_output(out, CHECKPOINT, inputs={"the checkpoint": folder}, whole=True, need=need)
     model = load_checkpoint(folder, _in_full)
     merge_adapters(model)
     model.config = _standalone(model, folder)
@@ -159,6 +161,7 @@ def export_sam(checkpoint: Path, out: Path) -> None:
     """Writes a checkpoint's seg head as a new folder of transformers' SamModel."""
     if out.exists():
         raise InputError(f"{out}: is there already; name a new folder.")
+    check_output(out)
     folder = local_checkpoint(checkpoint)
     model = load_checkpoint(folder, _in_full)
     head = model.config.seg_head

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from medisee.foundation.errors import InputError, exit_code, nearest
 from medisee.foundation.files import inside, sha256, write_json
 from medisee.foundation.json_files import parse_json
+from medisee.foundation.output import filled_folder
 from medisee.weights.hub import fetch, foreign_content, verify
 
 MANIFEST = "weights.json"
@@ -215,11 +216,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("no weights named; give one or more of those that --list prints, such as medisee-7b.")
     else:
         models = wanted(arguments.names)
-        existing = next((path for path in (out, *out.parents) if path.exists()), out)
-        if not existing.is_dir():
-            raise InputError(f"--out {out}: {existing} is a file; name a folder.")
-        if missing := download(out, models):
-            raise InputError(missing)
+        with filled_folder(out):
+            if missing := download(out, models):
+                raise InputError(missing)
         print(f"done: {', '.join(models)} in {out}; --check compares them with {MANIFEST} later")
 
 

@@ -27,11 +27,12 @@ from medisee.config.model import PLACING, Mllm
 from medisee.data.features import fill_cache
 from medisee.evaluation.prediction import Mode
 from medisee.evaluation.references import learn_references
-from medisee.evaluation.report import check_out, summarise_split, to_text, write_report
+from medisee.evaluation.report import REPORT, summarise_split, to_text, write_report
 from medisee.evaluation.scoring import answers_from_file, answers_from_model, open_splits, read_categories, score_split
 from medisee.foundation.errors import InputError, exit_code
-from medisee.foundation.files import atomic_path, write_json
+from medisee.foundation.files import write_json
 from medisee.foundation.hardware import compute_dtype, keep_freed_memory
+from medisee.foundation.output import replaced_folder
 from medisee.foundation.provenance import run_facts
 from medisee.models.medisee import MediSee
 from medisee.records.manifest import Manifest
@@ -71,9 +72,9 @@ def _flat(section: Mapping[str, Any], prefix: str = "model") -> dict[str, Any]:
     return flat
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
+def _evaluate(arguments: argparse.Namespace, folder: Path) -> None:
+    """Evaluates, and writes the report into an empty folder."""
     started = time.perf_counter()
-    check_out(arguments.out)
     config = load_config(arguments.config, arguments.overrides)
     categories = read_categories(config.data.categories) if config.data.categories is not None else {}
     train = Manifest(config.data.train[0].records, config.data.train[0].root) if config.data.train else None
@@ -98,12 +99,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     references = learn_references(train) if train is not None else None
     results = [score_split(s, a, references, categories) for s, a in zip(splits, answers, strict=True)]
     summaries = {one.split.name: summarise_split(one, config.eval.resamples) for one in results}
-    with atomic_path(arguments.out) as temporary:
-        temporary.mkdir()
-        write_report(temporary, results, summaries, system)
-        write_json(temporary / "run.json", {**facts, "seconds": round(time.perf_counter() - started, 1)})
+    write_report(folder, results, summaries, system)
+    write_json(folder / "run.json", {**facts, "seconds": round(time.perf_counter() - started, 1)})
     print(to_text(summaries, system))
-    print(f"done: the tables are in {arguments.out / 'table.md'}, cases to look at in {arguments.out / 'gallery.html'}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -127,7 +125,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("--decode: a predictions file has its own modes; leave --decode out.")
     if arguments.limit is not None and arguments.limit < 1:
         raise InputError(f"--limit {arguments.limit}: expected 1 or more; leave it out to score every record.")
-    _evaluate(arguments)
+    inputs = {"the checkpoint": arguments.checkpoint, "the predictions": arguments.predictions}
+    inputs |= {"the root": arguments.root, "the configuration": arguments.config}
+    inputs |= {f"manifest {path.name}": path for path in arguments.records}
+    out: Path = arguments.out
+    with replaced_folder(out, REPORT, inputs=inputs) as folder:
+        _evaluate(arguments, folder)
+    print(f"done: the tables are in {out / 'table.md'}, cases to look at in {out / 'gallery.html'}")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ From Python: model = MediSee.from_pretrained(folder), then ask(model, image, que
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -32,7 +33,8 @@ from tqdm import tqdm
 from medisee.config import Eval
 from medisee.evaluation.drawing import overlay
 from medisee.foundation.errors import InputError, exit_code, first_line
-from medisee.foundation.files import atomic_path, write_json
+from medisee.foundation.files import atomic_path, safe_name, write_json
+from medisee.foundation.output import Result, check_output, locked
 from medisee.records.images import read_image
 from medisee.records.masks import Box, encode_mask
 from medisee.records.prompts import candidate_text
@@ -50,6 +52,8 @@ Decode = Literal["generate", "forced"]
 MAX_NEW_TOKENS = Eval().max_new_tokens
 MASK, OVERLAY, PREDICTION, RUN = "mask.png", "overlay.png", "prediction.json", "run.json"
 
+_ANSWER = Result("answer", f"{MASK}|{OVERLAY}|{PREDICTION}", PREDICTION, "plain_text")
+_RUN = Result("answer", RUN, RUN, "settings.queries")
 _MODES: dict[Decode, Mode] = {"generate": "generated", "forced": "forced"}
 _KEPT_BYTES = 1 << 28  # of pixels of checked images that are kept; images beyond it are read again
 
@@ -172,13 +176,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     marked = 0
     disable = None if len(images) > 1 else True  # None: a progress bar on a terminal only
     progress = tqdm(images, desc="images", unit="image", disable=disable)
-    for image, name, its in zip(progress, names, folders, strict=True):
-        for folder, answer in zip(its, ask_all(model, image, arguments.query, **choices), strict=True):
-            note = "" if answer.emitted else no_region
-            _write(folder, name, answer, arguments.decode, note)
-            tqdm.write(_report(folder, name, answer, note))
-            marked += answer.emitted
-    write_json(arguments.out / RUN, {**facts, "seconds": round(time.perf_counter() - started, 3)})
+    with locked(arguments.out):
+        for image, name, its in zip(progress, names, folders, strict=True):
+            for folder, answer in zip(its, ask_all(model, image, arguments.query, **choices), strict=True):
+                note = "" if answer.emitted else no_region
+                _write(folder, name, answer, arguments.decode, note)
+                tqdm.write(_report(folder, name, answer, note))
+                marked += answer.emitted
+        write_json(arguments.out / RUN, {**facts, "seconds": round(time.perf_counter() - started, 3)})
     print(f"done: {sum(map(len, folders))} answer(s), {marked} with a region, in {arguments.out}")
 
 
@@ -241,12 +246,14 @@ def _checked(
             pixels = read_image(path)
             size += pixels.nbytes
             images.append(pixels if size <= _KEPT_BYTES else path)
-    existing = {next((path for path in (folder, *folder.parents) if path.exists()), folder) for folder in folders}
-    files = sorted(path for path in existing if path.exists() and not path.is_dir())
-    problems += [f"--out: {path} is a file; expected a folder; choose another." for path in files]
-    written = {(folder / name).resolve() for folder in folders for name in (MASK, OVERLAY)}
-    replaced = [image for image in arguments.image if image.resolve() in written]
+    written = {os.path.realpath(folder / name) for folder in folders for name in (MASK, OVERLAY)}
+    replaced = [image for image in arguments.image if os.path.realpath(image) in written]
     problems += [f"--image {image}: would be replaced by the result; choose another --out." for image in replaced]
+    if not replaced:
+        with collected():
+            check_output(arguments.out, _RUN, inputs={"the checkpoint": arguments.checkpoint})
+            for folder in folders:
+                check_output(folder, _ANSWER)
     checkpoint = device = None
     if arguments.device is not None or not problems:
         with collected():
@@ -285,24 +292,17 @@ def _folders(out: Path, images: Sequence[Path], queries: int) -> list[list[Path]
     taken = {RUN}
     folders = []
     for image in images:
-        name, number = image.stem, 1
-        while name.casefold() in taken:  # some file systems ignore case
-            number += 1
-            name = f"{image.stem}-{number}"
-        taken.add(name.casefold())
+        name = safe_name(image.stem, taken)
         folders.append([out / (f"{name}-{query}" if queries > 1 else name) for query in range(1, queries + 1)])
     return folders
 
 
 def _write(folder: Path, image_name: str, answer: Answer, decode: Decode, note: str) -> None:
-    """Writes the three files, each atomically, prediction.json last."""
+    """Writes the three files, each atomically and at the same moment, prediction.json last."""
     height, width = answer.image.shape[:2]
     mask = answer.mask if answer.mask is not None else np.zeros((height, width), np.bool_)
     legend = "\n".join(part for part in (answer.question, answer.plain_text, note) if part)
     drawn = overlay(answer.image, answer.mask, answer.box, legend=legend)
-    for name, picture in ((MASK, Image.fromarray(mask.astype(np.uint8) * 255)), (OVERLAY, drawn)):
-        with atomic_path(folder / name) as temporary:
-            picture.save(temporary, format="PNG")
     content = {
         "image": image_name,
         "height": height,
@@ -317,7 +317,11 @@ def _write(folder: Path, image_name: str, answer: Answer, decode: Decode, note: 
         "mask": asdict(encode_mask(mask)) if answer.emitted else None,
         "scores": answer.scores,
     }
-    write_json(folder / PREDICTION, content)
+    with ExitStack() as files:  # it is left in reverse order
+        paths = [files.enter_context(atomic_path(folder / name)) for name in (PREDICTION, OVERLAY, MASK)]
+        write_json(paths[0], content)
+        drawn.save(paths[1], format="PNG")
+        Image.fromarray(mask.astype(np.uint8) * 255).save(paths[2], format="PNG")
 
 
 def _report(folder: Path, image_name: str, answer: Answer, note: str) -> str:

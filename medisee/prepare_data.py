@@ -14,11 +14,13 @@ import argparse
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from medisee.foundation.errors import InputError, exit_code, nearest
 from medisee.foundation.files import write_json
+from medisee.foundation.output import Result, check_output, locked
 
 DEMO = """Makes the demo data set, offline and in about a minute: MRI slices of an averaged brain with the outlines of
 its structures, and questions that describe a structure without naming it.
@@ -65,6 +67,15 @@ copies of training's), the manifests and categories.json of `demo`, asked.json (
 run.json.
 """
 
+_FILLED = {
+    name: Result(name, rf"({files})\.jsonl|run\.json|{more}", "run.json", "settings.data", value=name)
+    for name, files, more in (
+        ("sa-med2d", "train|val|test|rejects", ""),
+        ("mlmr-sd", "train|val|test|test_short|test_long", "images|masks"),
+    )
+}
+"""The results that are written into OUT file by file, beside what else lies in it."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepares a data set from the command line."""
@@ -74,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if problems := _problems(command, options):
         raise InputError(problems)
     started = time.perf_counter()
-    {"demo": _demo, "sa-med2d": _sa_med2d, "mlmr-sd": _mlmr_sd, "ask": _ask}[command](options)
+    # The others replace OUT as a whole, and hold it themselves.
+    with locked(options["out"]) if command in _FILLED else nullcontext():
+        {"demo": _demo, "sa-med2d": _sa_med2d, "mlmr-sd": _mlmr_sd, "ask": _ask}[command](options)
     seconds = round(time.perf_counter() - started, 3)
     # Late: the processes that read masks import this module and do not need torch.
     from medisee.foundation.provenance import run_facts
@@ -167,9 +180,11 @@ def _print_counts(out: Path, counts: Mapping[str, int]) -> None:
 
 
 def _problems(command: str, options: dict[str, Any]) -> list[str]:
-    out = options["out"]
-    existing = next((path for path in (out, *out.parents) if path.exists()), out)
-    problems = [] if existing.is_dir() else [f"--out {out}: {existing} is a file; expected a folder; choose another."]
+    problems: list[str] = []
+    try:
+        check_output(options["out"], _FILLED.get(command), inputs={"the root": options.get("root")})
+    except InputError as error:
+        problems += error.problems
     if command != "sa-med2d":
         return problems
     from medisee.sources.subset import parse_subset

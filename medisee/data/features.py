@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import atomic_path, sha256
+from medisee.foundation.output import check_output
 from medisee.models.processing import MediSeeProcessor
 from medisee.models.seg_head import SamHead
 from medisee.records.images import read_image
@@ -106,6 +107,7 @@ def fill_cache(
     if not missing:
         return cache
     size = 2 * len(missing) * head.spec.channels * head.spec.grid**2
+    check_output(folder, option="data.cache", need=size)
     print(f"features: {len(missing)} images to encode once, {size / 2**20:.0f} MiB in {cache.folder}", flush=True)
     device = next(head.parameters()).device
     # A copy: rounding the model's own weights to 16 bit and back would change them.

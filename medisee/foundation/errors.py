@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+_OF_DISK = ("EACCES", "EDQUOT", "EFBIG", "EIO", "ELOOP", "ENAMETOOLONG", "ENOSPC", "ENOTDIR", "EROFS")
+"""Errors that a check before the work cannot rule out; any other is a bug of ours."""
 
 
 class InputError(Exception):
@@ -53,13 +57,19 @@ def nearest(value: str, known: Iterable[str]) -> str:
 def exit_code(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
     """Runs a command's main and returns its exit status.
 
-    It is 0 on success, 2 for bad input, with one line per problem on stderr, and 130 after an interrupt.
+    It is 0 on success, 2 for bad input or a full disk, with one line per problem on stderr, and 130 after an interrupt.
     """
     try:
         main(argv)
     except InputError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if errno.errorcode.get(error.errno or 0) not in _OF_DISK:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}; mend this, or choose another place.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import inside
+from medisee.foundation.output import check_output
 from medisee.records.jsonl import Text, null_means, read_line, read_lines, read_object
 from medisee.records.prompts import reasoning_answer, reasoning_question
 from medisee.records.records import QA, SPLITS, Length, Perspective, Record, Split, Target, TrueBox, Turn, write_records
@@ -28,7 +29,7 @@ from medisee.sources.sa_med2d_index import ImageName, parse_name
 
 HUB_NAMES: dict[Split, str] = {"train": "train", "val": "validation", "test": "test"}  # of the splits
 _CLASSES = TypeAdapter(dict[str, dict[str, Text]])
-_PICTURE = re.compile(r"[\w-][\w.-]*\.(png|jpe?g|tiff?)", re.ASCII | re.IGNORECASE)
+_PICTURE = re.compile(r"[\w-][\w.-]{,200}\.(png|jpe?g|tiff?)", re.ASCII | re.IGNORECASE)
 
 
 def _answered(turn: Turn) -> Turn:
@@ -135,6 +136,7 @@ def prepare(root: Path | str, out: Path | str, *, seed: int = 0) -> dict[str, in
         The number of records in each manifest, by its name without suffix.
     """
     root, out = Path(root), Path(out)
+    check_output(out, inputs={"the root": root})
     listed = {split: found[0] for split in SPLITS if (found := _first_of(root, (".", "release"), f"{split}.json"))}
     if listed:
         read = {split: _release_records(*read_release(path, root), seed) for split, path in listed.items()}

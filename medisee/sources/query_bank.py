@@ -16,7 +16,8 @@ from typing import Any, TypeAlias
 import yaml
 
 from medisee.foundation.errors import InputError
-from medisee.foundation.files import is_new_or_earlier, write_json
+from medisee.foundation.files import write_json
+from medisee.foundation.output import Result, check_output
 from medisee.records.prompts import reasoning_answer, reasoning_question
 from medisee.records.records import LENGTHS, PERSPECTIVES, QA, SPLITS, Length, Perspective, Record, Split, write_records
 from medisee.sources.brain import STRUCTURES
@@ -136,19 +137,28 @@ def _with_questions(
     return made
 
 
-def check_settings(numbers: Mapping[str, tuple[int | None, int]], out: Path, file: str, key: str, kind: str) -> None:
-    """Checks what a data set with questions is made of, and that its folder `out` holds nothing else.
+QUESTION_FILES = (
+    r"(train_class|train_reasoning|val|test|test_seen)\.(jsonl|offsets\.safetensors)|categories\.json|run\.json"
+)
+"""The files of a data set with questions, beside its own; a command may add run.json."""
 
-    `numbers` has the value and the least allowed value of each setting; None is not checked. Earlier results have a
-    JSON file with a key that no other data set has; `kind` is what they are called in the message.
+
+def check_settings(
+    numbers: Mapping[str, tuple[int | None, int]], out: Path, result: Result, inputs: Mapping[str, Path | None]
+) -> None:
+    """Checks what a data set with questions is made of, and its folder; see `check_output`.
+
+    `numbers` has the value and the least allowed value of each setting; None is not checked.
     """
     problems = [
         f"{name} is {value}; expected {least} or more; raise it."
         for name, (value, least) in numbers.items()
         if value is not None and value < least
     ]
-    if not is_new_or_earlier(out, file, key):
-        problems.append(f"{out}: exists and is not {kind}; expected a new or empty folder; choose another.")
+    try:
+        check_output(out, result, inputs=inputs, whole=True)
+    except InputError as error:
+        problems += error.problems
     if problems:
         raise InputError(problems)
 

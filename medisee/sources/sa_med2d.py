@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from medisee.foundation.errors import InputError
+from medisee.foundation.output import check_output
 from medisee.records.jsonl import line_writer
 from medisee.records.offsets import file_stamp, keep_offsets
 from medisee.records.records import SPLITS, Split, record_writer
@@ -125,6 +126,7 @@ def prepare(
         index_only: open no image and no mask; what only pixels tell is then found when a mask is used.
     """
     root, out = Path(root), Path(out)
+    check_output(out, inputs={"the root": root})
     if index_only and min_area:
         raise InputError(f"min_area={min_area}: is counted in pixels, which index_only does not read; leave one out.")
     index = Index(root, datasets)

@@ -29,8 +29,9 @@ from transformers import PreTrainedTokenizerBase
 from medisee.config.load import config_from
 from medisee.config.model import PLACING, Model
 from medisee.foundation.errors import InputError, first_line, library_errors, shortened
-from medisee.foundation.files import atomic_path, cached_sha256, write_json
+from medisee.foundation.files import cached_sha256, write_json
 from medisee.foundation.json_files import read_json
+from medisee.foundation.output import Result, check_output, replaced_folder
 from medisee.weights.gguf import gguf_file
 from medisee.weights.hub import cached_folder, fetch, is_hub_id
 from medisee.weights.model_card import CARD, model_card
@@ -73,6 +74,15 @@ class SavedModel(Protocol):
 
 
 _Built = TypeVar("_Built", bound=SavedModel)
+
+CHECKPOINT = Result(
+    "checkpoint",
+    r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|tokenizer\.(json|model)|"
+    r"(tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|chat_template\.jinja",
+    mark=CONFIG,
+    key="frozen",
+)
+"""The files of a checkpoint folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +159,7 @@ def save_checkpoint(model: SavedModel, folder: Path, extra: dict[str, Any] | Non
     Raises:
         InputError: the folder holds something else, which would be lost.
     """
-    check_replaceable(folder)
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
+    with replaced_folder(folder, CHECKPOINT, option="") as temporary:
         write_checkpoint(model, temporary, extra)
 
 
@@ -174,17 +182,8 @@ def write_checkpoint(
 
 
 def check_replaceable(folder: Path) -> None:
-    """Checks that writing a checkpoint here loses nothing else.
-
-    Raises:
-        InputError: the path is a file, or a folder that holds something other than a checkpoint.
-    """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    try:
-        read_description(folder)
-    except InputError as error:
-        raise InputError(f"{folder}: holds no checkpoint, but other files; name a new or empty folder.") from error
+    """Checks that writing a checkpoint here loses nothing else."""
+    check_output(folder, CHECKPOINT, option="", whole=True)
 
 
 def write_description(folder: Path, config: Model, run: dict[str, Any]) -> None:

@@ -210,7 +210,9 @@ def test_bad_input(make_ledger: LedgerMaker, tmp_path: Path, capsys: Capture) ->
     path = make_ledger()
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").write_text("mine")
-    assert "holds something else" in refused(capsys, "--ledger", path, "--out", tmp_path / "full")
+    assert "holds 'mine.txt', which is not of an earlier export" in refused(
+        capsys, "--ledger", path, "--out", tmp_path / "full"
+    )
     assert (tmp_path / "full/mine.txt").read_text() == "mine"
     assert "no such ledger" in refused(capsys, "--ledger", tmp_path / "none", "--out", tmp_path / "out")
     (tmp_path / "text").write_text("not a database, but long enough to be looked at as one")
@@ -230,9 +232,9 @@ def test_only_an_earlier_export_is_replaced(make_ledger: LedgerMaker, tmp_path: 
     for content in ('{"note": "n", "settings": {}, "counts": {}, "versions": {}}', "{", "[]"):
         (tmp_path / "demo").mkdir(exist_ok=True)
         (tmp_path / "demo/data.json").write_text(content)
-        assert "holds something else" in refused(capsys, "--ledger", path, "--out", tmp_path / "demo")
+        assert "holds 'data.json'" in refused(capsys, "--ledger", path, "--out", tmp_path / "demo")
         assert (tmp_path / "demo/data.json").read_text() == content
-    assert "holds something else" in refused(capsys, "--ledger", path, "--out", path)
+    assert "is a file" in refused(capsys, "--ledger", path, "--out", path)
 
 
 def test_ledger_and_images_are_never_replaced(make_ledger: LedgerMaker, tmp_path: Path, capsys: Capture) -> None:
@@ -242,10 +244,14 @@ def test_ledger_and_images_are_never_replaced(make_ledger: LedgerMaker, tmp_path
     # The folder of the ledger looks like an earlier export, and so do that of the images and a part of it.
     assert "holds the ledger" in refused(capsys, "--ledger", path, "--out", tmp_path)
     for folder, told in (
-        ("pictures", "holds the folder of the images"),
-        ("pictures/slices", "holds image 'slices/case"),
+        ("pictures", "holds 'slices/case0_0.png', which is not of an earlier export"),
+        ("pictures/slices", "holds picture 'slices/case"),
     ):
         shutil.copyfile(tmp_path / "out/data.json", tmp_path / folder / "data.json")
+        if folder == "pictures/slices":  # also in what it lists
+            (tmp_path / folder / "release").mkdir()
+            listed = {path.name: {} for path in (tmp_path / folder).glob("*.png")}
+            (tmp_path / folder / "release/train.json").write_text(json.dumps(listed))
         assert told in refused(capsys, "--ledger", path, "--out", tmp_path / folder)
     assert path.is_file() and (tmp_path / "pictures/slices/case0_0.png").is_file()
     run(path, tmp_path / "pictures/export")

@@ -189,10 +189,21 @@ def test_bits_need_a_published_language_model(tiny_checkpoint: Path) -> None:
 
 def test_saving_replaces_nothing_but_checkpoints(model: MediSee, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("")
-    for folder in (tmp_path, tmp_path / "thesis.txt"):
-        with pytest.raises(InputError, match="holds no checkpoint, but other files"):
+    for folder, told in (
+        (tmp_path, r"holds 'thesis\.txt', which is not of an earlier"),
+        (tmp_path / "thesis.txt", "a file"),
+    ):
+        with pytest.raises(InputError, match=told):
             model.save_pretrained(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    out = tmp_path / "checkpoint"
+    model.save_pretrained(out)
+    model.save_pretrained(out)
+    (out / "README.md").write_text("mine")
+    with pytest.raises(
+        InputError, match=r"holds 'README\.md', which is not of an earlier checkpoint and would be lost"
+    ):
+        model.save_pretrained(out)
 
 
 def test_a_hub_id_is_fetched(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
