@@ -147,12 +147,8 @@ async def read_stored(answers: Answers, request: Request, answer: Answer, check:
     reply, value = _read(request.stage, request.mode, answer.reply)
     if value is not None:
         return Answered(value, reply.text, answer.verdict or ())
-    return Answered(
-        None,
-        reply.text,
-        (Fault("", reply.status, reply.why),),
-        again=reply.status not in ("refused", "filtered", "rejected"),
-    )
+    again = reply.status not in ("refused", "filtered", "rejected")
+    return Answered(None, reply.text, (Fault("", reply.status, reply.why),), again)
 
 
 @dataclass(frozen=True, slots=True)

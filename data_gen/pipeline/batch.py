@@ -193,10 +193,11 @@ class BatchServer:
                 except StopRun as error:
                     stops.append(error)
         refused = [answer.reply.why for answer in found.values() if answer.reply.status == "rejected"]
-        if len(refused) == len(found) and any(why != BLOCKED for why in refused):
+        why = next((why for why in refused if why != BLOCKED), None)
+        if why and len(refused) == len(found):
             # Where others are answered the fault is the request's; here it may be the settings' or the server's.
             found.clear()
-            stops.append(StopRun(f"stopped: {refused[0]}; {CORRECT}."))
+            stops.append(StopRun(f"stopped: {why}; {CORRECT}."))
         for answer in found.values():
             self.money.release(0, answer.reply.price)
         self.answers.collect_batch(token, list(found.items()))

@@ -147,8 +147,8 @@ async def _revise(item: Item, recipe: Recipe, ask: Ask, fields: dict[str, Any]) 
     def texts(value: BaseModel) -> dict[str, str]:
         revisions = cast(Revisions, value).descriptions
         for revision in revisions:
-            if not text_of(revision) and not refuses(revision.reason):
-                removed.setdefault(revision.cell, revision.reason or "the evaluator gave no reason")
+            if not text_of(revision) and revision.reason and not refuses(revision.reason):
+                removed.setdefault(revision.cell, revision.reason)
         return {revision.cell: text_of(revision) for revision in revisions}
 
     def judge(value: BaseModel, good: dict[str, Any]) -> list[Fault]:
@@ -162,7 +162,8 @@ async def _revise(item: Item, recipe: Recipe, ask: Ask, fields: dict[str, Any]) 
 
     request = request_of("revise", fields, recipe, item)
     found = await ask_until_valid(request, list(before), judge, texts, ask=ask, again=recipe.again)
-    faults = [Fault(cell, "removed", removed[cell]) for cell, text in found.parts.items() if not text]
+    reasons = {cell: removed.get(cell, "the evaluator gave no reason") for cell in found.parts}
+    faults = [Fault(cell, "removed", reasons[cell]) for cell, text in found.parts.items() if not text]
     return Validated({cell: text for cell, text in found.parts.items() if text}, (*faults, *found.faults))
 
 

@@ -12,8 +12,9 @@ _NOT_ABLE = (
 )
 # What a person who asks about an image does not say of himself, unlike "I cannot find the organ that makes bile".
 _HELP = (
-    "help|assist|provid(?:e|ing)|offer|comply|interpret|analy[sz](?:e|ing)|diagnos(?:e|ing)|describ(?:e|ing)|comment|process|"
-    "generat(?:e|ing)|fulfill?|answer|respond|engage|continue|complete|give (?:a |any |you )?(?:medical|advice|diagnos)"
+    "help|assist|provide|providing|offer|comply|interpret|analy[sz]e|analy[sz]ing|diagnose|diagnosing|describe|describing|"
+    "comment|process|generate|generating|fulfill?|answer|respond|engage|continue|complete|"
+    "give (?:a |any |you )?(?:medical|advice|diagnos)"
 )
 _SEE = (
     r"(?:see|view|access|open|read|display)(?: or \w+)? (?:any |the |this |that |an |your |attached |uploaded |medical )*"
