@@ -204,9 +204,7 @@ class Ledger:
 
     def has_pairs(self, style: str) -> bool:
         """Returns whether there is a pair in a style."""
-        query = (
-            "SELECT 1 FROM pairs WHERE state IN ('new', 'kept') AND json_extract(content, '$.conversation') IS NULL = ?"
-        )
+        query = "SELECT 1 FROM pairs WHERE state IN ('new', 'kept') AND (json_extract(content, '$.conversation') IS NULL) = ?"
         return bool(self._store.read(f"{query} LIMIT 1", style == "single"))
 
     def count_pairs(self) -> dict[str, int]:
