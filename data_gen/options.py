@@ -23,7 +23,13 @@ from medisee.records.manifest import Manifest
 
 LOCAL = "local:"
 _SCHEMAS = ("strict", "json_object", "none")
-_BOUNDS = {"variants": (1, MOST_VARIANTS), "again": (0, 10), "limit": (1, None), "temperature": (0, 2)}
+_BOUNDS = {
+    "variants": (1, MOST_VARIANTS),
+    "again": (0, 10),
+    "limit": (1, 10**9),
+    "temperature": (0, 2),
+    "max_tokens": (1, 10**7),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--base-url", metavar="URL", help="another OpenAI-compatible server, such as http://127.0.0.1:8000/v1")
     add("--schema", choices=_SCHEMAS, default="strict", help="how the server enforces the JSON form (default: strict)")
     add("--temperature", type=float, metavar="T", help="sampling temperature of the model (default: the server's)")
+    add("--reasoning-effort", metavar="LEVEL", help="how long a model thinks, such as low (default: the server's)")
+    add("--max-tokens", type=int, metavar="N", help="most tokens of an answer, thoughts included (default: 200 to 800)")
     add("--captioner", metavar="NAME", help=f"a vision model for captions, or {LOCAL}FOLDER of a Llava (default: none)")
     add("--caption-url", metavar="URL", help=f"the captioner's server, key in {CAPTION_KEY} (default: --base-url)")
     add("--caption-schema", choices=_SCHEMAS, help="how the captioner's server does it (default: as --schema)")
@@ -90,7 +98,11 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
         captions=read_captions(arguments.captions) if arguments.captions else {},
         # OpenAI's newer models accept only the one name, most other servers only the older one.
         limit_name="max_completion_tokens" if is_same(arguments.base_url, None) else "max_tokens",
-        parameters={} if arguments.temperature is None else {"temperature": arguments.temperature},
+        parameters={
+            name: value
+            for name in ("temperature", "reasoning_effort")
+            if (value := getattr(arguments, name)) is not None
+        },
         seed=arguments.seed,
     )
     return Inputs(manifest, recipe, names, price, caption_price)
@@ -134,9 +146,12 @@ def _check(arguments: argparse.Namespace) -> None:
     ]
     for name, (least, most) in _BOUNDS.items():
         value = getattr(arguments, name)
-        if value is not None and not (least <= value and (most is None or value <= most)):
-            expected = f"{least} or more" if most is None else f"{least} to {most}"
-            problems.append(f"--{name} is {value}; expected {expected}; correct it.")
+        if value is not None and not least <= value <= most:
+            problems.append(f"--{name.replace('_', '-')} is {value}; expected {least} to {most}; correct it.")
+    for name in ("model", "captioner", "reasoning_effort"):
+        value = getattr(arguments, name)
+        if value is not None and not (value.strip() and value.isprintable()):
+            problems.append(f"--{name.replace('_', '-')} {value!r}: expected printable characters; correct it.")
     if problems:
         raise InputError(problems)
 

@@ -8,7 +8,8 @@ Everything is in the ledger before anything is built on it. Stop a run in any wa
 has an answer is not asked again. The key of the model's server is read from OPENAI_API_KEY, that of a captioner's own
 server (--caption-url) from MEDISEE_CAPTION_KEY; neither is ever written to disk.
 
-Exits with 0 when all images are done, 1 when the run stopped before that (it says why), 2 when the input is wrong.
+Exits with 0 when all images are done and there are pairs, 1 when the run stopped before that or made no pair (it says
+why), 2 when the input is wrong.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_gen.authors.client import CAPTION_KEY, KEY, Client, Server, Unreachable, api_key, is_same
+from data_gen.authors.client import CAPTION_KEY, KEY, Client, NotAccepted, Server, Unreachable, api_key, is_same
 from data_gen.authors.offline import OfflineAuthor
 from data_gen.core.calls import Request
 from data_gen.core.items import Item, items_from_manifest
@@ -37,13 +38,14 @@ from data_gen.ledger.ledger import Ledger
 from data_gen.ledger.limits import ErrorBudget, MoneyBudget, RateLimit, StopRun
 from data_gen.options import LOCAL, Inputs, add_options, fixed_settings, read_inputs
 from data_gen.pipeline.asking import Answered, Ask, Asker, Author, Check, Pending
-from data_gen.pipeline.batch import BatchServer, Waves
+from data_gen.pipeline.batch import CORRECT, BatchServer, Waves
 from data_gen.pipeline.deduplicate import deduplicate
 from data_gen.pipeline.stages import make
 from data_gen.plan import count_items
 from medisee.foundation.errors import InputError
 from medisee.foundation.output import check_output
 
+_MOST_AT_ONCE = 10_000  # requests; each has a task and a connection
 _ROUNDS = 3  # over items that the server did not answer for
 _EMPTY = 3  # batches without any answer
 _GRACE = 20.0  # seconds that calls under way are given after the first signal
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for server in _servers(arguments):
             api_key(server)
     with Ledger(arguments.ledger, create=True) as ledger, _alone(arguments.ledger):
-        free = {"style": style, "limit": limit, "batch": arguments.batch}
+        free = {"style": style, "limit": limit, "batch": arguments.batch, "max_tokens": arguments.max_tokens}
         number = ledger.start_run(fixed_settings(arguments, inputs.recipe), free)
         ledger.keep_names(inputs.names)
         _add_items(ledger, inputs, limit)
@@ -72,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             stopped = str(error)
         except asyncio.CancelledError:
             stopped = _INTERRUPTED
+        if not (stopped or ledger.has_pairs(style)):
+            stopped = "no pair was made: all were dropped, for the reasons above; try another model or other settings."
         ledger.end_run(number, stopped or "done")
         print(_summary(ledger, limit, style))
     if signals:
@@ -206,28 +210,30 @@ async def _pass(ledger: Ledger, recipe: Recipe, ask: Ask, arguments: argparse.Na
     """Works on all items without an outcome; returns how many still have none, and why."""
     style, limit = recipe.style, arguments.limit
     open_count, count = ledger.count_open(style, limit)
-    left, why, made, dropped = 0, "", 0, 0
+    left, refused, why, made, dropped, done = 0, 0, "", 0, 0, 0
     with tqdm(total=count, initial=count - open_count, unit="image", disable=None, desc="making pairs") as bar:
 
         async def work(item: Item) -> None:
-            nonlocal left, why, made, dropped
+            nonlocal left, refused, why, made, dropped, done
             try:
                 outcome = await make(item, recipe, ask)
             except (Unreachable, Pending) as error:
-                left, why = left + 1, str(error)
+                left, refused, why = left + 1, refused + isinstance(error, NotAccepted), str(error)
                 return
             await asyncio.wrap_future(ledger.finish(item.id, style, outcome.pairs, outcome.drops))
-            made, dropped = made + len(outcome.pairs), dropped + len(outcome.drops)
+            made, dropped, done = made + len(outcome.pairs), dropped + len(outcome.drops), done + 1
             bar.update()
             bar.set_postfix(pairs=made, dropped=dropped, refresh=False)
 
         await work_through(ledger.open_items(style, limit), work, arguments.workers)
+    if refused == left > done == 0:
+        raise StopRun(f"stopped: the server does not accept the requests of {left:,} items ({why}); {CORRECT}.")
     return left, why
 
 
 def _servers(arguments: argparse.Namespace) -> tuple[Server, Server]:
     """Returns the model's server and the captioner's, which does not get the model's key if it is another one."""
-    given = {name: getattr(arguments, name) for name in ("base_url", "concurrency", "timeout", "sends")}
+    given = {name: getattr(arguments, name) for name in ("base_url", "concurrency", "timeout", "sends", "max_tokens")}
     server = Server(**given)
     url = arguments.caption_url or arguments.base_url
     return server, replace(server, base_url=url, key_name=KEY if is_same(url, arguments.base_url) else CAPTION_KEY)
@@ -250,12 +256,16 @@ def _alone(path: Path) -> Iterator[None]:
     """Keeps a second run off the ledger, which would ask the same questions."""
     import fcntl
 
-    with path.with_name(f".{path.name}.lock").open("w") as handle:
+    lock = path.with_name(f".{path.name}.lock")
+    with lock.open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError(f"{path}: in use by another run; wait for its end or name another ledger.") from error
-        yield
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _summary(ledger: Ledger, limit: int | None, style: str) -> str:
@@ -297,6 +307,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         for name in numbers
         if (value := getattr(arguments, name)) is not None and not 0 < value < float("inf")
     ]
+    if arguments.concurrency > _MOST_AT_ONCE:
+        problems.append(f"--concurrency is {arguments.concurrency}; expected at most {_MOST_AT_ONCE:,}; correct it.")
     if arguments.batch and arguments.author:
         problems.append("--batch: the offline author has no batches; leave it out.")
     if problems:

@@ -17,8 +17,11 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import BaseModel, ValidationError
+
+from data_gen.core.schemas import reasons
 from data_gen.export import SUMMARY
 from data_gen.ledger.ledger import Ledger
 from data_gen.publishing.card import markdown_table
@@ -26,7 +29,7 @@ from data_gen.publishing.figures import draw_figures
 from data_gen.publishing.statistics import Statistics, balance, statistics_of_export, statistics_of_ledger
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import write_json, write_text
-from medisee.foundation.json_files import parse_json
+from medisee.foundation.json_files import read_json
 from medisee.foundation.output import Result, replaced_folder
 
 STATS = "stats.json"
@@ -79,12 +82,20 @@ def _markdown(statistics: Statistics, balances: dict[str, float]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+class _Dropped(BaseModel):
+    rule: str
+    count: int
+
+
+class _Facts(BaseModel):  # what is read of data.json
+    author: Literal["offline", "models", "models and offline"]
+    dropped: list[_Dropped]
+
+
 def _facts(folder: Path) -> dict[str, Any]:
+    expected = "the summary of a folder that `python -m data_gen export` wrote"
     path = folder / SUMMARY
     try:
-        facts = parse_json(path.read_bytes())
-        return {"author": str(facts["author"]), "dropped": list(facts["dropped"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"--export {folder}: {SUMMARY} cannot be read ({error}); name a folder that `python -m data_gen export` wrote."
-        ) from error
+        return _Facts.model_validate(read_json(path, expected)).model_dump()
+    except ValidationError as error:
+        raise InputError(f"{path}: {reasons(error)[0]}; expected {expected}; export again.") from error

@@ -201,6 +201,22 @@ def test_what_the_offline_author_made_is_labelled(make_ledger: LedgerMaker, tmp_
     assert {qa["author"] for one in records for target in one["targets"] for qa in target["qa"]} == {"offline"}
 
 
+def test_pairs_that_training_would_not_take_are_left_out_and_told(make_ledger: LedgerMaker, tmp_path: Path) -> None:
+    path = make_ledger()
+    wrong = {"question": "I'm sorry, but I can't help.", "answer": "The liver is </s> [SEG] here and makes bile."}
+    with sqlite3.connect(path) as raw:
+        for (key, text), identity in zip(wrong.items(), ("attribute-short", "attribute-long"), strict=True):
+            row = f"case0_0/liver#first-{identity}"
+            raw.execute("UPDATE pairs SET content = json_set(content, ?, ?) WHERE id = ?", (f"$.{key}", text, row))
+    raw.close()
+    run(path, tmp_path / "out")
+    records = [record for name in ("train", "val", "test") for record in Manifest(tmp_path / f"out/{name}.jsonl")]
+    qas = [qa for record in records for qa in record.targets[0].qa]
+    assert len(qas) == 38 and all(qa.answer.count("[SEG]") == qa.answer.count("[BBOX]") == 1 for qa in qas)
+    assert json.loads((tmp_path / "out/data.json").read_text())["screening"]["outcomes"]["unusable"] == 2
+    assert "or holds a special token, left out | 2 |" in (tmp_path / "out/hub/README.md").read_text()
+
+
 def test_an_unfinished_run_is_warned_about(make_ledger: LedgerMaker, tmp_path: Path, capsys: Capture) -> None:
     run(make_ledger(settled=False), tmp_path / "out")
     assert "near-duplicates may be among the pairs" in capsys.readouterr().err
