@@ -17,15 +17,13 @@ from PIL import Image
 
 from data_gen.core.calls import IMAGE_PREFIX
 from data_gen.core.items import Item
+from medisee.evaluation.drawing import PREDICTION, contour
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import inside, sha256
 from medisee.records.images import read_image
-from medisee.records.manifest import read_mask
-from medisee.records.masks import decode_mask
+from medisee.records.masks import decode_mask, read_mask
 
-_COLOR = (230, 159, 0)
 _FILL = 90  # of 255: the image below must stay visible
-_LINE = 2
 _SHORTEST_SIDE_SHOWN = 640
 
 
@@ -77,14 +75,10 @@ def mask_png(item: Item, root: Path) -> bytes:
     mask = item_mask(item, root)
     scale = max(1, math.ceil(_SHORTEST_SIDE_SHOWN / max(mask.shape)))
     large = mask.repeat(scale, axis=0).repeat(scale, axis=1)
-    inner = np.pad(large, _LINE)
-    for _ in range(_LINE):
-        shifted = [np.roll(inner, step, axis) for axis in (0, 1) for step in (1, -1)]
-        inner = np.logical_and.reduce([inner, *shifted])
     picture_hw4 = np.zeros((*large.shape, 4), np.uint8)
-    picture_hw4[..., :3] = _COLOR
+    picture_hw4[..., :3] = PREDICTION
     picture_hw4[large, 3] = _FILL
-    picture_hw4[large & ~inner[_LINE:-_LINE, _LINE:-_LINE], 3] = 255
+    picture_hw4[contour(large), 3] = 255
     return _png(picture_hw4)
 
 
