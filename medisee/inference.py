@@ -15,6 +15,7 @@ From Python: model = MediSee.from_pretrained(folder), then ask(model, image, que
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import time
@@ -247,8 +248,8 @@ def _checked(
     existing = {next((path for path in (folder, *folder.parents) if path.exists()), folder) for folder in folders}
     files = sorted(path for path in existing if path.exists() and not path.is_dir())
     problems += [f"--out: {path} is a file; expected a folder; choose another." for path in files]
-    written = {(folder / name).resolve() for folder in folders for name in (MASK, OVERLAY)}
-    replaced = [image for image in arguments.image if image.resolve() in written]
+    written = {os.path.realpath(folder / name) for folder in folders for name in (MASK, OVERLAY)}
+    replaced = [image for image in arguments.image if os.path.realpath(image) in written]
     problems += [f"--image {image}: would be replaced by the result; choose another --out." for image in replaced]
     checkpoint = device = None
     if arguments.device is not None or not problems:
