@@ -21,7 +21,7 @@ from medisee.evaluation.drawing import PREDICTION, contour
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import inside, sha256
 from medisee.records.images import read_image
-from medisee.records.masks import decode_mask, read_mask
+from medisee.records.masks import check_size, decode_mask, read_mask
 
 _FILL = 90  # of 255: the image below must stay visible
 _SHORTEST_SIDE_SHOWN = 640
@@ -45,16 +45,11 @@ def item_mask(item: Item, root: Path) -> NDArray[np.bool_]:
     where, size = f"item {item.id!r}", (item.height, item.width)
     if isinstance(item.mask, str):
         path, named = inside(root, item.mask, where), f"{where}: mask {item.mask!r}"
-        mask = read_mask(path, named, root, size)
+        mask = read_mask(path, named, size)
         _check_content(path, item.mask_sha256, named)
         return mask
-    mask = decode_mask(item.mask)
-    if mask.shape != size:
-        raise InputError(
-            f"{where}: its mask is {mask.shape[1]} x {mask.shape[0]} (width x height); expected the image's "
-            f"{item.width} x {item.height}; start a new ledger from a correct manifest."
-        )
-    return mask
+    check_size(item.mask.size, size, f"{where}: mask (RLE)")
+    return decode_mask(item.mask)
 
 
 def _check_content(path: Path, expected: str, where: str) -> None:

@@ -8,7 +8,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,14 @@ _STARTS = {
     "GIF": rb"GIF8",
     "BMP": rb"BM.{4}\0{4}",
     "WebP": rb"RIFF.{4}WEBP",
-    "AVIF": rb".{4}ftypavi[fs]",
-    "HEIC": rb".{4}ftyp(hei[cx]|hev[cx]|mif1|msf1)",
-    "JPEG 2000": rb"\0{3}\x0cjP  ",
+    "HEIC or AVIF": rb".{4}ftyp(hei[cx]|hev[cx]|mif1|msf1|avi[fs])",
 }
 _OWN_STARTS = rb"\x89PNG|\xff\xd8\xff|II[*+]\0|MM\0[*+]"
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _MISREAD = {("L", 2): np.int8, ("I", 1): np.uint32}
+_BITS = TiffImagePlugin.BITSPERSAMPLE
 _WHITE_IS_ZERO, _SEPARATE_CHANNELS = 0, 2  # values of TIFF tags
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 # What Pillow's decoders raise on broken files, besides OSError; found by flipping bytes in good ones.
 _DECODE_ERRORS = (SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, struct.error, zlib.error)
 
@@ -75,25 +75,19 @@ def read_image(path: Path | str, page: int | None = None) -> NDArray[np.uint8]:
     return ((rgb.astype(np.uint32) * alpha + opaque // 2) // opaque).astype(np.uint8) if alpha.size else rgb
 
 
-def image_size(path: Path, where: str, root: Path | None = None) -> tuple[int, int]:
-    """Returns an image's (height, width) as `read_image` gives it, from its header; see `open_picture`."""
-    with open_picture(path, where, root) as image:
+def image_size(path: Path, where: str) -> tuple[int, int]:
+    """Returns an image's (height, width) as `read_image` gives it, from its header; `where` names it in messages."""
+    with open_picture(path, where) as image:
         return shown_size(image)
 
 
 @contextmanager
 def open_picture(
-    path: Path,
-    where: str,
-    root: Path | None = None,
-    *,
-    formats: tuple[str, ...] | None = FORMATS,
-    page: int | None = None,
+    path: Path, where: str, formats: tuple[str, ...] | None = FORMATS, page: int | None = None
 ) -> Iterator[Image.Image]:
     """Opens an image file without decoding it; InputError says what is wrong with it, also when it is decoded inside.
 
-    `where` names the file in messages, and `root` the folder where it was looked for; `formats` are Pillow's, None for
-    any; `page` is that of `read_image`.
+    `where` names the file in messages; `formats` are Pillow's, None for any; `page` is that of `read_image`.
     """
     try:
         _check_file(path, where)
@@ -101,17 +95,11 @@ def open_picture(
         with path.open("rb") as handle, Image.open(handle, formats=formats) as image:
             _select_page(image, where, page)
             if image.width * image.height > MAX_PIXELS:
-                raise InputError(_too_large(where, f"{image.width} x {image.height}"))
+                raise Image.DecompressionBombError(f"{image.width} x {image.height}")
             _look_through_png(image, pixels=False)
             yield image
-    except UnidentifiedImageError as error:
-        raise InputError(_unidentified(path, where)) from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
-        raise InputError(_too_large(where, "more")) from error
-    except (OSError, *_DECODE_ERRORS) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # not Pillow's
-            raise InputError(_unreadable(path, where, root, error)) from error
-        raise InputError(_damaged(where, first_line(error))) from error
+    except (OSError, MemoryError, *_BOMBS, *_DECODE_ERRORS) as error:
+        raise InputError(f"{where}: {_reason(path, error)}.") from error
 
 
 def shown_size(image: Image.Image) -> tuple[int, int]:
@@ -151,7 +139,7 @@ def deep_values(image: Image.Image, path: Path, where: str, page: int | None = N
     raw = str(args if isinstance(args, str) else next(iter(args or ()), ""))
     if raw == "LA;16B":
         return np.array(decoded(image, "RGBA")).view(">u2").astype(np.uint16)
-    if tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == _SEPARATE_CHANNELS and max(_bits(tags)) > 8:
+    if tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == _SEPARATE_CHANNELS and max(tags.get(_BITS, (1,))) > 8:
         raise InputError(f"{where}: has 16-bit channels one after the other; save them interleaved, or save as PNG.")
     if not (raw.startswith("RGB") and ";16" in raw):
         return None
@@ -182,15 +170,13 @@ def _check_file(path: Path, where: str) -> None:
 
 def _select_page(image: Image.Image, where: str, page: int | None) -> None:
     pages = getattr(image, "n_frames", 1)
-    # The further pictures of a phone's JPEG (MPO) are previews and depth maps.
-    first = 0 if pages == 1 or image.format == "MPO" else -1
-    if not 0 <= (chosen := first if page is None else page) < pages:
+    if page is None and (pages == 1 or image.format == "MPO"):  # a phone's JPEG, with previews and depth maps
+        return
+    if page is None or not 0 <= page < pages:
         found = f"{pages} pages" if page is None else f"no page {page}"
-        raise InputError(
-            f"{where}: expected one picture, found {found}; name a page from 0 to {pages - 1} (--page of medisee ask, page= "
-            "of read_image), or save it as a file of its own."
-        )
-    image.seek(chosen)
+        fix = f"name a page from 0 to {pages - 1} (--page of medisee ask, page= of read_image), or save it as a file of its own"
+        raise InputError(f"{where}: expected one picture, found {found}; {fix}.")
+    image.seek(page)
 
 
 def _look_through_png(image: Image.Image, *, pixels: bool) -> None:
@@ -213,47 +199,35 @@ def _look_through_png(image: Image.Image, *, pixels: bool) -> None:
     handle.seek(place)
 
 
-def _unidentified(path: Path, where: str) -> str:
-    with path.open("rb") as handle:
-        start = handle.read(352)
-        for kind, pattern in _STARTS.items():
-            if re.match(pattern, start, re.DOTALL):
-                fix = "export the slice as PNG" if "DICOM" in kind or "NIfTI" in kind else "convert it to PNG"
-                return f"{where}: expected a PNG, JPEG or TIFF, found {kind}; {fix}."
-        if not re.match(_OWN_STARTS, start):
-            return f"{where}: expected a PNG, JPEG or TIFF, found a file that starts with {start[:8]!r}; convert it to PNG."
-        try:
-            tags = TiffImagePlugin.ImageFileDirectory_v2(start[: 16 if 43 in start[2:4] else 8])
-            handle.seek(tags.next)
-            tags.load(handle)
-            numbers = "floats" if 3 in tags.get(TiffImagePlugin.SAMPLEFORMAT, ()) else "integers"
-            found = f"{tags[TiffImagePlugin.SAMPLESPERPIXEL]} channel(s) of {max(_bits(tags))}-bit {numbers}"
-        except (OSError, *_DECODE_ERRORS):  # not a TIFF, or a damaged one
-            return _damaged(where, "its header is wrong")
-    return f"{where}: expected a TIFF of 8 or 16-bit grey or RGB, found {found} in an unknown layout; save it as PNG."
-
-
-def _bits(tags: Any) -> tuple[int, ...]:
-    return tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
-
-
-def _too_large(where: str, found: str) -> str:
-    return f"{where}: expected at most {MAX_PIXELS:,} pixels, found {found}; crop it or scale it down."
-
-
-def _unreadable(path: Path, where: str, root: Path | None, error: OSError) -> str:
-    hint = "write / instead of \\" if "\\" in path.name else "check the path"
-    if not isinstance(error, FileNotFoundError):
-        return f"{where}: cannot be read ({error.strerror}); check the file and your permission to read it."
-    if root is None:
-        return f"{where}: expected an image file, found none ({error.strerror}); {hint}."
-    place = f"expected it under the root {str(root)!r}"
-    return f"{where} does not exist; {place}; {hint}, or name the root (--root, or data.root in a configuration)."
-
-
-def _damaged(where: str, reason: str) -> str:
+def _reason(path: Path, error: Exception) -> str:
+    """Says what an error of the system or of Pillow means, and what to do."""
+    if isinstance(error, (MemoryError, *_BOMBS)):
+        return f"expected at most {MAX_PIXELS:,} pixels, found {first_line(error)}; crop it or scale it down"
+    if isinstance(error, FileNotFoundError):
+        hint = "write / instead of \\" if "\\" in path.name else "check the path, or a manifest's root (--root)"
+        return f"expected an image file, found none: {path} does not exist; {hint}"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"cannot be read ({error.strerror}); check the file and your permission to read it"
+    reason = first_line(error)
+    if isinstance(error, UnidentifiedImageError):
+        with path.open("rb") as handle:
+            start = handle.read(352)
+            for kind, pattern in _STARTS.items():
+                if re.match(pattern, start, re.DOTALL):
+                    fix = "export the slice as PNG" if "DICOM" in kind or "NIfTI" in kind else "convert it to PNG"
+                    return f"expected a PNG, JPEG or TIFF, found {kind}; {fix}"
+            if not re.match(_OWN_STARTS, start):
+                return f"expected a PNG, JPEG or TIFF, found a file that starts with {start[:8]!r}; convert it to PNG"
+            with suppress(OSError, *_DECODE_ERRORS):  # not a TIFF, or a damaged one
+                tags = TiffImagePlugin.ImageFileDirectory_v2(start[: 16 if 43 in start[2:4] else 8])
+                handle.seek(tags.next)
+                tags.load(handle)
+                numbers = "floats" if 3 in tags.get(TiffImagePlugin.SAMPLEFORMAT, ()) else "integers"
+                found = f"{tags[TiffImagePlugin.SAMPLESPERPIXEL]} channel(s) of {max(tags[_BITS])}-bit {numbers}"
+                return f"expected a TIFF of 8 or 16-bit grey or RGB, found {found} in an unknown layout; save it as PNG"
+        reason = "its header is wrong"
     expected = "expected a whole PNG, JPEG or TIFF, found a truncated or damaged one"
-    return f"{where}: cannot be decoded ({reason}); {expected}; copy or export it again."
+    return f"cannot be decoded ({reason}); {expected}; copy or export it again"
 
 
 def _scale(values: NDArray[Any], where: str) -> NDArray[np.uint8]:

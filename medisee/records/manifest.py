@@ -126,7 +126,7 @@ class Manifest(Sequence[Record]):
         where = f"{self._where(record)}: image {record.image!r}"
         if path.name.lower().endswith(tuple(VOLUMES)) and path.is_file():
             return None
-        return image_size(path, where, self.root)
+        return image_size(path, where)
 
     def mask(self, record: Record, target: Target) -> NDArray[np.bool_]:
         """Returns the mask of one target; see `masks`."""
@@ -179,8 +179,7 @@ class Manifest(Sequence[Record]):
         else:
             named = target.mask if isinstance(target.mask, MaskFiles) else MaskFiles((target.mask,))
             masks = [
-                read_mask(inside(self.root, file, where), f"{where}: mask {file!r}", self.root, size, named.value)
-                ^ named.inverted
+                read_mask(inside(self.root, file, where), f"{where}: mask {file!r}", size, named.value) ^ named.inverted
                 for file in named.files
             ]
             value = f" (value {named.value})" if named.value else ""

@@ -156,18 +156,15 @@ SoundRle = Annotated[Rle, BeforeValidator(_compressed), AfterValidator(_sound_rl
 """An Rle, checked; in a file it may have any of COCO's forms."""
 
 
-def read_mask(
-    path: Path, where: str, root: Path, size: tuple[int, int] | None, value: int | None = None
-) -> NDArray[np.bool_]:
+def read_mask(path: Path, where: str, size: tuple[int, int] | None, value: int | None = None) -> NDArray[np.bool_]:
     """Reads a mask image (height, width), turned as its orientation tag says; an alpha channel is ignored.
 
     Foreground are the pixels of `value`; by default all that are not 0, which must have one value or colour. Of a JPEG
     it is what lies above half of the highest value; it may have other values at the rim only.
 
-    `where` (what the mask is) and `root` are for messages; `size` is the (height, width) that it must have, None takes
-    any.
+    `where` names the mask in messages; `size` is the (height, width) that it must have, None takes any.
     """
-    with open_picture(path, where, root, formats=None) as image:
+    with open_picture(path, where, formats=None) as image:
         check_size(shown_size(image), size, where)
         lossy = image.format in ("JPEG", "MPO") or image.info.get("compression") == "jpeg"
         deep = deep_values(image, path, where)
@@ -193,13 +190,13 @@ def read_mask(
 
 
 def _several_values(colours: NDArray[Any], where: str) -> str:
-    if (colours != colours[..., :1]).any():
-        count = len(np.unique(colours.reshape(-1, colours.shape[2]), axis=0))
-        return f"{where}: expected black and one colour, found {count} colours; save one mask per object."
-    values = np.unique(colours)
-    listed = ", ".join(f"{value:g}" for value in values[:6]) + (", ..." if len(values) > 6 else "")
-    fix = f'write {{"files": [...], "value": {values[-1]:g}}} for one of a label map, or save it without smoothing'
-    return f"{where}: expected 0 and one other value, found {len(values)} values ({listed}); {fix}."
+    is_grey = (colours == colours[..., :1]).all()
+    values = np.unique(colours.reshape(-1, colours.shape[2])[:, : 1 if is_grey else 3], axis=0)
+    listed = ", ".join("/".join(f"{number:g}" for number in value) for value in values[:6])
+    fix = 'write {"files": [...], "value": N} for one value of a label map, or save a mask per object without smoothing'
+    return (
+        f"{where}: expected 0 and one other value, found {len(values)}: {listed}{', ...' * (len(values) > 6)}; {fix}."
+    )
 
 
 def _lossy_foreground(colours: NDArray[np.uint8], path: Path, where: str) -> NDArray[np.bool_]:

@@ -94,7 +94,7 @@ def _mask(files: tuple[str, ...], inverted: bool) -> str | MaskFiles:
 
 def _read_mask(root: Path, file: str, shape: tuple[int, int], *, inverted: bool) -> NDArray[np.bool_] | Reject:
     try:
-        mask = read_mask(root / file, file, root, None) ^ inverted
+        mask = read_mask(root / file, file, None) ^ inverted
     except InputError as error:
         return Reject(file, "unreadable mask", str(error))
     if mask.shape != shape:

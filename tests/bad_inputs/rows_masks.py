@@ -67,13 +67,13 @@ SQUARE = [1, 1, 9, 1, 9, 9, 1, 9]
 TALL = [1, 1, 9, 1, 9, 50]
 
 ROWS = [
-    file("label map", LABELS, "found 3 values (0, 1, 2)", '{"files": [...], "value": 2}'),
-    file("label map in a TIFF", LABELS, "found 3 values", suffix="tif"),
-    file("label map of 16 bits", LABELS.astype(np.uint16) * 300, "found 3 values (0, 300, 600)"),
-    file("label map of floats", tiff(LABELS[..., None].astype(np.float32)), "found 3 values", suffix="tif"),
-    file("16-bit colours", png(LABELS[..., None].repeat(3, axis=2).astype(np.uint16)), "found 3 values (0, 1, 2)"),
-    file("smoothed", _smooth, "values (0, ", "without smoothing"),
-    file("colours", COLOURS, "found 3 colours", "one mask per object"),
+    file("label map", LABELS, "found 3: 0, 1, 2;", '{"files": [...], "value": N}'),
+    file("label map in a TIFF", LABELS, "found 3: 0, 1, 2", suffix="tif"),
+    file("label map of 16 bits", LABELS.astype(np.uint16) * 300, "found 3: 0, 300, 600;"),
+    file("label map of floats", tiff(LABELS[..., None].astype(np.float32)), "found 3: 0, 1, 2", suffix="tif"),
+    file("16-bit colours", png(LABELS[..., None].repeat(3, axis=2).astype(np.uint16)), "found 3: 0, 1, 2;"),
+    file("smoothed", _smooth, "one other value, found ", "without smoothing"),
+    file("colours", COLOURS, "found 3: 0/0/0, 30/200/90, 200/30/90;", "a mask per object"),
     file("colours by value", COLOURS, "in colour", mask={"files": ["m.png"], "value": 200}),
     file("absent value", LABELS, "(value 3) is empty", mask={"files": ["m.png"], "value": 3}),
     file("JPEG label map", LABELS * np.uint8(127), "one bright object", suffix="jpg", quality=95),

@@ -122,7 +122,7 @@ DISC = disc()
 
 
 def read(path: Path, value: int | None = None) -> np.ndarray:
-    return read_mask(path, f"mask {path.name!r}", path.parent, None, value)
+    return read_mask(path, f"mask {path.name!r}", None, value)
 
 
 def refusal(path: Path, value: int | None = None) -> str:
@@ -196,7 +196,7 @@ def test_a_deep_mask(tmp_path: Path, dtype: type) -> None:
     np.testing.assert_array_equal(read(tmp_path / "m.tif"), DISC)
     np.testing.assert_array_equal(read(tmp_path / "m.tif", 3), DISC)
     (tmp_path / "m.tif").write_bytes(tiff((DISC + disc().T.repeat(2, axis=1)[:48, :64] * 2).astype(dtype)[..., None]))
-    assert "found 4 values (0, 1, 2, 3)" in refusal(tmp_path / "m.tif")
+    assert "found 4: 0, 1, 2, 3;" in refusal(tmp_path / "m.tif")
 
 
 def test_deep_colours_differ_in_their_low_bytes(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_deep_colours_differ_in_their_low_bytes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(tmp_path / "m.png"), DISC)
     labels[35:44, 5:20] = 2
     (tmp_path / "m.png").write_bytes(png(labels))
-    assert "found 3 values (0, 1, 2)" in refusal(tmp_path / "m.png")
+    assert "found 3: 0, 1, 2;" in refusal(tmp_path / "m.png")
     np.testing.assert_array_equal(read(tmp_path / "m.png", 1), DISC)
 
 
@@ -219,7 +219,7 @@ def test_smoothing_is_refused(tmp_path: Path) -> None:
     big = Image.fromarray(DISC.astype(np.uint8) * 255).resize((200, 150), Image.Resampling.BILINEAR)
     big.save(tmp_path / "m.png")
     message = refusal(tmp_path / "m.png")
-    assert "(0, 1, 2, 3, 5, 6, ...)" in message or ", ...)" in message
+    assert ", ...; write" in message
     assert "without smoothing" in message
 
 
@@ -231,7 +231,7 @@ def test_colours(tmp_path: Path) -> None:
     assert "JPEG or in colour" in refusal(tmp_path / "m.png", 200)
     pixels[40:, :9] = 30, 200, 90
     Image.fromarray(pixels).save(tmp_path / "m.png")
-    assert "expected black and one colour, found 3 colours" in refusal(tmp_path / "m.png")
+    assert "found 3: 0/0/0, 30/200/90, 200/30/90; " in refusal(tmp_path / "m.png")
 
 
 def test_palettes_and_alpha_that_contradict_the_values(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_a_turned_mask(tmp_path: Path, tag: int) -> None:
     }.items():
         (tmp_path / name).write_bytes(content)
         expected = TURNS[tag](DISC)
-        np.testing.assert_array_equal(read_mask(tmp_path / name, "m", tmp_path, expected.shape), expected)
+        np.testing.assert_array_equal(read_mask(tmp_path / name, "m", expected.shape), expected)
 
 
 def test_pages_of_a_mask_are_refused(tmp_path: Path) -> None:
