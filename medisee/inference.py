@@ -77,11 +77,12 @@ def ask(
     image: Path | str | NDArray[np.uint8],
     query: str,
     *,
+    page: int | None = None,
     decode: Decode = "generate",
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Answer:
     """Asks one query about one image; see `ask_all`."""
-    return ask_all(model, image, [query], decode=decode, max_new_tokens=max_new_tokens)[0]
+    return ask_all(model, image, [query], page=page, decode=decode, max_new_tokens=max_new_tokens)[0]
 
 
 def ask_all(
@@ -89,13 +90,14 @@ def ask_all(
     image: Path | str | NDArray[np.uint8],
     queries: Sequence[str],
     *,
+    page: int | None = None,
     decode: Decode = "generate",
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[Answer]:
     """Asks queries about one image in one pass; returns one answer per query, independent of the others, in order.
 
-    The model is in evaluation mode, as `MediSee.from_pretrained` returns it. The image is a PNG, JPEG or TIFF file, or
-    pixels (H, W, 3) uint8, RGB. With `generate` the model writes its answer, of at most `max_new_tokens`; with `forced`
+    The model is in evaluation mode, as `MediSee.from_pretrained` returns it. The image is a PNG, JPEG or TIFF file (with
+    several pages: `page`, from 0), or pixels (H, W, 3) uint8, RGB. With `generate` the model writes its answer, of at most `max_new_tokens`; with `forced`
     it is given the answer and always marks a region.
 
     Raises:
@@ -105,7 +107,7 @@ def ask_all(
     from medisee.models.processing import Example, Query
 
     if isinstance(image, (str, Path)):
-        image = read_image(image)
+        image = read_image(image, page)
     elif image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         raise InputError(f"image: expected pixels (H, W, 3) of uint8, got {image.shape} of {image.dtype}; convert it.")
     if problems := _query_problems(queries):
@@ -165,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_checkpoint(checkpoint, MediSee, bits=arguments.bits, device_map=arguments.device_map)
     device = device if arguments.device is not None else model.pinned_device or device
     model.placed(device).eval()
-    choices = {"decode": arguments.decode, "max_new_tokens": arguments.max_new_tokens}
+    choices = {"page": arguments.page, "decode": arguments.decode, "max_new_tokens": arguments.max_new_tokens}
     # Without the images' folders, which may be named after patients.
     names = [path.name for path in arguments.image]
     settings = {"checkpoint": arguments.checkpoint, "images": names, "queries": arguments.query, **choices}
@@ -193,6 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint", required=True, metavar="DIR", help="folder that training wrote, or a hub id")
     image_help = "PNG, JPEG or TIFF file; repeat for more images"
     add("--image", type=Path, required=True, action="append", metavar="F", help=image_help)
+    add("--page", type=int, metavar="N", help="page of an image file that has several, from 0")
     add("--query", required=True, action="append", metavar="TEXT", help="question; repeat for more questions")
     add("--out", type=Path, required=True, metavar="OUT", help="folder for the results; earlier results are replaced")
     decode_help = "generate: the model writes its answer (default); forced: a fixed answer that always marks a region"
@@ -243,7 +246,7 @@ def _checked(
     size = 0
     for path in arguments.image:
         with collected():
-            pixels = read_image(path)
+            pixels = read_image(path, arguments.page)
             size += pixels.nbytes
             images.append(pixels if size <= _KEPT_BYTES else path)
     written = {os.path.realpath(folder / name) for folder in folders for name in (MASK, OVERLAY)}

@@ -362,7 +362,7 @@ def test_an_image_is_read_once(
 ) -> None:
     read_paths: list[Path] = []
     read_image = inference.read_image
-    monkeypatch.setattr(inference, "read_image", lambda path: read_paths.append(path) or read_image(path))
+    monkeypatch.setattr(inference, "read_image", lambda path, page: read_paths.append(path) or read_image(path, page))
     say(ANSWER)
     main(command(tiny_checkpoint, tmp_path / "kept", [images["grey"], images["deep"]], "Where?"))
     assert read_paths == [images["grey"], images["deep"]]

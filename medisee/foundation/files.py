@@ -122,7 +122,7 @@ def _unchanged_sha256(path: str, size: int, modified_ns: int) -> str:
 
 def inside(root: Path, relative: str, where: str) -> Path:
     """Resolves a manifest's path, relative to its root folder; `where` is "file:line" for the message."""
-    path = (root / relative).resolve()
+    path = Path(os.path.realpath(root / relative))  # unlike resolve(), it raises nothing for a loop of links
     if Path(relative).is_absolute() or not path.is_relative_to(root.resolve()):
         raise InputError(f"{where}: path {relative!r} leaves the root {str(root)!r}; use a path inside it.")
     return path

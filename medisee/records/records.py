@@ -24,7 +24,7 @@ from medisee.records.jsonl import (
     read_lines,
     write_lines,
 )
-from medisee.records.masks import Box, MaskFiles, Rle, check_rle
+from medisee.records.masks import Box, MaskFiles, SoundRle
 
 Perspective = Literal["attribute", "location", "class"]
 Length = Literal["short", "long"]
@@ -62,14 +62,6 @@ def _predicted_box(value: Any) -> Box:
     return value[0], value[1], value[2], value[3]
 
 
-def _sound_rle(rle: Rle) -> Rle:
-    try:
-        check_rle(rle)
-    except InputError as error:
-        raise ValueError(str(error).removesuffix(".")) from error
-    return rle
-
-
 def _scores(value: Any) -> dict[str, float]:
     if value is not None and not (isinstance(value, dict) and all(map(_is_number, value.values()))):
         raise ValueError("expected an object of finite numbers; remove the others, or write {} for none")
@@ -85,11 +77,10 @@ def _unique_ids(targets: tuple[Target, ...]) -> tuple[Target, ...]:
 
 
 TrueBox = Annotated[Box, PlainValidator(_true_box)]
-SoundRle = Annotated[Rle, AfterValidator(_sound_rle)]
 TargetMask: TypeAlias = Annotated[
     Annotated[FilePath, Tag("(path)")] | Annotated[MaskFiles, Tag("(MaskFiles)")] | Annotated[SoundRle, Tag("(Rle)")],
     Discriminator(
-        lambda value: "(path)" if not isinstance(value, dict) else "(MaskFiles)" if "files" in value else "(Rle)"
+        lambda value: "(path)" if not isinstance(value, dict | list) else "(MaskFiles)" if "files" in value else "(Rle)"
     ),
 ]
 
@@ -120,7 +111,7 @@ class Target:
 
     id: Text  # unique within its record
     category: Text  # the class name, such as "left kidney"
-    mask: TargetMask  # path of a mask image relative to the manifest's root (foreground > 0), several, or an RLE
+    mask: TargetMask  # path of a mask image relative to the manifest's root, several, or an RLE
     box: TrueBox | None = None  # pixels of the original image; None means the smallest box around the mask
     qa: tuple[QA, ...] = ()  # the queries; without any, the class-name templates are used
 
@@ -160,7 +151,7 @@ class Prediction:
 
 def record_writer(path: Path | str) -> AbstractContextManager[LineWriter]:
     """Opens a manifest for records; it takes its place when all of them are written."""
-    return line_writer(path, omit_empty=("history", "author", "inverted"))
+    return line_writer(path, omit_empty=("history", "author", "inverted", "value"))
 
 
 def write_records(path: Path | str, records: Iterable[Record]) -> None:
