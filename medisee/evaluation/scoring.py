@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from medisee.evaluation.metrics import Score, score
 from medisee.evaluation.prediction import Mode, QueryAnswer, RecordQuestions, all_questions, predict, shuffled_questions
 from medisee.evaluation.references import References
 from medisee.foundation.errors import InputError, nearest
+from medisee.foundation.json_files import parse_json
 from medisee.models.medisee import MediSee
 from medisee.records.images import read_image
 from medisee.records.manifest import Manifest
@@ -286,7 +286,7 @@ def read_categories(path: Path | str) -> dict[str, tuple[str, ...]]:
     path = Path(path)
     form = '{"liver": ["liver", "hepatic tissue"], ...}'
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); correct data.categories.") from error
     except ValueError as error:

@@ -5,13 +5,24 @@ Both are JSON Lines, one object per line, with the field names below as keys. `m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
-from pydantic import AfterValidator, ConfigDict, Discriminator, PlainValidator, StrictBool, StrictStr, Tag, with_config
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Discriminator,
+    PlainValidator,
+    Strict,
+    StrictBool,
+    StrictStr,
+    Tag,
+    with_config,
+)
 
 from medisee.foundation.errors import InputError
 from medisee.records.jsonl import (
@@ -19,6 +30,7 @@ from medisee.records.jsonl import (
     LineWriter,
     Text,
     line_writer,
+    not_blank,
     null_means,
     read_line,
     read_lines,
@@ -32,6 +44,12 @@ Split = Literal["train", "val", "test"]
 PERSPECTIVES: tuple[Perspective, ...] = ("attribute", "location")  # of questions that reason
 LENGTHS: tuple[Length, ...] = get_args(Length)
 SPLITS: tuple[Split, ...] = get_args(Split)
+_IMAGE_MARK = re.compile(r"\A\s*<image>[^\S\n]*\n|\n\s*<image>\s*\Z")
+
+
+def without_image_mark(question: str) -> str:
+    """Takes off the `<image>` on a line of its own, before or after the question, with which LLaVA's data marks images."""
+    return _IMAGE_MARK.sub("", question, count=1)
 
 
 def _is_number(value: Any) -> bool:
@@ -84,6 +102,7 @@ def _unique_ids(targets: tuple[Target, ...]) -> tuple[Target, ...]:
     return targets
 
 
+QuestionText = Annotated[str, Strict(), AfterValidator(without_image_mark), AfterValidator(not_blank)]
 TrueBox = Annotated[Box, PlainValidator(_true_box)]
 SoundRle = Annotated[Rle, AfterValidator(_sound_rle)]
 TargetMask: TypeAlias = Annotated[
@@ -98,7 +117,7 @@ TargetMask: TypeAlias = Annotated[
 class Turn:
     """An earlier question of a conversation and its answer."""
 
-    question: Text
+    question: QuestionText
     answer: StrictStr
 
 
@@ -106,7 +125,7 @@ class Turn:
 class QA:
     """A query about a target and its answer; `history` and `author` are left out of files where they are empty."""
 
-    question: Text
+    question: QuestionText
     answer: StrictStr
     perspective: Perspective  # what the query reasons from
     length: Length  # of the query
@@ -149,7 +168,7 @@ class Prediction:
 
     record: Text  # the record's id
     target: Text  # the target's id
-    question: Text  # the query as it was asked
+    question: QuestionText  # the query as it was asked
     mode: Annotated[Text, null_means("generated")] = "generated"  # or "forced" (a given answer), "shuffled", any label
     text: StrictStr  # the answer
     emitted: StrictBool  # whether the answer asked for a mask (ours: it holds the [SEG] and [BBOX] tokens)

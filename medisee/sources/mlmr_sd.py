@@ -8,7 +8,6 @@ form is `data/<split>-*.parquet`, one row per image, pictures included.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -21,9 +20,22 @@ from tqdm import tqdm
 
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import inside
+from medisee.foundation.json_files import parse_json
 from medisee.records.jsonl import Text, null_means, read_line, read_lines, read_object
 from medisee.records.prompts import reasoning_answer, reasoning_question
-from medisee.records.records import QA, SPLITS, Length, Perspective, Record, Split, Target, TrueBox, Turn, write_records
+from medisee.records.records import (
+    QA,
+    SPLITS,
+    Length,
+    Perspective,
+    QuestionText,
+    Record,
+    Split,
+    Target,
+    TrueBox,
+    Turn,
+    write_records,
+)
 from medisee.sources.sa_med2d_index import ImageName, parse_name
 
 HUB_NAMES: dict[Split, str] = {"train": "train", "val": "validation", "test": "test"}  # of the splits
@@ -52,7 +64,7 @@ class Question:
     image: Text  # path of the image
     mask: Text  # path of the target's mask
     category: Text  # the target's class
-    question: Text  # an implicit query, without a request for a mask
+    question: QuestionText  # an implicit query, without a request for a mask
     answer: Text  # the explanation, without candidate tokens
     perspective: Perspective
     length: Length
@@ -65,7 +77,7 @@ class _Pair:
     """One question of a hub's row; more keys, such as "screening", are ignored."""
 
     id: Text
-    question: Text
+    question: QuestionText
     answer: Text
     perspective: Perspective
     length: Length
@@ -163,9 +175,10 @@ def read_release(path: Path, root: Path) -> tuple[dict[str, dict[str, str]], lis
     in them are relative to `root`.
     """
     try:
-        images = _CLASSES.validate_python(json.loads(path.read_text(encoding="utf-8")))
+        images = _CLASSES.validate_python(parse_json(path.read_bytes()))
     except ValidationError as error:
-        raise InputError(f"{path}: expected {{image: {{mask: class}}}} with texts only; correct it.") from error
+        spot = " > ".join(map(repr, error.errors()[0]["loc"])) or "the file"
+        raise InputError(f"{path}: expected {{image: {{mask: class}}}} with texts only; correct {spot}.") from error
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: not readable JSON ({error}); expected {{image: {{mask: class}}}}; correct it."
