@@ -21,6 +21,7 @@ from medisee.evaluation.references import References
 from medisee.foundation.errors import InputError, nearest
 from medisee.foundation.json_files import parse_json
 from medisee.models.medisee import MediSee
+from medisee.records.boxes import form_of_boxes
 from medisee.records.images import read_image
 from medisee.records.manifest import Manifest
 from medisee.records.masks import decode_mask, encode_mask
@@ -145,6 +146,8 @@ def answers_from_file(path: Path, splits: Sequence[Split]) -> list[Answers]:
             where = f"record {prediction.record!r}, target {prediction.target!r}, mode {prediction.mode!r}"
             problems.append(f"{where}, question {prediction.question!r}: {problem}")
         found[key] = prediction
+    if form := form_of_boxes((prediction.box, prediction.mask) for prediction in predictions if prediction.box):
+        problems.append(f"the boxes fit as {form}; expected [x0, y0, x1, y1] in pixels; convert them all.")
     if problems:
         more = [f"and {len(problems) - _MOST_PROBLEMS} more problems"] if len(problems) > _MOST_PROBLEMS else []
         raise InputError(f"{path}: {problem}" for problem in problems[:_MOST_PROBLEMS] + more)

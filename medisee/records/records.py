@@ -65,7 +65,7 @@ def _true_box(value: Any) -> Box:
     if not (_is_box(value) and 0 <= value[0] < value[2] and 0 <= value[1] < value[3]):
         raise ValueError(
             "expected [x0, y0, x1, y1] in pixels of the original image with 0 <= x0 < x1 and 0 <= y0 < y1; write it "
-            "half-open (x1 = last column + 1); a manifest may leave it out"
+            "half-open (x1 = last column + 1); COCO's [x, y, w, h] is [x, y, x + w, y + h] here; a manifest may leave it out"
         )
     return value[0], value[1], value[2], value[3]
 
@@ -75,7 +75,7 @@ def _predicted_box(value: Any) -> Box:
     if not (_is_box(value) and value[0] <= value[2] and value[1] <= value[3]):
         raise ValueError(
             "expected [x0, y0, x1, y1] in pixels of the original image with x0 <= x1 and y0 <= y1; order the corners or "
-            "write null"
+            "write null; COCO's [x, y, w, h] is [x, y, x + w, y + h] here"
         )
     return value[0], value[1], value[2], value[3]
 
