@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import count as numbers
 from itertools import repeat
 from pathlib import Path
 from typing import TypeAlias
@@ -23,6 +26,7 @@ from medisee.foundation.json_files import parse_json
 from medisee.models.medisee import MediSee
 from medisee.records.boxes import form_of_boxes
 from medisee.records.images import read_image
+from medisee.records.jsonl import LineWriter
 from medisee.records.manifest import Manifest
 from medisee.records.masks import decode_mask, encode_mask
 from medisee.records.records import QA, Prediction, Record, Target, read_predictions
@@ -83,8 +87,8 @@ class Split:
 
     @property
     def name(self) -> str:
-        """The manifest's file name without its suffix."""
-        return self.manifest.path.stem
+        """The manifest's title."""
+        return title(self.manifest.path)
 
     @property
     def cases(self) -> list[Case]:
@@ -92,14 +96,20 @@ class Split:
         return [Case(one.record, target, qa) for one in self.asked for target, qa in one.questions]
 
 
-def open_splits(paths: Sequence[Path], root: Path | None, limit: int | None) -> list[Split]:
-    """Opens the manifests and checks every file that they name; names and record ids must differ between them."""
+def title(path: Path) -> str:
+    """Returns a file's name without its suffix, as reports show it: bytes that are not UTF-8 become "?"."""
+    return path.stem.encode("utf-8", "replace").decode("utf-8")
+
+
+def open_splits(paths: Sequence[Path], root: Path | None, limit: int | None, *, files: bool = True) -> list[Split]:
+    """Opens the manifests and, if `files`, checks all that they name; names and record ids must differ between them."""
     problems: list[str] = []
     splits: list[Split] = []
     for path in paths:
         try:
             manifest = Manifest(path, root)
-            manifest.check_files()
+            if files:
+                manifest.check_files()
             splits.append(_split(manifest, limit))
         except InputError as error:
             problems.extend(error.problems)
@@ -215,6 +225,31 @@ def _prediction(case: Case, mode: str, answer: QueryAnswer) -> Prediction:
         box=answer.box,
         scores=answer.scores,
     )
+
+
+@contextmanager
+def kept_answers(out: Path) -> Iterator[Callable[[Answers], Answers]]:
+    """Yields a function that writes predictions beside `out` as they pass; the file stays only after a failure."""
+    path = next(path for n in numbers(1) if not (path := out.with_name(f"{out.name}.partial{n}.jsonl")).exists())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("xb", buffering=0) as handle:
+        writer = LineWriter(handle)
+
+        def keep(answers: Answers) -> Answers:
+            for of_case in answers:
+                for prediction in (prediction for _, prediction in of_case.values() if prediction is not None):
+                    writer.write(prediction)
+                yield of_case
+
+        try:
+            yield keep
+        except BaseException:
+            if written := len(writer.offsets):
+                print(f"{path}: keeps the {written} answers so far; --predictions scores them.", file=sys.stderr)
+            else:
+                path.unlink()
+            raise
+    path.unlink()
 
 
 def answers_from_references(references: References, split: Split) -> Answers:

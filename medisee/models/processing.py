@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medisee.config.model import MAX_TOKENS, Model
 from medisee.config.run import MaskResolution
-from medisee.foundation.errors import InputError
+from medisee.foundation.errors import InputError, shortened
 from medisee.models.geometry import Frame, bounded_mask, fit, mask_to_frame, normalise_box, square_of, to_frame
 from medisee.models.packing import pack
 from medisee.models.seg_head import SegHeadSpec
@@ -231,6 +231,17 @@ class MediSeeProcessor:
             class_sequence_Q=torch.tensor([row for row, own in enumerate(class_ids) for _ in own], dtype=torch.long),
             target_of_class_query_Q=_indices(query.class_query is not None for query in queries),
         )
+
+    def check_texts(self, queries: Iterable[Query]) -> None:
+        """Refuses all queries, ten of them by name, whose text would end a batch."""
+        problems: list[str] = []
+        for query in queries:
+            try:
+                self._tokens(query)
+            except InputError as error:
+                problems += error.problems
+        if problems:
+            raise InputError(shortened(problems, "queries", most=10))
 
     def prompt_ids(self, question: str) -> list[int]:
         """Tokenises what follows the image, up to the answer."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, TypeVar, get_args, get_type_hints
+from typing import IO, Annotated, Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
 from pydantic import AfterValidator, Strict, TypeAdapter, ValidationError, ValidationInfo, WrapValidator
@@ -163,7 +163,7 @@ def _listed(names: Iterable[str]) -> str:
 class LineWriter:
     """Writes dataclasses as JSON Lines into an open file; `offsets` has the first byte of each line so far."""
 
-    def __init__(self, handle: BinaryIO, omit_empty: Collection[str]) -> None:
+    def __init__(self, handle: IO[bytes], omit_empty: Collection[str] = ()) -> None:
         self.offsets = array("q")
         self._handle, self._omit, self._end = handle, frozenset(omit_empty), 0
         self._encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=self._plain).encode

@@ -12,17 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
-from pydantic import (
-    AfterValidator,
-    ConfigDict,
-    Discriminator,
-    PlainValidator,
-    Strict,
-    StrictBool,
-    StrictStr,
-    Tag,
-    with_config,
-)
+from pydantic import AfterValidator, ConfigDict, Discriminator, PlainValidator, StrictBool, StrictStr, Tag, with_config
 
 from medisee.foundation.errors import InputError
 from medisee.records.jsonl import (
@@ -102,7 +92,7 @@ def _unique_ids(targets: tuple[Target, ...]) -> tuple[Target, ...]:
     return targets
 
 
-QuestionText = Annotated[str, Strict(), AfterValidator(without_image_mark), AfterValidator(not_blank)]
+QuestionText = Annotated[StrictStr, AfterValidator(without_image_mark), AfterValidator(not_blank)]
 TrueBox = Annotated[Box, PlainValidator(_true_box)]
 SoundRle = Annotated[Rle, AfterValidator(_sound_rle)]
 TargetMask: TypeAlias = Annotated[

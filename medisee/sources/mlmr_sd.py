@@ -23,19 +23,7 @@ from medisee.foundation.files import inside
 from medisee.foundation.json_files import parse_json
 from medisee.records.jsonl import Text, null_means, read_line, read_lines, read_object
 from medisee.records.prompts import reasoning_answer, reasoning_question
-from medisee.records.records import (
-    QA,
-    SPLITS,
-    Length,
-    Perspective,
-    QuestionText,
-    Record,
-    Split,
-    Target,
-    TrueBox,
-    Turn,
-    write_records,
-)
+from medisee.records.records import QA, SPLITS, Length, Perspective, Record, Split, Target, TrueBox, Turn, write_records
 from medisee.sources.sa_med2d_index import ImageName, parse_name
 
 HUB_NAMES: dict[Split, str] = {"train": "train", "val": "validation", "test": "test"}  # of the splits
@@ -64,7 +52,7 @@ class Question:
     image: Text  # path of the image
     mask: Text  # path of the target's mask
     category: Text  # the target's class
-    question: QuestionText  # an implicit query, without a request for a mask
+    question: Text  # an implicit query, without a request for a mask
     answer: Text  # the explanation, without candidate tokens
     perspective: Perspective
     length: Length
@@ -77,7 +65,7 @@ class _Pair:
     """One question of a hub's row; more keys, such as "screening", are ignored."""
 
     id: Text
-    question: QuestionText
+    question: Text
     answer: Text
     perspective: Perspective
     length: Length

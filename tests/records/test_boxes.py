@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from medisee.foundation.errors import InputError
-from medisee.records.boxes import box_problem, form_of_boxes, rle_box
+from medisee.records.boxes import box_problem, form_of_boxes
 from medisee.records.manifest import Manifest
 from medisee.records.masks import Box, Rle, encode_mask, mask_box
 from medisee.records.records import Record, Target, write_records
@@ -31,8 +31,7 @@ def rectangle(x0: int, y0: int, x1: int, y1: int, *, height: int = 48, width: in
     [
         ((19, 13, 23, 23), "it fits as COCO's [x, y, width, height]"),
         ((13, 19, 36, 42), "it fits as [y0, x0, y1, x1]"),
-        ((19 / 64, 13 / 48, 42 / 64, 36 / 48), "it fits as [x0, y0, x1, y1] in shares of the image's size"),
-        ((13 / 48, 19 / 64, 36 / 48, 42 / 64), "it fits as [y0, x0, y1, x1] in shares of the image's size"),
+        ((19 / 64, 13 / 48, 42 / 64, 36 / 48), "it fits as shares of the image's width and height"),
         ((29, 23, 31, 25), "correct it or leave it out"),
         ((44, 0, 60, 12), "correct it or leave it out"),
         ((0, 0, 64, 48), "correct it or leave it out"),
@@ -43,19 +42,14 @@ def rectangle(x0: int, y0: int, x1: int, y1: int, *, height: int = 48, width: in
 )
 def test_a_box_that_contradicts_its_mask_is_told(box: Box, meant: str | None) -> None:
     problem = box_problem(box, rectangle(*TRUE))
-    assert problem is None if meant is None else problem is not None and problem.endswith(f"{meant}.")
+    assert problem is None if meant is None else problem is not None and f"; {meant}" in problem
     if problem:
         assert f"box {list(box)} is not where its mask is, [19.0, 13.0, 42.0, 36.0]" in problem
 
 
 def test_swapped_axes_are_named() -> None:
     problem = box_problem((2, 40, 12, 60), rectangle(40, 2, 60, 12))
-    assert problem is not None and problem.endswith("it fits as [y0, x0, y1, x1].")
-
-
-def test_centre_and_size_are_named() -> None:
-    problem = box_problem((30, 20, 40, 24), rectangle(10, 8, 50, 32))
-    assert problem is not None and problem.endswith("it fits as [centre x, centre y, width, height].")
+    assert problem is not None and "it fits as [y0, x0, y1, x1];" in problem
 
 
 def test_a_loose_box_of_a_small_object_is_taken() -> None:
@@ -67,11 +61,6 @@ def test_a_box_may_leave_out_stray_pixels() -> None:
     mask[47, 0] = mask[0, 63] = True
     assert box_problem((19, 13, 42, 36), mask) is None
     assert box_problem((44, 0, 64, 12), mask) is not None
-
-
-@given(arrays(np.bool_, st.tuples(st.integers(1, 9), st.integers(1, 9))))
-def test_the_box_of_an_encoding_is_that_of_its_mask(mask: np.ndarray) -> None:
-    assert rle_box(encode_mask(mask)) == mask_box(mask)
 
 
 @given(arrays(np.bool_, st.tuples(st.integers(1, 40), st.integers(1, 40))).filter(np.any), st.integers(0, 4))
@@ -119,6 +108,9 @@ def test_predicted_boxes_that_are_all_of_another_form_are_told() -> None:
     # A system may contradict itself now and then, and its masks are no truth.
     assert form_of_boxes([*coco[:10], *ours[10:]]) is None
     assert form_of_boxes([((0, 0, 12, 12), mask) for _, mask in ours]) is None
+    # As an untrained model answers: everything as mask, the middle as box.
+    everything = encode_mask(np.ones((90, 100), dtype=bool))
+    assert form_of_boxes([((25, 22.5, 75, 67.5), everything)] * 16) is None
 
 
 def test_predicted_boxes_in_shares_are_told_even_without_masks() -> None:
