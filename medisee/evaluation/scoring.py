@@ -230,6 +230,7 @@ def _prediction(case: Case, mode: str, answer: QueryAnswer) -> Prediction:
 @contextmanager
 def kept_answers(out: Path) -> Iterator[Callable[[Answers], Answers]]:
     """Yields a function that writes predictions beside `out` as they pass; the file stays only after a failure."""
+    out = out.absolute()
     path = next(path for n in numbers(1) if not (path := out.with_name(f"{out.name}.partial{n}.jsonl")).exists())
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("xb", buffering=0) as handle:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ class TextEncoder:
     A tokenizer finds special tokens in any text, so that a question with "</s>" or "[SEG]" would end or mark something.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
         """`tokens` count as special even where the tokenizer has them as common ones."""
         added = tokenizer.added_tokens_decoder.items()  # type: ignore[attr-defined]
         self._special: dict[str, int] = {token.content: number for number, token in added if token.special}
@@ -32,7 +32,7 @@ class TextEncoder:
         # It takes the place of each given token, since a token between two texts decides how their spaces are encoded.
         self._backend.add_tokens([AddedToken(_PLACE, normalized=False)])
 
-    def parse(self, text: str, tokens: Iterable[str] | None = None) -> list[str | int]:
+    def parse(self, text: str, tokens: Sequence[str] | None = None) -> list[str | int]:
         """Splits a text at its special tokens, or only at those that are named, into texts and ids."""
         wanted = sorted(self._special if tokens is None else tokens, key=len, reverse=True)
         pieces = re.split(f"({'|'.join(map(re.escape, wanted))})", text)

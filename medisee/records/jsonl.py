@@ -76,7 +76,6 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 def read_line(noun: type[T], line: Line, problems: list[str], root: Path | None = None) -> T | None:
     """Reads a line as a dataclass; see `read_object`."""
-
     try:
         return read_object(noun, parse_json(line.content), line.where, problems, root)
     except (ValueError, RecursionError) as error:
