@@ -7,6 +7,8 @@ Scores masks and boxes in the pixels of the original images. A checkpoint answer
 given, as such papers do, and `generated`, as a user gets it. Forced answers to questions about other categories, and
 two references that see no question, show how much of a score comes from understanding the query.
 
+--list-questions prints the questions that a predictions file has to answer, as JSON Lines, or writes them to a file OUT.
+
 Writes OUT/, once complete: table.md and table.tex, gallery.html (the best, median and worst cases), summary.json,
 scores.csv (one row per prediction), predictions.jsonl and run.json.
 """
@@ -14,8 +16,10 @@ scores.csv (one row per prediction), predictions.jsonl and run.json.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +29,26 @@ from medisee.config import Config
 from medisee.config.load import load_config
 from medisee.config.model import PLACING, Mllm
 from medisee.data.features import fill_cache
-from medisee.evaluation.prediction import Mode
+from medisee.evaluation.prediction import Mode, forced_answer
 from medisee.evaluation.references import learn_references
 from medisee.evaluation.report import REPORT, summarise_split, to_text, write_report
-from medisee.evaluation.scoring import answers_from_file, answers_from_model, open_splits, read_categories, score_split
+from medisee.evaluation.scoring import (
+    answers_from_file,
+    answers_from_model,
+    kept_answers,
+    open_splits,
+    read_categories,
+    score_split,
+    title,
+)
 from medisee.foundation.errors import InputError, exit_code
 from medisee.foundation.files import write_json
 from medisee.foundation.hardware import compute_dtype, keep_freed_memory
 from medisee.foundation.output import replaced_folder
 from medisee.foundation.provenance import run_facts
 from medisee.models.medisee import MediSee
+from medisee.models.processing import Query
+from medisee.records.jsonl import write_lines
 from medisee.records.manifest import Manifest
 from medisee.weights.checkpoints import load_checkpoint
 
@@ -72,6 +86,17 @@ def _flat(section: Mapping[str, Any], prefix: str = "model") -> dict[str, Any]:
     return flat
 
 
+def _list_questions(records: Sequence[Path], root: Path | None, limit: int | None, out: Path | None) -> None:
+    cases = [case for split in open_splits(records, root, limit, files=False) for case in split.cases]
+    asked = [{"record": case.record.id, "target": case.target.id, "question": case.qa.question} for case in cases]
+    if out is None:
+        print("\n".join(json.dumps(one, ensure_ascii=False) for one in asked))
+    elif out.exists():
+        raise InputError(f"{out}: exists already; --out names a new file for the questions.")
+    else:
+        write_lines(out, asked)
+
+
 def _evaluate(arguments: argparse.Namespace, folder: Path) -> None:
     """Evaluates, and writes the report into an empty folder."""
     started = time.perf_counter()
@@ -81,26 +106,40 @@ def _evaluate(arguments: argparse.Namespace, folder: Path) -> None:
     splits = open_splits(arguments.records, arguments.root, arguments.limit)
     device: torch.device | str = "cpu"
     if arguments.predictions is not None:
-        system = arguments.predictions.stem
+        system = title(arguments.predictions)
         answers = answers_from_file(arguments.predictions, splits)
     else:
         system = "MediSee"
         says_model = arguments.config is not None or any(text.startswith("model.") for text in arguments.overrides)
         model = load_model(arguments.checkpoint, config if says_model else None)
         config, device = config.model_copy(update={"model": model.config}), next(model.parameters()).device
+        modes = _MODES[arguments.decode or "both"]
+        given = forced_answer(config.eval, model.config) if "forced" in modes else None
+        model.processor.check_texts(
+            Query(
+                record=case.record.id,
+                target=case.target.id,
+                question=case.qa.question,
+                answer=given,
+                history=case.qa.history,
+            )
+            for split in splits
+            for case in split.cases
+        )
         cache = None
         if config.data.cache is not None:
             images = [split.manifest.image_path(one.record) for split in splits for one in split.asked]
             dtype = compute_dtype(config.data.cache_dtype, device)
             cache = fill_cache(images, model.seg_head, model.processor, Path(config.data.cache), dtype)
-        modes = _MODES[arguments.decode or "both"]
         answers = [answers_from_model(model, split, modes, config, cache) for split in splits]
     facts = run_facts(config.model_dump(mode="json"), config.train.seed, device)
     references = learn_references(train) if train is not None else None
-    results = [score_split(s, a, references, categories) for s, a in zip(splits, answers, strict=True)]
-    summaries = {one.split.name: summarise_split(one, config.eval.resamples) for one in results}
-    write_report(folder, results, summaries, system)
-    write_json(folder / "run.json", {**facts, "seconds": round(time.perf_counter() - started, 1)})
+    # The answers of a file are kept already.
+    with kept_answers(arguments.out) if arguments.predictions is None else nullcontext(iter) as keep:
+        results = [score_split(s, keep(a), references, categories) for s, a in zip(splits, answers, strict=True)]
+        summaries = {one.split.name: summarise_split(one, config.eval.resamples) for one in results}
+        write_report(folder, results, summaries, system)
+        write_json(folder / "run.json", {**facts, "seconds": round(time.perf_counter() - started, 1)})
     print(to_text(summaries, system))
 
 
@@ -113,25 +152,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     again = "manifest to score on; repeat for more splits, each named after its file; the gallery shows the first"
     add("--records", type=Path, action="append", required=True, help=again)
     add("--root", type=Path, help="folder that paths in the manifests are relative to (default: the manifest's folder)")
-    add("--out", type=Path, required=True, help="folder for the results; an earlier evaluation there is replaced")
+    add("--list-questions", action="store_true", help="instead of either: list what predictions have to answer")
+    add("--out", type=Path, help="folder for the results; an earlier evaluation there is replaced")
     add("--config", help="YAML run; the references learn from its data.train, data.categories names the categories")
     add("--decode", choices=_MODES, help="which answers of a checkpoint to score (default: both)")
     add("--limit", type=int, help="score only this many records of each manifest, spread evenly over it")
     add("overrides", nargs="*", help="dotted overrides, such as eval.batch_size=4, or with --config model.mllm.bits=4")
     arguments = parser.parse_intermixed_args(argv)
-    if (arguments.checkpoint is None) == (arguments.predictions is None):
-        raise InputError("give either --checkpoint or --predictions.")
+    if arguments.list_questions + (arguments.checkpoint is not None) + (arguments.predictions is not None) != 1:
+        raise InputError("give either --checkpoint or --predictions, or --list-questions alone.")
     if arguments.predictions is not None and arguments.decode is not None:
         raise InputError("--decode: a predictions file has its own modes; leave --decode out.")
     if arguments.limit is not None and arguments.limit < 1:
         raise InputError(f"--limit {arguments.limit}: expected 1 or more; leave it out to score every record.")
+    out: Path | None = arguments.out
+    if arguments.list_questions:
+        return _list_questions(arguments.records, arguments.root, arguments.limit, out)
+    if out is None:
+        raise InputError("--out: name a folder for the results.")
     inputs = {"the checkpoint": arguments.checkpoint, "the predictions": arguments.predictions}
     inputs |= {"the root": arguments.root, "the configuration": arguments.config}
     inputs |= {f"manifest {path.name}": path for path in arguments.records}
-    out: Path = arguments.out
     with replaced_folder(out, REPORT, inputs=inputs) as folder:
         _evaluate(arguments, folder)
     print(f"done: the tables are in {out / 'table.md'}, cases to look at in {out / 'gallery.html'}")
+    return None
 
 
 if __name__ == "__main__":

@@ -237,7 +237,8 @@ class Model(Section):
     """Scale of the box prompt. `resized`: the resized image's size. `frame`: the frame's side (release), which
     misplaces the box in images that are not square."""
     box_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the box prompt. `bfloat16` rounds to 4 pixels above 512 (release)."""
+    """Precision of the box prompt. `bfloat16` rounds centre and size in pixels of the frame, the corners, and their place
+    in the frame (release): steps of 4 pixels above 512."""
 
     @model_validator(mode="after")
     def _check(self) -> Model:

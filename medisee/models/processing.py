@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -18,13 +19,14 @@ from transformers import PreTrainedTokenizerBase
 
 from medisee.config.model import MAX_TOKENS, Model
 from medisee.config.run import MaskResolution
-from medisee.foundation.errors import InputError
+from medisee.foundation.errors import InputError, shortened
 from medisee.models.geometry import Frame, bounded_mask, fit, mask_to_frame, normalise_box, square_of, to_frame
 from medisee.models.packing import pack
 from medisee.models.seg_head import SegHeadSpec
+from medisee.models.text_encoder import TextEncoder
 from medisee.records.masks import mask_box
 from medisee.records.prompts import CANDIDATE_TOKENS, FORCED_ANSWER, candidate_text
-from medisee.records.records import Turn
+from medisee.records.records import Turn, without_image_mark
 from medisee.weights.tokenizer import IMAGE_TOKEN, answer_end, token_id
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -118,10 +120,11 @@ class MediSeeProcessor:
         self.image_id = token_id(tokenizer, IMAGE_TOKEN)
         self.end_id = token_id(tokenizer, str(tokenizer.eos_token))
         self.pad_id = token_id(tokenizer, str(tokenizer.pad_token))
-        self.answer_end = answer_end(tokenizer)
         self.image_tokens = config.mllm.image_token_count
         self.image_grid = int(self.image_tokens**0.5)
-        before = [token_id(tokenizer, str(tokenizer.bos_token)), *self._ids("[INST] ")]
+        self._encode = TextEncoder(tokenizer, (*config.candidate_tokens, IMAGE_TOKEN))
+        self._open, self._close, self._end = map(self._encode.parse, ("[INST] ", " [/INST]", answer_end(tokenizer)))
+        before = [token_id(tokenizer, str(tokenizer.bos_token)), *self._encode(*self._open)]
         self.image_start = len(before)
         self.prefix = before + [self.image_id] * self.image_tokens
 
@@ -229,25 +232,42 @@ class MediSeeProcessor:
             target_of_class_query_Q=_indices(query.class_query is not None for query in queries),
         )
 
+    def check_texts(self, queries: Iterable[Query]) -> None:
+        """Refuses all queries, ten of them by name, whose text would end a batch."""
+        problems: list[str] = []
+        for query in queries:
+            try:
+                self._tokens(query)
+            except InputError as error:
+                problems += error.problems
+        if problems:
+            raise InputError(shortened(problems, "queries", most=10))
+
     def prompt_ids(self, question: str) -> list[int]:
         """Tokenises what follows the image, up to the answer."""
-        return self._ids(f"\n{question.strip()} [/INST]")
+        return self._encode("\n", *self._question(question))
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+    def _question(self, text: str) -> list[str | int]:
+        return [without_image_mark(text).strip(), *self._close]
+
+    def _answer(self, text: str) -> list[str | int]:
+        return [" ", *self._encode.parse(self.answer_text(text), self.config.candidate_tokens), *self._end]
 
     def _tokens(self, query: Query) -> tuple[list[int], int]:
         """Returns the tokens behind the image, and where the answer starts in them."""
         where = f"record {query.record!r}, target {query.target!r}"
-        if not query.question.strip():
+        if not without_image_mark(query.question).strip():
             raise InputError(f"{where}: the query has no text; ask something.")
         # Each earlier turn is written as if it were the one to learn.
-        turns = [f"{turn.question.strip()} [/INST] {self.answer_text(turn.answer)}" for turn in query.history]
-        text = "\n" + f"{self.answer_end}[INST] ".join([*turns, f"{query.question.strip()} [/INST]"])
-        ids = prompt = self._ids(text)
-        if query.answer is not None:
-            # As one text: what precedes a token decides how its space is encoded.
-            ids = self._ids(f"{text} {self.answer_text(query.answer)}{self.answer_end}")
+        earlier = [(*self._question(turn.question), *self._answer(turn.answer), *self._open) for turn in query.history]
+        pieces = ["\n", *chain.from_iterable(earlier), *self._question(query.question)]
+        try:
+            ids = prompt = self._encode(*pieces)
+            if query.answer is not None:
+                # As one text: what precedes a token decides how its space is encoded.
+                ids = self._encode(*pieces, *self._answer(query.answer))
+        except ValueError as error:
+            raise InputError(f"{where}: {error}") from error
         if ids[: len(prompt)] != prompt:
             raise InputError(
                 f"{where}: the tokenizer merges the end of the question with the start of the answer; change the answer's first letter."
@@ -255,8 +275,6 @@ class MediSeeProcessor:
         length = self.image_start + len(ids)
         if length > MAX_TOKENS:
             raise InputError(f"{where}: the text has {length} tokens; expected at most {MAX_TOKENS}; shorten it.")
-        if self.image_id in ids:
-            raise InputError(f"{where}: the text holds {IMAGE_TOKEN!r}, which is reserved for the image; remove it.")
         return ids, len(prompt)
 
     def _truth(

@@ -42,7 +42,7 @@ class Prompts:
     """What prompts the mask decoder for each of I targets, in this order: box corners, text."""
 
     text: Tensor | None = None  # projected h_seg (I, C)
-    boxes: Tensor | None = None  # xyxy in frame pixels (I, 4)
+    boxes: Tensor | None = None  # xyxy in frame pixels (I, 4), float32 or bfloat16
 
 
 class SamHead(nn.Module):
@@ -115,9 +115,10 @@ class SamHead(nn.Module):
     def _sparse(self, prompts: Prompts) -> Tensor:
         parts = []
         if prompts.boxes is not None:
-            # Autocast would round coordinates to bfloat16, which moves a box by pixels.
+            # Autocast would round coordinates to bfloat16, which moves a box by pixels. Boxes that are rounded already
+            # (`Model.box_dtype`) stay so until their position is encoded.
             with torch.autocast(prompts.boxes.device.type, enabled=False):
-                parts.append(self.prompt_encoder(points=None, boxes=prompts.boxes.float(), masks=None)[0])
+                parts.append(self.prompt_encoder(points=None, boxes=prompts.boxes, masks=None)[0])
         if prompts.text is not None:
             parts.append(prompts.text[:, None].to(parts[0].dtype if parts else prompts.text.dtype))
         if not parts:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import Fingerprints, fingerprint, inside
+from medisee.records.boxes import box_problem
 from medisee.records.images import VOLUMES, image_size
 from medisee.records.jsonl import Line, read_line, read_lines
 from medisee.records.masks import MaskFiles, Rle, check_size, decode_mask, read_mask
@@ -136,7 +137,7 @@ class Manifest(Sequence[Record]):
         """Returns the mask of each target, boolean (height, width) in the pixels of the original image.
 
         InputError names all problems: an image or a mask is missing or cannot be read, a mask is empty or not of the
-        image's size, or a target's box leaves the image.
+        image's size, or a target's box leaves the image or is not where its mask is.
         """
         size, masks, problems = None, [], []
         try:
@@ -145,10 +146,11 @@ class Manifest(Sequence[Record]):
             problems += error.problems
         for target in record.targets:
             where = f"{self._where(record)}, target {target.id!r}"
-            shape = size
+            shape, mask = size, None
             try:
-                masks.append(self._mask(target, where, size))
-                shape = size or masks[-1].shape
+                mask = self._mask(target, where, size)
+                masks.append(mask)
+                shape = size or mask.shape
             except InputError as error:
                 problems += error.problems
             if target.box and shape and (target.box[2] > shape[1] or target.box[3] > shape[0]):
@@ -156,6 +158,8 @@ class Manifest(Sequence[Record]):
                     f"{where}: box {list(target.box)} leaves the image; expected x1 <= {shape[1]} and y1 <= {shape[0]}; "
                     "correct it or leave it out."
                 )
+            elif target.box and mask is not None and (problem := box_problem(target.box, mask)):
+                problems.append(f"{where}: {problem}")
         if problems:
             raise InputError(problems)
         return masks

@@ -5,6 +5,7 @@ Both are JSON Lines, one object per line, with the field names below as keys. `m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from medisee.records.jsonl import (
     LineWriter,
     Text,
     line_writer,
+    not_blank,
     null_means,
     read_line,
     read_lines,
@@ -32,6 +34,12 @@ Split = Literal["train", "val", "test"]
 PERSPECTIVES: tuple[Perspective, ...] = ("attribute", "location")  # of questions that reason
 LENGTHS: tuple[Length, ...] = get_args(Length)
 SPLITS: tuple[Split, ...] = get_args(Split)
+_IMAGE_MARK = re.compile(r"\A\s*<image>[^\S\n]*\n|\n\s*<image>\s*\Z")
+
+
+def without_image_mark(question: str) -> str:
+    """Takes off the `<image>` on a line of its own, before or after the question, with which LLaVA's data marks images."""
+    return _IMAGE_MARK.sub("", question, count=1)
 
 
 def _is_number(value: Any) -> bool:
@@ -47,7 +55,7 @@ def _true_box(value: Any) -> Box:
     if not (_is_box(value) and 0 <= value[0] < value[2] and 0 <= value[1] < value[3]):
         raise ValueError(
             "expected [x0, y0, x1, y1] in pixels of the original image with 0 <= x0 < x1 and 0 <= y0 < y1; write it "
-            "half-open (x1 = last column + 1); a manifest may leave it out"
+            "half-open (x1 = last column + 1); COCO's [x, y, w, h] is [x, y, x + w, y + h] here; a manifest may leave it out"
         )
     return value[0], value[1], value[2], value[3]
 
@@ -57,7 +65,7 @@ def _predicted_box(value: Any) -> Box:
     if not (_is_box(value) and value[0] <= value[2] and value[1] <= value[3]):
         raise ValueError(
             "expected [x0, y0, x1, y1] in pixels of the original image with x0 <= x1 and y0 <= y1; order the corners or "
-            "write null"
+            "write null; COCO's [x, y, w, h] is [x, y, x + w, y + h] here"
         )
     return value[0], value[1], value[2], value[3]
 
@@ -76,6 +84,7 @@ def _unique_ids(targets: tuple[Target, ...]) -> tuple[Target, ...]:
     return targets
 
 
+QuestionText = Annotated[StrictStr, AfterValidator(without_image_mark), AfterValidator(not_blank)]
 TrueBox = Annotated[Box, PlainValidator(_true_box)]
 TargetMask: TypeAlias = Annotated[
     Annotated[FilePath, Tag("(path)")] | Annotated[MaskFiles, Tag("(MaskFiles)")] | Annotated[SoundRle, Tag("(Rle)")],
@@ -89,7 +98,7 @@ TargetMask: TypeAlias = Annotated[
 class Turn:
     """An earlier question of a conversation and its answer."""
 
-    question: Text
+    question: QuestionText
     answer: StrictStr
 
 
@@ -97,7 +106,7 @@ class Turn:
 class QA:
     """A query about a target and its answer; `history` and `author` are left out of files where they are empty."""
 
-    question: Text
+    question: QuestionText
     answer: StrictStr
     perspective: Perspective  # what the query reasons from
     length: Length  # of the query
@@ -140,7 +149,7 @@ class Prediction:
 
     record: Text  # the record's id
     target: Text  # the target's id
-    question: Text  # the query as it was asked
+    question: QuestionText  # the query as it was asked
     mode: Annotated[Text, null_means("generated")] = "generated"  # or "forced" (a given answer), "shuffled", any label
     text: StrictStr  # the answer
     emitted: StrictBool  # whether the answer asked for a mask (ours: it holds the [SEG] and [BBOX] tokens)

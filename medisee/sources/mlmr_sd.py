@@ -8,7 +8,6 @@ form is `data/<split>-*.parquet`, one row per image, pictures included.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import inside
+from medisee.foundation.json_files import parse_json
 from medisee.foundation.output import check_output
 from medisee.records.jsonl import Text, null_means, read_line, read_lines, read_object
 from medisee.records.prompts import reasoning_answer, reasoning_question
@@ -165,9 +165,10 @@ def read_release(path: Path, root: Path) -> tuple[dict[str, dict[str, str]], lis
     in them are relative to `root`.
     """
     try:
-        images = _CLASSES.validate_python(json.loads(path.read_text(encoding="utf-8")))
+        images = _CLASSES.validate_python(parse_json(path.read_bytes()))
     except ValidationError as error:
-        raise InputError(f"{path}: expected {{image: {{mask: class}}}} with texts only; correct it.") from error
+        spot = " > ".join(map(repr, error.errors()[0]["loc"])) or "the file"
+        raise InputError(f"{path}: expected {{image: {{mask: class}}}} with texts only; correct {spot}.") from error
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: not readable JSON ({error}); expected {{image: {{mask: class}}}}; correct it."
