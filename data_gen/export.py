@@ -38,6 +38,7 @@ from data_gen.publishing.entries import Entry, entries
 from data_gen.publishing.parquet import write_parquet
 from data_gen.publishing.splits import SPLITS
 from data_gen.publishing.summary import ImageSource, read_sources, summary
+from medisee.foundation.command_line import a_path, parse_words
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import inside, write_json, write_text
 from medisee.foundation.json_files import read_json
@@ -140,12 +141,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m data_gen export", description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--ledger", type=Path, required=True, help="the ledger that `run` wrote")
-    add("--out", type=Path, required=True, help="folder to write; an earlier export in it is replaced")
+    add("--ledger", type=a_path, required=True, help="the ledger that `run` wrote")
+    add("--out", type=a_path, required=True, help="folder to write; an earlier export in it is replaced")
     add("--screened-only", action="store_true", help="leave out what no person has accepted or edited")
     add("--seed", type=int, default=0, help="seed of splits and wordings (default: 0)")
-    add("--sources", type=Path, metavar="FILE", help="more sources and licences for the card, as in sources.yaml")
-    arguments = parser.parse_args(argv)
+    add("--sources", type=a_path, metavar="FILE", help="more sources and licences for the card, as in sources.yaml")
+    arguments = parse_words(parser, argv)
     check_output(arguments.out, RESULT, whole=True, inputs={"the ledger": arguments.ledger})
     sources = read_sources(*([arguments.sources] if arguments.sources else []))
     with Ledger(arguments.ledger) as ledger:

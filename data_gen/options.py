@@ -17,6 +17,7 @@ from data_gen.core.names import load_names, read_names
 from data_gen.core.prices import FREE, Price, find_price, load_prices
 from data_gen.core.prompts import FOLDER, MOST_VARIANTS
 from data_gen.core.recipe import OFFLINE, Recipe
+from medisee.foundation.command_line import a_path
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import sha256
 from medisee.records.manifest import Manifest
@@ -46,15 +47,15 @@ class Inputs:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the shared options to a command's parser."""
     add = parser.add_argument_group("what to make").add_argument
-    add("--records", type=Path, required=True, metavar="FILE", help="manifest of images, masks and labels (JSON Lines)")
-    add("--root", type=Path, metavar="DIR", help="folder that its paths are relative to (default: the manifest's)")
+    add("--records", type=a_path, required=True, metavar="FILE", help="manifest of images, masks and labels")
+    add("--root", type=a_path, metavar="DIR", help="folder that its paths are relative to (default: the manifest's)")
     styles = ("single", "multi-turn")
     add("--style", choices=styles, default="single", help="single questions or conversations (default: single)")
     add("--variants", type=int, default=2, metavar="N", help="passes of each of the two templates (default: 2)")
     add("--again", type=int, default=2, metavar="K", help="retries of an answer that breaks a rule (default: 2)")
     add("--limit", type=int, metavar="N", help="use only the first N images (default: all)")
     add("--seed", type=int, default=0, help="seed of the drawn targets and wordings (default: 0)")
-    add("--names", type=Path, metavar="FILE", help="additional names of categories, as in data_gen/core/names.yaml")
+    add("--names", type=a_path, metavar="FILE", help="additional names of categories, as in data_gen/core/names.yaml")
     add = parser.add_argument_group("model and server").add_argument
     add("--model", metavar="NAME", help=f"the model that writes, such as gpt-4o; its key is read from {KEY}")
     add("--author", choices=(OFFLINE,), help="write offline from the package's own knowledge, without a model")
@@ -66,9 +67,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--captioner", metavar="NAME", help=f"a vision model for captions, or {LOCAL}FOLDER of a Llava (default: none)")
     add("--caption-url", metavar="URL", help=f"the captioner's server, key in {CAPTION_KEY} (default: --base-url)")
     add("--caption-schema", choices=_SCHEMAS, help="how the captioner's server does it (default: as --schema)")
-    add("--captions", type=Path, metavar="FILE", help="given captions: JSON Lines of record and caption")
+    add("--captions", type=a_path, metavar="FILE", help="given captions: JSON Lines of record and caption")
     add = parser.add_argument_group("pricing").add_argument
-    add("--prices", type=Path, metavar="FILE", help="additional prices, in the form of data_gen/core/prices.yaml")
+    add("--prices", type=a_path, metavar="FILE", help="additional prices, in the form of data_gen/core/prices.yaml")
     add("--free", action="store_true", help="the server is your own: all prices are 0")
 
 

@@ -42,6 +42,7 @@ from data_gen.pipeline.batch import CORRECT, BatchServer, Waves
 from data_gen.pipeline.deduplicate import deduplicate
 from data_gen.pipeline.stages import make
 from data_gen.plan import count_items
+from medisee.foundation.command_line import a_path, parse_words
 from medisee.foundation.errors import InputError
 from medisee.foundation.output import check_output
 
@@ -287,7 +288,7 @@ def _summary(ledger: Ledger, limit: int | None, style: str) -> str:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m data_gen run", description=__doc__, formatter_class=raw)
-    parser.add_argument("--ledger", type=Path, required=True, metavar="FILE", help="SQLite file; created if missing")
+    parser.add_argument("--ledger", type=a_path, required=True, metavar="FILE", help="SQLite file; created if missing")
     add_options(parser)
     add = parser.add_argument_group("speed and retries").add_argument
     add("--concurrency", type=int, default=64, metavar="N", help="concurrent requests (default: 64)")
@@ -300,7 +301,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-cost", type=float, metavar="USD", help="most that all runs of this ledger may cost (default: no limit)")
     add("--batch", action="store_true", help="use the Batch API: half the price, answers within a day")
     add("--poll", type=float, default=30, metavar="S", help="seconds between status checks of a batch (default: 30)")
-    arguments = parser.parse_args(argv)
+    arguments = parse_words(parser, argv)
     numbers = ("concurrency", "rpm", "tpm", "timeout", "sends", "attempts", "max_failures", "max_cost", "poll")
     problems = [
         f"--{name.replace('_', '-')} is {value}; expected a number above 0; correct it."

@@ -27,6 +27,7 @@ from data_gen.ledger.ledger import Ledger
 from data_gen.publishing.card import markdown_table
 from data_gen.publishing.figures import draw_figures
 from data_gen.publishing.statistics import Statistics, balance, statistics_of_export, statistics_of_ledger
+from medisee.foundation.command_line import a_path, parse_words
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import write_json, write_text
 from medisee.foundation.json_files import read_json
@@ -42,11 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m data_gen stats", description=__doc__, formatter_class=raw)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--ledger", type=Path, help="the ledger that `run` wrote")
-    source.add_argument("--export", type=Path, metavar="DIR", help="the folder that `export` wrote")
+    source.add_argument("--ledger", type=a_path, help="the ledger that `run` wrote")
+    source.add_argument("--export", type=a_path, metavar="DIR", help="the folder that `export` wrote")
     out_help = "folder to write; earlier statistics in it are replaced"
-    parser.add_argument("--out", type=Path, required=True, help=out_help)
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--out", type=a_path, required=True, help=out_help)
+    arguments = parse_words(parser, argv)
     inputs = {"the ledger": arguments.ledger, "the export": arguments.export}
     with replaced_folder(arguments.out, RESULT, inputs=inputs) as folder:
         if arguments.ledger is not None:

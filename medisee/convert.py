@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medisee.config.load import load_config
 from medisee.config.model import PLACING, LanguageSize, Mllm, Model
+from medisee.foundation.command_line import a_path, parse_words
 from medisee.foundation.errors import InputError, exit_code
 from medisee.foundation.files import atomic_path
 from medisee.foundation.json_files import read_json
@@ -233,11 +234,12 @@ def _sizes(llava: Any, mllm: Mllm, folder: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Converts from the command line."""
-    arguments = _parser().parse_args(argv)
+    arguments = parse_words(_parser(), argv, more="overrides")
     if arguments.command == "from-release":
         # Only the model matters here: not what a run would choose its checkpoint on, nor how answers would be decoded.
-        settings = ["compat=release", "data.select=val", *arguments.overrides]
-        model = load_config(arguments.config, settings).model
+        named = {word.partition("=")[0] for word in arguments.overrides}
+        ours = [f"{key}={value}" for key, value in (("compat", "release"), ("data.select", "val")) if key not in named]
+        model = load_config(arguments.config, [*ours, *arguments.overrides]).model
         report = from_release(arguments.weights, model, arguments.tokenizer or arguments.weights, arguments.out)
         print("\n".join(report.lines()))
     elif arguments.command == "merge":
@@ -255,16 +257,21 @@ def _parser() -> argparse.ArgumentParser:
         "from-release", help="the authors' checkpoint", description=FROM_RELEASE, formatter_class=raw
     )
     add = release.add_argument
-    add("--weights", type=Path, required=True, help="folder with the authors' .bin or .safetensors files")
-    add("--config", type=Path, required=True, help="YAML run that describes the model, such as configs/medisee_7b.yaml")
-    add("--tokenizer", type=Path, help="folder with its tokenizer (default: that of the weights)")
-    add("--out", type=Path, required=True, help="checkpoint folder to write")
+    add("--weights", type=a_path, required=True, help="folder with the authors' .bin or .safetensors files")
+    add(
+        "--config",
+        type=a_path,
+        required=True,
+        help="YAML run that describes the model, such as configs/medisee_7b.yaml",
+    )
+    add("--tokenizer", type=a_path, help="folder with its tokenizer (default: that of the weights)")
+    add("--out", type=a_path, required=True, help="checkpoint folder to write")
     add("overrides", nargs="*", help="dotted overrides, such as compat=none")
     merged = commands.add_parser("merge", help="a checkpoint without LoRA", description=MERGE, formatter_class=raw)
     sam = commands.add_parser("export-sam", help="a checkpoint's SAM", description=EXPORT, formatter_class=raw)
     for command, what in ((merged, "checkpoint folder"), (sam, "folder")):
-        command.add_argument("--checkpoint", type=Path, required=True, help="checkpoint folder, or hub id")
-        command.add_argument("--out", type=Path, required=True, help=f"{what} to write")
+        command.add_argument("--checkpoint", type=a_path, required=True, help="checkpoint folder, or hub id")
+        command.add_argument("--out", type=a_path, required=True, help=f"{what} to write")
     return parser
 
 

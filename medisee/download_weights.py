@@ -22,6 +22,7 @@ from typing import Literal
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
+from medisee.foundation.command_line import a_path, parse_words
 from medisee.foundation.errors import InputError, exit_code, nearest
 from medisee.foundation.files import inside, sha256, write_json
 from medisee.foundation.json_files import parse_json
@@ -198,10 +199,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("names", nargs="*", metavar="NAME[@REVISION]", help="models or sets; see --list")
-    parser.add_argument("--out", type=Path, default=Path("weights"), help="folder to write (default: weights)")
+    parser.add_argument("--out", type=a_path, default=Path("weights"), help="folder to write (default: weights)")
     parser.add_argument("--list", action="store_true", help="print the known weights and exit")
     parser.add_argument("--check", action="store_true", help="compare OUT with its weights.json; needs no network")
-    arguments = parser.parse_args(argv)
+    arguments = parse_words(parser, argv, more="names")
     out: Path = arguments.out
     if arguments.list:
         print("models:")

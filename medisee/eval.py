@@ -41,6 +41,7 @@ from medisee.evaluation.scoring import (
     score_split,
     title,
 )
+from medisee.foundation.command_line import a_path, parse_words, path_or_override
 from medisee.foundation.errors import InputError, exit_code
 from medisee.foundation.files import write_json
 from medisee.foundation.hardware import compute_dtype, keep_freed_memory
@@ -147,18 +148,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluates from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", type=Path, help="folder that training wrote, such as runs/demo/checkpoint")
-    add("--predictions", type=Path, help="instead of a checkpoint: predictions of any system, JSON Lines")
-    again = "manifest to score on; repeat for more splits, each named after its file; the gallery shows the first"
-    add("--records", type=Path, action="append", required=True, help=again)
-    add("--root", type=Path, help="folder that paths in the manifests are relative to (default: the manifest's folder)")
+    add("--checkpoint", type=a_path, help="folder that training wrote, such as runs/demo/checkpoint")
+    add("--predictions", type=a_path, help="instead of a checkpoint: predictions of any system, JSON Lines")
+    again = "manifests to score on, splits that are named after their files; the gallery shows the first"
+    add("--records", type=path_or_override, nargs="+", action="extend", required=True, help=again)
+    add("--root", type=a_path, help="folder that their paths are relative to (default: each manifest's own folder)")
     add("--list-questions", action="store_true", help="instead of either: list what predictions have to answer")
-    add("--out", type=Path, help="folder for the results; an earlier evaluation there is replaced")
+    add("--out", type=a_path, help="folder for the results; an earlier evaluation there is replaced")
     add("--config", help="YAML run; the references learn from its data.train, data.categories names the categories")
     add("--decode", choices=_MODES, help="which answers of a checkpoint to score (default: both)")
     add("--limit", type=int, help="score only this many records of each manifest, spread evenly over it")
     add("overrides", nargs="*", help="dotted overrides, such as eval.batch_size=4, or with --config model.mllm.bits=4")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parse_words(parser, argv, more="overrides")
+    arguments.overrides += [one for one in arguments.records if isinstance(one, str)]
+    arguments.records = [one for one in arguments.records if isinstance(one, Path)]
     if arguments.list_questions + (arguments.checkpoint is not None) + (arguments.predictions is not None) != 1:
         raise InputError("give either --checkpoint or --predictions, or --list-questions alone.")
     if arguments.predictions is not None and arguments.decode is not None:

@@ -17,11 +17,13 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -32,6 +34,7 @@ from tqdm import tqdm
 
 from medisee.config import Eval
 from medisee.evaluation.drawing import overlay
+from medisee.foundation.command_line import a_path, parse_words
 from medisee.foundation.errors import InputError, exit_code, first_line
 from medisee.foundation.files import atomic_path, safe_name, write_json
 from medisee.foundation.output import Result, check_output, locked
@@ -155,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "--plan" in (sys.argv[1:] if argv is None else argv):
         print(_plan(argv), end="")
         return
-    arguments = _parser().parse_args(argv)
+    arguments = parse_words(_parser(), argv)
     folders = _folders(arguments.out, arguments.image, len(arguments.query))
     checkpoint, device, images = _checked(arguments, [folder for its in folders for folder in its])
 
@@ -192,12 +195,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="folder that training wrote, or a hub id")
-    image_help = "PNG, JPEG or TIFF file; repeat for more images"
-    add("--image", type=Path, required=True, action="append", metavar="F", help=image_help)
+    add("--checkpoint", type=expanduser, required=True, metavar="DIR", help="folder that training wrote, or a hub id")
+    several = {"required": True, "nargs": "+", "action": "extend"}
+    add("--image", type=a_path, metavar="F", help="PNG, JPEG or TIFF files", **several)
     add("--page", type=int, metavar="N", help="page of an image file that has several, from 0")
-    add("--query", required=True, action="append", metavar="TEXT", help="question; repeat for more questions")
-    add("--out", type=Path, required=True, metavar="OUT", help="folder for the results; earlier results are replaced")
+    add("--query", metavar="TEXT", help="questions, each in quotes; each is asked about each image", **several)
+    add("--out", type=a_path, required=True, metavar="OUT", help="folder for the results; earlier results are replaced")
     decode_help = "generate: the model writes its answer (default); forced: a fixed answer that always marks a region"
     add("--decode", choices=get_args(Decode), default="generate", help=decode_help)
     longest = f"longest answer (default: {MAX_NEW_TOKENS})"
@@ -218,11 +221,11 @@ def _plan(argv: Sequence[str] | None) -> str:
     parser = argparse.ArgumentParser(prog=f"{Path(sys.argv[0]).name} --plan")
     parser.description = "Prints parameters, memory, arithmetic and missing files."
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--checkpoint", type=Path, metavar="DIR", help="folder that training wrote")
+    model.add_argument("--checkpoint", type=a_path, metavar="DIR", help="folder that training wrote")
     model.add_argument("--config", metavar="C", help="YAML run; its files may be missing")
     parser.add_argument("--plan", action="store_true", help="print the plan and exit")
     parser.add_argument("--gpu", default=GPU, metavar="NAME", help=f"such as rtx4090 (default: {GPU})")
-    arguments = parser.parse_args(argv)
+    arguments = parse_words(parser, argv)
     config = checkpoint_config(arguments.checkpoint) if arguments.checkpoint else load_config(arguments.config)
     return render_inference_plan(plan_inference(config, gpu=arguments.gpu))
 
@@ -232,6 +235,10 @@ def _checked(
 ) -> tuple[Path, torch.device, list[Path | NDArray[np.uint8]]]:
     """Checks all inputs before the model is loaded."""
     problems = _query_problems(arguments.query)
+    *words, last = arguments.query
+    ends = tuple("?.!")
+    if words and last.isascii() and last.endswith(ends) and not any(" " in one or one.endswith(ends) for one in words):
+        problems.append(f"--query {shlex.join(arguments.query)}: single words; put the question in double quotes.")
     if arguments.max_new_tokens < 1:
         problems.append(f"--max-new-tokens is {arguments.max_new_tokens}; expected 1 or more.")
 

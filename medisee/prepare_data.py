@@ -15,9 +15,11 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
+from medisee.foundation.command_line import a_path, parse_words
 from medisee.foundation.errors import InputError, exit_code, nearest
 from medisee.foundation.files import write_json
 from medisee.foundation.output import Result, check_output, locked
@@ -79,7 +81,7 @@ _FILLED = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepares a data set from the command line."""
-    options = vars(_parser().parse_args(argv))
+    options = vars(parse_words(_parser(), argv))
     command = options.pop("command")
     # Reading the index of a whole data set takes minutes, so what can be checked before is checked before.
     if problems := _problems(command, options):
@@ -102,14 +104,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="demo|sa-med2d|mlmr-sd|ask")
     add = commands.add_parser("demo", help="the offline demo", description=DEMO, formatter_class=raw).add_argument
-    add("--out", type=Path, required=True, help="folder to write")
+    add("--out", type=a_path, required=True, help="folder to write")
     add("--copies", type=int, default=3, metavar="N", help="augmented copies of a training slice (default: 3)")
     add("--seed", type=int, default=0, help="of augmentation and wordings (default: 0)")
     add("--limit", type=int, metavar="N", help="maximum slices per plane and split (default: all)")
     add("--train-questions", type=int, default=8, metavar="N", help="questions per training target (default: 8)")
     add = commands.add_parser("sa-med2d", help="SA-Med2D-20M", description=SA_MED2D, formatter_class=raw).add_argument
-    add("--root", type=Path, required=True, help="the unzipped folder SAMed2Dv1")
-    add("--out", type=Path, required=True, help="folder to write; an earlier result in it is replaced")
+    add("--root", type=a_path, required=True, help="the unzipped folder SAMed2Dv1")
+    add("--out", type=a_path, required=True, help="folder to write; an earlier result in it is replaced")
     add("--val", type=float, default=0.1, metavar="SHARE", help="of each data set's cases (default: 0.1)")
     add("--test", type=float, default=0.1, metavar="SHARE", help="of each data set's cases (default: 0.1)")
     add("--seed", type=int, default=0, help="of the split and the subset (default: 0)")
@@ -119,14 +121,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--index-only", action="store_true", help="use only the names in the index, open no image")
     add("--workers", type=int, default=1, metavar="N", help="processes that read masks (default: 1)")
     add = commands.add_parser("mlmr-sd", help="MLMR-SD", description=MLMR_SD, formatter_class=raw).add_argument
-    add("--root", type=Path, required=True, help="the data set's folder")
-    add("--out", type=Path, required=True, help="folder to write; an earlier result in it is replaced")
+    add("--root", type=a_path, required=True, help="the data set's folder")
+    add("--out", type=a_path, required=True, help="folder to write; an earlier result in it is replaced")
     add("--seed", type=int, default=0, help="of the words around questions and answers (default: 0)")
     add = commands.add_parser("ask", help="adds questions", description=ASK, formatter_class=raw).add_argument
-    add("--records", type=Path, required=True, help="folder with train.jsonl, val.jsonl and test.jsonl")
-    add("--root", type=Path, help="folder that paths in them are relative to (default: their own)")
-    add("--bank", required=True, help="abdomen, brain or a YAML file")
-    add("--out", type=Path, required=True, help="folder to write")
+    add("--records", type=a_path, required=True, help="folder with train.jsonl, val.jsonl and test.jsonl")
+    add("--root", type=a_path, help="folder that paths in them are relative to (default: their own)")
+    add("--bank", type=expanduser, required=True, help="abdomen, brain or a YAML file")
+    add("--out", type=a_path, required=True, help="folder to write")
     add("--copies", type=int, default=3, metavar="N", help="augmented copies of a training image (default: 3)")
     add("--seed", type=int, default=0, help="of wordings and augmentation (default: 0)")
     add("--train-questions", type=int, default=8, metavar="N", help="questions per training target (default: 8)")

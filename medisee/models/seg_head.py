@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from medisee.config.model import SamSizes, SegHeadConfig
 from medisee.foundation.errors import InputError, shortened
-from medisee.models.image_encoder import PATCH, image_encoder
+from medisee.models.image_encoder import image_encoder
 from medisee.weights.sam_format import is_transformers, read_weights, transformers_name, weights_file, without_tied
 from medisee.weights.shards import facts_of, misfits
 
@@ -168,14 +168,12 @@ def vit_sizes(config: SegHeadConfig) -> SamSizes:
 
 def sam_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
     """Builds SAM or MedSAM; `weights=False` leaves it random, for a checkpoint that is loaded next."""
-    if config.size % PATCH:
-        raise InputError(f"model.seg_head.size = {config.size}: SAM's patches are 16 pixels; use a multiple of 16.")
     return assemble(lambda: image_encoder(vit_sizes(config), config.size), config, weights=weights)
 
 
 def assemble(encoder: Callable[[], nn.Module], config: SegHeadConfig, *, weights: bool) -> SamHead:
     """Joins a ViT with patches of 16 pixels and SAM's decoder, then loads `checkpoint` and adds LoRA as configured."""
-    sizes, grid = vit_sizes(config), config.size // PATCH
+    sizes, grid = vit_sizes(config), config.grid
     spec = SegHeadSpec(config.size, config.resize, config.pixels, sizes.channels, grid)
 
     def build() -> SamHead:

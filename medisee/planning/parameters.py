@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from medisee.config.model import LanguageSize, Mllm, Model
+from medisee.foundation.errors import InputError
 from medisee.foundation.hardware import to_training_precision
 from medisee.foundation.json_files import read_json
 from medisee.models.medisee import MediSee
@@ -171,13 +172,16 @@ def _described(config: Mllm) -> _Described:
             "vision_heads": vision.num_attention_heads,
             "vision_intermediate": vision.intermediate_size,
         }
-    changes["size"] = LanguageSize(
-        hidden=text["hidden_size"],
-        layers=text["num_hidden_layers"],
-        heads=text["num_attention_heads"],
-        kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
-        intermediate=text["intermediate_size"],
-    )
+    try:
+        changes["size"] = LanguageSize(
+            hidden=text["hidden_size"],
+            layers=text["num_hidden_layers"],
+            heads=text["num_attention_heads"],
+            kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
+            intermediate=text["intermediate_size"],
+        )
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path}: its sizes fit no language model ({error!r:.200}); fetch it again.") from error
     if config.dtype == "auto" and "float32" in (settings.get("dtype"), settings.get("torch_dtype")):
         dtype = torch.float32
     rows = text["vocab_size"]

@@ -13,11 +13,10 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeAlias
 
-import yaml
-
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import write_json
 from medisee.foundation.output import Result, check_output
+from medisee.foundation.yaml_files import read_yaml
 from medisee.records.prompts import reasoning_answer, reasoning_question
 from medisee.records.records import LENGTHS, PERSPECTIVES, QA, SPLITS, Length, Perspective, Record, Split, write_records
 from medisee.sources.brain import STRUCTURES
@@ -43,10 +42,7 @@ def load_bank(path: Path = BANK_FILE, structures: Iterable[str] | None = tuple(S
 
     `structures` are their names, in order; by default the demo brain's. None takes all of the file.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a readable query bank ({error}); reinstall medisee or fix the file.") from error
+    content = read_yaml(path, "a query bank")
     entries = content.get("structures") if isinstance(content, dict) else None
     if not isinstance(entries, dict):
         raise InputError(f"{path}: expected a mapping with the key 'structures'.")

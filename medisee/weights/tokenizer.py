@@ -214,7 +214,13 @@ def add_candidate_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[st
     Tokens that the vocabulary already holds keep their ids: a transformers LLaVA-v1.5 has `<image>` at 32000 and a
     padding token at 32001, so the candidate tokens get 32002 and 32003.
     """
-    missing = [token for token in (*tokens, IMAGE_TOKEN) if token not in tokenizer.get_vocab()]
+    vocabulary, added = tokenizer.get_vocab(), set(tokenizer.added_tokens_encoder)  # type: ignore[attr-defined]
+    named = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, IMAGE_TOKEN]
+    if taken := [token for token in tokens if token in named or (token in vocabulary and token not in added)]:
+        raise InputError(
+            f"model.candidate_tokens: {', '.join(taken)} already has a meaning in the tokenizer; choose another word."
+        )
+    missing = [token for token in (*tokens, IMAGE_TOKEN) if token not in vocabulary]
     tokenizer.add_tokens(missing, special_tokens=True)
 
 
