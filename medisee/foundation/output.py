@@ -76,9 +76,7 @@ def locked(folder: Path, lock: Path | None = None) -> Iterator[None]:
     try:
         held.acquire(timeout=0)
     except Timeout as error:
-        raise InputError(
-            f"{folder}: another run is writing here; wait until it ends, or choose another folder."
-        ) from error
+        raise InputError(f"{folder}: another run is writing here; wait until it ends, or choose another.") from error
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
