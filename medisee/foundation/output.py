@@ -145,7 +145,7 @@ def _place_problem(out: Path, *, whole: bool, need: int) -> str:
         with tempfile.TemporaryFile(dir=written) as probe:
             probe.write(b"x")
         if (free := shutil.disk_usage(written).free) < need:
-            return f"{need / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free; make room or choose another disk."
+            return f"{need / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free; make room or choose another disk."
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle; ValueError: a NUL
         return f"cannot be written ({getattr(error, 'strerror', None) or error}); choose another folder."
     return ""
