@@ -265,7 +265,7 @@ def test_space_that_is_known_to_be_needed_must_be_free(tmp_path: Path, monkeypat
         output.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**10, 10**10 - 2_000_000, 2_000_000)
     )  # pyright: ignore
     check_output(tmp_path)
-    with pytest.raises(InputError, match="out: 15.0 MB are needed, 2.0 MB are free; make room or choose another disk"):
+    with pytest.raises(InputError, match="out: 15 MB are needed, 2 MB are free; make room or choose another disk"):
         check_output(tmp_path / "out", need=15_000_000)
 
 
