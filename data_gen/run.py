@@ -44,7 +44,7 @@ from data_gen.pipeline.stages import make
 from data_gen.plan import count_items
 from medisee.foundation.command_line import a_path, parse_words
 from medisee.foundation.errors import InputError
-from medisee.foundation.output import check_output
+from medisee.foundation.output import check_output, locked
 
 _MOST_AT_ONCE = 10_000  # requests; each has a task and a connection
 _ROUNDS = 3  # over items that the server did not answer for
@@ -63,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.author:
         for server in _servers(arguments):
             api_key(server)
-    with Ledger(arguments.ledger, create=True) as ledger, _alone(arguments.ledger):
+    path: Path = arguments.ledger
+    # A second run would ask the same questions.
+    with Ledger(path, create=True) as ledger, locked(path, path.with_name(f".{path.name}.lock")):
         free = {"style": style, "limit": limit, "batch": arguments.batch, "max_tokens": arguments.max_tokens}
         number = ledger.start_run(fixed_settings(arguments, inputs.recipe), free)
         ledger.keep_names(inputs.names)
@@ -250,23 +252,6 @@ def _add_items(ledger: Ledger, inputs: Inputs, limit: int | None) -> None:
     drawn = islice(items_from_manifest(inputs.manifest, inputs.recipe.seed), count)
     shown = tqdm(drawn, total=count, unit="image", disable=None, desc="reading masks")
     ledger.add_items(shown, inputs.manifest.root, complete=count == count_items(inputs.manifest, None))
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Keeps a second run off the ledger, which would ask the same questions."""
-    import fcntl
-
-    lock = path.with_name(f".{path.name}.lock")
-    with lock.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{path}: in use by another run; wait for its end or name another ledger.") from error
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 def _summary(ledger: Ledger, limit: int | None, style: str) -> str:

@@ -76,16 +76,14 @@ def locked(folder: Path, lock: Path | None = None) -> Iterator[None]:
     try:
         held.acquire(timeout=0)
     except Timeout as error:
-        raise InputError(
-            f"{folder}: another run is writing here; wait until it ends, or choose another folder."
-        ) from error
+        raise InputError(f"{folder}: another run is writing here; wait until it ends, or choose another.") from error
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
         print(f"warning: {folder}: its disk knows no locks; start no second run in it.", file=sys.stderr, flush=True)
     try:
         for left in (*folder.glob(".*.[0-9]*.tmp"), *folder.glob("*/.*.[0-9]*.tmp")) if lock is None else ():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         yield
     finally:
         path.unlink(missing_ok=True)
@@ -147,7 +145,8 @@ def _place_problem(out: Path, *, whole: bool, need: int) -> str:
         with tempfile.TemporaryFile(dir=written) as probe:
             probe.write(b"x")
         if (free := shutil.disk_usage(written).free) < need:
-            return f"{need / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free; make room or choose another disk."
+            needed, left = (f"{round(size / 1e6, 1):,g} MB" for size in (need, free))
+            return f"{needed} are needed, {left} are free; make room or choose another disk."
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle; ValueError: a NUL
         return f"cannot be written ({getattr(error, 'strerror', None) or error}); choose another folder."
     return ""

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import inside
 from medisee.foundation.json_files import parse_json
-from medisee.foundation.output import check_output
+from medisee.foundation.output import LEAST_SPACE, check_output
 from medisee.records.jsonl import Text, null_means, read_line, read_lines, read_object
 from medisee.records.prompts import reasoning_answer, reasoning_question
 from medisee.records.records import QA, SPLITS, Length, Perspective, Record, Split, Target, TrueBox, Turn, write_records
@@ -147,6 +147,8 @@ def prepare(root: Path | str, out: Path | str, *, seed: int = 0) -> dict[str, in
             f"{root}: expected train.json, val.json or test.json ({{image: {{mask: class}}}}), there or in release/, or "
             "data/train-*.parquet; found none; name the data set's folder."
         )
+    size = sum(file.stat().st_size for files in packed.values() for file in files)
+    check_output(out, need=max(size, LEAST_SPACE))
     saved: dict[str, str] = {}
     read = {
         split: [one for file in files for one in _unpack(file, out, seed, saved)] for split, files in packed.items()

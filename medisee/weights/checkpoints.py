@@ -75,13 +75,9 @@ class SavedModel(Protocol):
 
 _Built = TypeVar("_Built", bound=SavedModel)
 
-CHECKPOINT = Result(
-    "checkpoint",
-    r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|tokenizer\.(json|model)|"
-    r"(tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|chat_template\.jinja",
-    mark=CONFIG,
-    key="frozen",
-)
+_FILES = r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|"
+_TOKENIZER = r"[^/]*(token|vocab|merges|spiece|sentencepiece|chat_template)[^/]*|additional_chat_templates/[^/]+"
+CHECKPOINT = Result("checkpoint", _FILES + _TOKENIZER, CONFIG, "frozen")
 """The files of a checkpoint folder."""
 
 
