@@ -99,9 +99,9 @@ def ask_all(
 ) -> list[Answer]:
     """Asks queries about one image in one pass; returns one answer per query, independent of the others, in order.
 
-    The model is in evaluation mode, as `MediSee.from_pretrained` returns it. The image is a PNG, JPEG or TIFF file (with
-    several pages: `page`, from 0), or pixels (H, W, 3) uint8, RGB. With `generate` the model writes its answer, of at most `max_new_tokens`; with `forced`
-    it is given the answer and always marks a region.
+    The model is in evaluation mode, as `MediSee.from_pretrained` returns it. The image is a PNG, JPEG or TIFF file, of
+    which `page` names one of several pages, or pixels (H, W, 3) uint8, RGB. With `generate` the model writes its answer,
+    of at most `max_new_tokens`; with `forced` it is given the answer and always marks a region.
 
     Raises:
         InputError: the image cannot be read or has another form, there is no query, or one is empty or too long.
