@@ -122,10 +122,25 @@ def save_checkpoint(model: SavedModel, folder: Path, extra: dict[str, Any] | Non
     check_replaceable(folder)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        model.tokenizer.save_pretrained(temporary)
-        state = {name: value.detach().cpu().contiguous() for name, value in trained_state(model).items()}
-        save_file(state, str(temporary / WEIGHTS), metadata={"format": "pt"})
-        write_description(temporary, model.config, extra or {})
+        write_checkpoint(model, temporary, extra)
+
+
+def write_checkpoint(
+    model: SavedModel, folder: Path, extra: dict[str, Any] | None = None, weights: Mapping[str, Tensor] | None = None
+) -> list[Path]:
+    """Writes a checkpoint's files into an existing folder and returns their paths.
+
+    `weights` are `trained_state(model)`, each contiguous and on the CPU, where the caller has gathered them already.
+    """
+    state = trained_state(model) if weights is None else weights
+    files = [folder / Path(name).name for name in model.tokenizer.save_pretrained(folder) if Path(name).exists()]
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in state.items()},
+        str(folder / WEIGHTS),
+        metadata={"format": "pt"},
+    )
+    write_description(folder, model.config, extra or {})
+    return sorted({*files, folder / WEIGHTS, folder / CONFIG})
 
 
 def check_replaceable(folder: Path) -> None:
