@@ -6,6 +6,8 @@ import difflib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
+from medisee.foundation.signals import Interrupted, interrupted_by_signals
+
 
 class InputError(Exception):
     """Bad input from the user, never a bug of ours.
@@ -39,14 +41,19 @@ def nearest(value: str, known: Iterable[str]) -> str:
 def exit_code(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
     """Runs a command's main and returns its exit status.
 
-    It is 0 on success, 2 for bad input, with one line per problem on stderr, and 130 after an interrupt.
+    It is 0 on success, 2 for bad input, with one line per problem on stderr, 130 after Ctrl-C, 143 after SIGTERM, 129
+    after SIGHUP.
     """
     try:
-        main(argv)
+        with interrupted_by_signals():
+            main(argv)
     except InputError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return 2
+    except Interrupted as error:
+        print(f"{error}; nothing is half-written: start it again.", file=sys.stderr)
+        return error.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from medisee.config import Config
 from medisee.evaluation.metrics import Summary
 from medisee.foundation.files import write_json, write_text
+from medisee.foundation.json_files import parse_json
 from medisee.foundation.provenance import run_facts
 from medisee.models.losses import Terms
 from medisee.models.medisee import MediSee
@@ -114,9 +115,25 @@ class RunLog:
             self.board.close()
 
     def _kept(self, last_step: int) -> list[str]:
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
-        # A line without an end was being written when the process was killed.
-        return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+        """Returns the lines up to a step, without its validation, which is repeated; what is not a line is left out."""
+        kept, dropped = [], []
+        content = self.path.read_bytes() if self.path.exists() else b""
+        for number, line in enumerate(content.splitlines(keepends=True), 1):
+            try:
+                values = parse_json(line)
+                if not line.endswith(b"\n") or type(values["step"]) is not int:
+                    raise ValueError("cut off, or not of this log")
+            except (ValueError, LookupError, TypeError):
+                dropped.append(str(number))
+            else:
+                if values["step"] < last_step or (values["step"] == last_step and "total" in values):
+                    kept.append(line.decode("utf-8"))
+        if dropped:
+            print(
+                f"warning: {self.path}: left out what is not a line of a log, in line {', '.join(dropped[:10])}.",
+                file=sys.stderr,
+            )
+        return kept
 
     def _append(self, values: dict[str, float]) -> None:
         with self.path.open("a", encoding="utf-8") as handle:
