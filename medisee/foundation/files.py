@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from array import array
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from medisee.foundation.errors import InputError
 
@@ -22,11 +25,14 @@ from medisee.foundation.errors import InputError
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yields a temporary path beside `path`, for a file or a new folder, and creates missing parents.
 
-    On success it replaces `path`; on an exception it is removed.
+    On success it replaces `path`, or the folder that `path` is a link to; on an exception it is removed. An OSError that
+    names no file gets the name of `path`.
     """
     path = Path(path)
+    if path.is_symlink() and path.is_dir():
+        path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{hidden_name(path)}.{os.getpid()}.tmp")
     try:
         yield temporary
         if temporary.is_dir():
@@ -34,6 +40,14 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         else:
             _sync(temporary)
             os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+    except SafetensorError as error:
+        if (number := re.search(r"os error (\d+)", str(error))) is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
@@ -41,12 +55,20 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             temporary.unlink()
 
 
+def hidden_name(path: Path) -> str:
+    """Returns how the names of hidden files beside a path begin, with some room left for their endings."""
+    name = path.name
+    if len(os.fsencode(name)) > 200:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return f".{name}"
+
+
 def replace_folder(new: Path, folder: Path) -> None:
     """Flushes a complete folder to the disk and moves it to `folder`, replacing an older one if there is one."""
     for path in new.rglob("*"):
         _sync(path)
     _sync(new)
-    old = folder.with_name(f".{folder.name}.old")
+    old = folder.with_name(f"{hidden_name(folder)}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.is_dir():
         os.rename(folder, old)
@@ -57,10 +79,11 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 def recover_folder(folder: Path) -> None:
     """Undoes a `replace_folder` that was killed between its two renames; removes leftovers of interrupted writes."""
-    old = folder.with_name(f".{folder.name}.old")
+    hidden = hidden_name(folder)
+    old = folder.with_name(f"{hidden}.old")
     if old.is_dir() and not folder.exists():
         os.rename(old, folder)
-    for left in (old, *folder.parent.glob(f".{folder.name}.*.tmp")):
+    for left in (old, *folder.parent.glob(f"{glob.escape(hidden)}.[0-9]*.tmp")):
         shutil.rmtree(left, ignore_errors=True)
 
 
