@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ from medisee.foundation.errors import InputError, first_line
 from medisee.foundation.files import cached_sha256, replace_folder, sha256, write_json
 from medisee.foundation.hardware import compute_dtype
 from medisee.foundation.json_files import parse_json, read_json
-from medisee.foundation.output import locked
+from medisee.foundation.output import check_output, filled_folder
 from medisee.models.medisee import MediSee
 from medisee.records.manifest import Manifest
-from medisee.training.optimization import Optimization
+from medisee.training.optimization import MOMENTS, Optimization
 from medisee.training.ranks import Place, errors_on_all_ranks, gather, raise_on_all_ranks
 from medisee.weights.checkpoints import WEIGHTS, check_replaceable, trained_state, write_checkpoint
 from medisee.weights.shards import CONFIG
@@ -214,21 +214,12 @@ def save_state(
 
 @contextmanager
 def only_run(out: Path, *, is_new: bool) -> Iterator[None]:
-    """Holds a run's folder for this process, before anything is written; `is_new` refuses one that holds a run.
-
-    A folder that was made for a run that was refused is removed again.
-    """
-    made = not os.path.lexists(out)
-    try:
-        with locked(out):
-            if is_new:
-                check_no_run(out)
-            _check_names(out)
-            yield
-    finally:
-        if made:
-            with suppress(OSError):  # it holds a run
-                out.rmdir()
+    """Holds a run's folder for this process, before anything is written; `is_new` refuses one that holds a run."""
+    with filled_folder(out, option="train.out"):
+        if is_new:
+            check_no_run(out)
+        _check_names(out)
+        yield
 
 
 def _check_names(out: Path) -> None:
@@ -245,14 +236,9 @@ def _check_names(out: Path) -> None:
 
 def check_space(out: Path, model: MediSee) -> None:
     """Checks that the disk can hold one saved state of a model before its first step."""
-    learning = sum(value.numel() * 4 for value in model.parameters() if value.requires_grad)
-    need = sum(value.nbytes for value in trained_state(model).values()) + 2 * learning
-    free = shutil.disk_usage(out).free
-    if free < need:
-        raise InputError(
-            f"{out}: a saved state takes {need / 2**20:,.0f} MiB, but {free / 2**20:,.0f} MiB are free there; free some "
-            "space, or set train.out to another disk."
-        )
+    learning = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    weights = sum(value.nbytes for value in trained_state(model).values())
+    check_output(out, option="train.out", need=weights + 4 * len(MOMENTS) * learning)
 
 
 @contextmanager

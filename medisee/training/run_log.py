@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -115,14 +116,16 @@ class RunLog:
             self.board.close()
 
     def _kept(self, last_step: int) -> list[str]:
-        """Returns the lines up to a step, without its validation, which is repeated; what is not a line is left out."""
+        """Returns the lines up to a step, without its validation, which is repeated; damaged lines are left out."""
         kept, dropped = [], []
         content = self.path.read_bytes() if self.path.exists() else b""
         for number, line in enumerate(content.splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):
+                continue  # it was being written when the process was killed
             try:
                 values = parse_json(line)
-                if not line.endswith(b"\n") or type(values["step"]) is not int:
-                    raise ValueError("cut off, or not of this log")
+                if type(values["step"]) is not int:
+                    raise ValueError("not a line of a log")
             except (ValueError, LookupError, TypeError):
                 dropped.append(str(number))
             else:
@@ -130,14 +133,15 @@ class RunLog:
                     kept.append(line.decode("utf-8"))
         if dropped:
             print(
-                f"warning: {self.path}: left out what is not a line of a log, in line {', '.join(dropped[:10])}.",
+                f"warning: {self.path}: damaged, and left out: line {', '.join(dropped[:10])}.",
                 file=sys.stderr,
             )
         return kept
 
     def _append(self, values: dict[str, float]) -> None:
         with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(values) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            handle.write(json.dumps(finite) + "\n")
         for name, value in values.items():
             if name not in ("step", "seconds"):
                 self.board.add_scalar(name, value, int(values["step"]))
