@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -352,6 +353,35 @@ def test_a_signal_during_the_imports_ends_with_a_sentence(
     assert "interrupted" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_request_during_the_preparation_is_heeded(
+    every_step: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launchers turn signals into the file, and may do so before the first step."""
+    import medisee.train
+
+    original = medisee.train.build_model
+
+    def build(*arguments: Any) -> MediSee:
+        (tmp_path / "stop").touch()
+        return original(*arguments)
+
+    monkeypatch.setattr("medisee.train.build_model", build)
+    with pytest.raises(Stopped, match="stopped after step 1"):
+        train(configured(every_step, train={"out": str(tmp_path)}))
+    assert damage(tmp_path / "last-00000001") is None
+
+
+def test_a_disk_that_cannot_hold_a_state_is_told_before_the_first_step(
+    every_step: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_100_000))
+    monkeypatch.setattr("medisee.train._steps", lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(InputError, match=r"train\.out .*: .* are needed, 1 MB are free"):
+        train(configured(every_step, train={"out": str(tmp_path / "run")}))
+    assert not (tmp_path / "run").exists()
+
+
 def test_ctrl_c_twice_ends_at_once(every_step: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def twice() -> None:
         for _ in range(2):
@@ -365,28 +395,53 @@ def test_ctrl_c_twice_ends_at_once(every_step: Run, tmp_path: Path, monkeypatch:
 
 def test_a_request_that_is_older_than_the_run_is_not_heeded(every_step: Run, tmp_path: Path) -> None:
     (tmp_path / "stop").touch()
+    (tmp_path / ".lock").touch()  # of a run that was killed
     train(configured(every_step, train={"out": str(tmp_path), "steps": 2}))
     assert sorted(losses(tmp_path)) == [1, 2]
 
 
-def test_sigterm_to_a_group_with_loader_processes(every_step: Run, tmp_path: Path) -> None:
-    """What SLURM and terminals do. The loader processes must outlive the signal, or the step could not end."""
-    data = {**every_step["data"], "workers": 1}
-    long = {**every_step["train"], "out": str(tmp_path / "run"), "steps": 100_000, "save_every": 100_000}
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump({**every_step, "data": {**data, "val": None}, "train": long}))
-    command = [sys.executable, "-m", "medisee.train", "--config", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+def test_a_signal_to_a_group_with_loader_processes(every_step: Run, tmp_path: Path) -> None:
+    """What SLURM, terminals and a lost connection do. The loader processes must outlive the signal, or the step could not end.
+
+    The second run's terminal goes, so that it can neither write there nor be seen any more.
+    """
+    data = {**every_step["data"], "workers": 1, "val": None}
+    runs: list[tuple[Path, subprocess.Popen[Any]]] = []
+    terminal, side = os.openpty()
+    for name in ("signal", "hangup"):
+        section = {**every_step["train"], "out": str(tmp_path / name), "steps": 100_000, "save_every": 100_000}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**every_step, "data": data, "train": section}))
+        command = [sys.executable, "-m", "medisee.train", "--config", str(path)]
+        streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        if name == "hangup":
+            # Linux gives a session's leader the terminal that it opens.
+            code = "import os, sys; os.open(os.ttyname(1), os.O_RDWR); os.execv(sys.executable, sys.argv[1:])"
+            command = [sys.executable, "-c", code, *command]
+            streams = {"stdin": side, "stdout": side, "stderr": side}
+        runs.append((tmp_path / name, subprocess.Popen(command, start_new_session=True, **streams)))
+    (first, signalled), (second, lost) = runs
     try:
-        while process.poll() is None and not logged(tmp_path / "run"):
+        while any(process.poll() is None and not logged(out) for out, process in runs):
             time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGTERM)
-        output, errors = process.communicate(timeout=300)
+            drain(terminal)
+        os.killpg(signalled.pid, signal.SIGTERM)
+        os.close(side)
+        os.close(terminal)  # the kernel sends SIGHUP
+        output, errors = signalled.communicate(timeout=300)
+        assert lost.wait(timeout=300) == 129
     finally:
-        process.kill()
-    assert process.returncode == 143, errors[-2000:]
+        signalled.kill()
+        lost.kill()
+    assert signalled.returncode == 143, errors[-2000:]
     assert b"which is saved in" in output and b"Traceback" not in errors
-    assert damage(saved_folders(tmp_path / "run")[-1]) is None
+    assert [damage(saved_folders(out)[-1]) for out in (first, second)] == [None, None]
+
+
+def drain(terminal: int) -> None:
+    """Reads what a terminal shows, or its writers would wait."""
+    while select.select([terminal], [], [], 0)[0]:
+        os.read(terminal, 1 << 16)
 
 
 def logged(out: Path) -> list[int]:
@@ -421,6 +476,22 @@ def test_a_log_line_that_a_kill_cut_off_is_dropped(every_step: Run, tmp_path: Pa
         log.write('{"step": 9, "tot')
     train(config, resume=True)
     assert sorted(losses(tmp_path)) == list(range(1, 9))
+
+
+def test_damaged_lines_of_the_log_are_named_and_left_out(
+    every_step: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configured(every_step, data={"val": None}, train={"out": str(tmp_path), "steps": 2, "save_every": 1})
+    train(config)
+    shutil.rmtree(tmp_path / "last-00000002")
+    with (tmp_path / "log.jsonl").open("ab") as log:
+        log.write(b"\x00\x00\n[3]\n" + b'{"step": "2"}\n{"total": 1.0}\n{"step": NaN}\n\xff\n' + b"[" * 99_999 + b"\n")
+    train(config, resume=True)
+    assert (
+        f"warning: {tmp_path / 'log.jsonl'}: damaged, and left out: line 3, 4, 5, 6, 7, 8, 9."
+        in capsys.readouterr().err
+    )
+    assert sorted(losses(tmp_path)) == [1, 2]
 
 
 def test_dropout_is_the_same_after_resuming(every_step: Run, tmp_path: Path) -> None:
