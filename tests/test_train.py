@@ -576,26 +576,19 @@ def test_a_full_disk_ends_with_a_sentence(every_step: Run, tmp_path: Path, monke
 
 
 def test_two_ranks_with_half_the_batch_equal_one(tiny_config: Run, tmp_path: Path) -> None:
-    section = {**tiny_config["train"], "steps": 20, "log_every": 1, "save_every": 20, "warmup": 3, "zero_stage": 2}
-    one = {**tiny_config, "train": {**section, "batch_size": 2, "out": str(tmp_path / "one")}}
+    """Under DeepSpeed's own launcher; `test_optimization.py` starts its ranks itself."""
+    section = {"steps": 4, "log_every": 1, "save_every": 4, "warmup": 2, "zero_stage": 2, "dtype": "bfloat16"}
+    one = {**tiny_config, "train": {**tiny_config["train"], **section, "batch_size": 2, "out": str(tmp_path / "one")}}
     train(config_from(one, where="test"))
-    two = {**tiny_config, "train": {**section, "batch_size": 1, "out": str(tmp_path / "two")}}
+    two = {**tiny_config, "train": {**one["train"], "batch_size": 1, "out": str(tmp_path / "two")}}
     _deepspeed(two, tmp_path / "two.yaml")
-    expected, found = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert sorted(found) == list(range(1, 21))
-    assert found == pytest.approx(expected, rel=1e-4)
-
-
-def test_two_ranks_in_bf16(tiny_config: Run, tmp_path: Path) -> None:
-    section = {"steps": 6, "log_every": 1, "batch_size": 1, "dtype": "bfloat16", "zero_stage": 2, "save_every": 3}
-    run = {**tiny_config, "train": {**tiny_config["train"], **section, "out": str(tmp_path / "two")}}
-    _deepspeed(run, tmp_path / "two.yaml")
-    assert len(losses(tmp_path / "two")) == 6
+    assert sorted(losses(tmp_path / "two")) == [1, 2, 3, 4]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-4)
     assert (tmp_path / "two" / "checkpoint" / "model.safetensors").exists()
-    _deepspeed(run, tmp_path / "two.yaml", "--resume")
+    assert damage(tmp_path / "two" / "last-00000004") is None
 
 
-def _deepspeed(run: Run, path: Path, *arguments: str) -> None:
+def _deepspeed(run: Run, path: Path) -> None:
     path.write_text(yaml.safe_dump(run))
     launcher = Path(sys.executable).with_name("deepspeed")
     script = Path(__file__).parents[1] / "scripts" / "train.py"
@@ -606,7 +599,7 @@ def _deepspeed(run: Run, path: Path, *arguments: str) -> None:
     # Into a file and in a separate session: ranks that hang would outlive the launcher and hold a pipe open for ever.
     with path.with_suffix(".txt").open("w") as output:
         process = subprocess.Popen(
-            [*command, "--config", str(path), *arguments],
+            [*command, "--config", str(path)],
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
