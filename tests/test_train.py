@@ -329,9 +329,8 @@ def test_a_signal_before_the_first_step_ends_with_a_sentence_and_leaves_nothing(
 ) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({**every_step, "train": {**every_step["train"], "out": str(tmp_path / "run")}}))
-    monkeypatch.setattr(
-        "medisee.train.read_images_and_texts", lambda *_: os.kill(os.getpid(), getattr(signal, name)) or time.sleep(5)
-    )
+    ask = getattr(signal, name)
+    monkeypatch.setattr("medisee.train.build_model", lambda *_: os.kill(os.getpid(), ask) or time.sleep(5))
     assert exit_code(main, ["--config", str(path)]) == code
     (said,) = [line for line in capsys.readouterr().err.splitlines() if "interrupted" in line]
     assert name == "SIGINT" or f"interrupted by {name}; nothing is half-written" in said

@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,30 +45,18 @@ FILES = "files.json"
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
-MAY_CHANGE = {
-    "train.out": "the run's folder may be moved",
-    "train.batch_size": "the effective batch stays",
-    "train.accumulation": "the effective batch stays",
-    "train.global_batch": "the effective batch stays",
-    "train.log_every": "only what is logged",
-    "train.save_every": "only what is saved",
-    "train.keep_last": "only what is saved",
-    "train.zero_stage": "how ranks share the work",
-    "train.offload": "how ranks share the work",
-    "train.deepspeed": "how ranks share the work",
-    "train.recompute_layers": "memory against time",
-    "train.unpadded": "only rounding differs",
-    "train.compile_layers": "only rounding differs",
-    "data.workers": "draws follow from their numbers",
-    "data.root": "where images are",
-    "data.train[].root": "where images are",
-    "data.categories": "not read by training",
-    "data.skip_corrupt": "records that can be read stay the same",
-    "eval.batch_size": "only rounding differs",
-    "eval.max_new_tokens": "not read by training",
-    "eval.resamples": "not read by training",
+_MAY_CHANGE = {
+    "only what is kept": "train.out train.log_every train.save_every train.keep_last",
+    "the effective batch, which is compared, stays": "train.batch_size train.accumulation train.global_batch",
+    "how ranks share the work": "train.zero_stage train.offload train.deepspeed train.recompute_layers",
+    "only rounding differs": "train.unpadded train.compile_layers eval.batch_size",
+    "draws follow from their numbers": "data.workers",
+    "where images are": "data.root data.train[].root",
+    "records that can be read stay the same": "data.skip_corrupt",
+    "training does not read it": "data.categories eval.max_new_tokens eval.resamples",
 }
-"""Settings that may differ in a resumed run, and why. The effective batch is compared by itself."""
+MAY_CHANGE = frozenset(name for names in _MAY_CHANGE.values() for name in names.split())
+"""Settings that may differ in a resumed run; `_MAY_CHANGE` says why."""
 
 PLACES = ("data.cache", "data.train[].records", "data.val", "data.test")
 """Paths that may differ, but not come or go: features are found by content, and a manifest elsewhere must be the same."""
@@ -82,17 +70,22 @@ class Content(BaseModel):
     sha256: str
 
 
-class _Facts(BaseModel):
+class Origin(BaseModel):
+    """What a run is computed from, besides its configuration."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+    effective_batch: int = Field(ge=1)
+    manifests: dict[str, Content] = {}  # by the setting that names them
+    dtypes: dict[str, str] = {}  # what each setting `auto` has become here
+
+
+class _Facts(Origin):
     """progress.json."""
 
-    model_config = ConfigDict(strict=True)
     step: int = Field(ge=1)
     best: float = Field(ge=-1, le=1)
     skipped: int = Field(ge=0)
-    effective_batch: int = Field(ge=1)
     config: dict[str, Any]
-    manifests: dict[str, Content] = {}
-    dtypes: dict[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +95,6 @@ class Progress:
     step: int = 0  # optimizer steps done
     best: float = -1.0  # the best figure on val before this step's validation, if it has one
     skipped: int = 0  # draws that were replaced because their image or mask cannot be read
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """What a run is computed from, besides its configuration."""
-
-    effective_batch: int
-    manifests: dict[str, Content] = field(default_factory=dict)  # by the setting that names them
-    dtypes: dict[str, str] = field(default_factory=dict)  # what each setting `auto` has become here
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +121,7 @@ def origin_of(
     }
     auto = {"train.dtype": config.train.dtype, "data.cache_dtype": config.data.cache_dtype if config.data.cache else ""}
     dtypes = {name: str(compute_dtype("auto", place.device)) for name, value in auto.items() if value == "auto"}
-    return Origin(effective_batch, contents, dtypes)
+    return Origin(effective_batch=effective_batch, manifests=contents, dtypes=dtypes)
 
 
 class LastStates:
@@ -196,17 +180,12 @@ def save_state(
         weights = {name: value.detach().cpu().clone().contiguous() for name, value in kept.items()}
     problems = []
     if place.rank == 0:
-        manifests = {name: content.model_dump() for name, content in origin.manifests.items()}
-        facts = {
-            **asdict(progress),
-            "effective_batch": origin.effective_batch,
-            "config": config.model_dump(mode="json"),
-        }
+        facts = origin.model_dump() | asdict(progress) | {"config": config.model_dump(mode="json")}
         try:
             with states.writing(progress.step) as folder:
                 write_checkpoint(model, folder, {"step": progress.step}, weights)
                 save_file(moments, str(folder / OPTIMIZER), metadata={"format": "pt"})
-                write_json(folder / PROGRESS, {**facts, "manifests": manifests, "dtypes": origin.dtypes})
+                write_json(folder / PROGRESS, facts)
         except (OSError, SafetensorError, InputError) as error:
             problems = [_not_saved(states, progress.step, error)]
     raise_on_all_ranks(problems, place)
@@ -223,14 +202,11 @@ def only_run(out: Path, *, is_new: bool) -> Iterator[None]:
 
 
 def _check_names(out: Path) -> None:
-    problems = [
-        f"{out / name}: is a {'folder' if is_file else 'file'}, where training writes a {'file' if is_file else 'folder'}; "
-        "rename it, or set train.out to another folder."
-        for name, is_file in (("log.jsonl", True), ("run.json", True), ("tensorboard", False))
-        if (out / name).exists() and (out / name).is_file() != is_file
-    ]
-    if problems:
-        raise InputError(problems)
+    taken = [out / name for name in ("log.jsonl", "run.json") if (out / name).is_dir()]
+    taken += [path for path in [out / "tensorboard"] if path.is_file()]
+    if taken:
+        fix = "rename it, or set train.out to another folder"
+        raise InputError(f"{path}: is a {'folder' if path.is_dir() else 'file'} in the way; {fix}." for path in taken)
     check_replaceable(out / CHECKPOINT)
 
 
@@ -290,13 +266,8 @@ def read_state(folder: Path) -> Saved:
         raise InputError(f"{path}: step = {facts.step}, but the folder's name says another.")
     if facts.step > config.train.steps:
         raise InputError(f"{path}: step = {facts.step}, but the run has {config.train.steps}.")
-    return Saved(
-        folder,
-        Progress(facts.step, facts.best, facts.skipped),
-        Origin(facts.effective_batch, facts.manifests, facts.dtypes),
-        config,
-        is_checkpoint=(folder / CONFIG).exists(),
-    )
+    progress = Progress(facts.step, facts.best, facts.skipped)
+    return Saved(folder, progress, facts, config, is_checkpoint=(folder / CONFIG).exists())
 
 
 def find_last_on_all_ranks(out: Path, place: Place) -> Saved:
@@ -390,14 +361,11 @@ def changed_since(saved: Saved, origin: Origin) -> list[str]:
     """Describes what is no longer as it was when a state was saved, although the run can go on."""
     told = []
     for name, before in saved.origin.manifests.items():
-        if (now := origin.manifests.get(name)) in (None, before):
-            continue
-        effect = "records that changed are read as they are now"
-        if not name.startswith("data.train"):
-            effect = f"its figures are compared with the best so far, {saved.progress.best:.3f}, on the former file"
-        elif now.records != before.records:
-            effect = f"{now.records} records instead of {before.records} are drawn in another order from here on"
-        told.append(f"{name}: changed after step {saved.progress.step} was saved; {effect}.")
+        if (now := origin.manifests.get(name, before)) != before:
+            effect = "the run goes on with what it says now"
+            if now.records != before.records:
+                effect += f", {now.records} records instead of {before.records}, in another order"
+            told.append(f"{name}: changed after step {saved.progress.step} was saved; {effect}.")
     for name, now in origin.dtypes.items():
         if (before := saved.origin.dtypes.get(name, now)) != now:
             told.append(f"{name} = auto: {now} here, {before} before; figures differ in their last digits.")

@@ -117,25 +117,20 @@ class RunLog:
 
     def _kept(self, last_step: int) -> list[str]:
         """Returns the lines up to a step, without its validation, which is repeated; damaged lines are left out."""
-        kept, dropped = [], []
+        kept, damaged = [], []
         content = self.path.read_bytes() if self.path.exists() else b""
         for number, line in enumerate(content.splitlines(keepends=True), 1):
             if not line.endswith(b"\n"):
                 continue  # it was being written when the process was killed
             try:
                 values = parse_json(line)
-                if type(values["step"]) is not int:
-                    raise ValueError("not a line of a log")
-            except (ValueError, LookupError, TypeError):
-                dropped.append(str(number))
-            else:
                 if values["step"] < last_step or (values["step"] == last_step and "total" in values):
                     kept.append(line.decode("utf-8"))
-        if dropped:
-            print(
-                f"warning: {self.path}: damaged, and left out: line {', '.join(dropped[:10])}.",
-                file=sys.stderr,
-            )
+            except (ValueError, LookupError, TypeError):
+                damaged.append(str(number))
+        if damaged:
+            left_out = f"warning: {self.path}: damaged, and left out: line {', '.join(damaged[:10])}."
+            print(left_out, file=sys.stderr, flush=True)
         return kept
 
     def _append(self, values: dict[str, float]) -> None:

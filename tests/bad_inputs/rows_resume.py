@@ -233,14 +233,22 @@ ROWS = [
         ("train.out", "xxx"),
     ),
     Row(
-        "log.jsonl is a folder", "train", in_the_way("log.jsonl", folder=True), ("log.jsonl: is a folder", "rename it")
+        "log.jsonl is a folder",
+        "train",
+        in_the_way("log.jsonl", folder=True),
+        ("log.jsonl: is a folder in the way", "rename it"),
     ),
-    Row("run.json is a folder", "train", in_the_way("run.json", folder=True), ("run.json: is a folder", "rename it")),
+    Row(
+        "run.json is a folder",
+        "train",
+        in_the_way("run.json", folder=True),
+        ("run.json: is a folder in the way", "rename it"),
+    ),
     Row(
         "tensorboard is a file",
         "train",
         in_the_way("tensorboard", folder=False),
-        ("tensorboard: is a file", "rename it"),
+        ("tensorboard: is a file in the way", "rename it"),
     ),
     Row("checkpoint is a file", "train", in_the_way("checkpoint", folder=False), ("checkpoint", "holds no checkpoint")),
     Row(

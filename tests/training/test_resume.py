@@ -51,7 +51,11 @@ FACTS = {
     "manifests": {"data.train[0].records": CONTENT},
     "dtypes": {"train.dtype": "torch.float32"},
 }
-ORIGIN = Origin(4, {"data.train[0].records": Content(records=4, sha256="ab")}, {"train.dtype": "torch.float32"})
+ORIGIN = Origin(
+    effective_batch=4,
+    manifests={"data.train[0].records": Content(records=4, sha256="ab")},
+    dtypes={"train.dtype": "torch.float32"},
+)
 NAMES = ("model.safetensors", OPTIMIZER, PROGRESS, "config.json", FILES)
 
 
@@ -81,7 +85,9 @@ def three(tmp_path: Path) -> Path:
 
 def test_the_newest_state_is_found_and_read(three: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved = find_last(three)
-    assert saved == Saved(three / "last-00000015", Progress(15, 0.25, 3), ORIGIN, Config())
+    assert (saved.folder, saved.progress) == (three / "last-00000015", Progress(15, 0.25, 3))
+    origin = Origin(**{name: getattr(saved.origin, name) for name in Origin.model_fields})
+    assert (origin, saved.config) == (ORIGIN, Config())
     assert torch.equal(load_file(saved.folder / "model.safetensors")["a"], tensors(15)["a"])
     assert capsys.readouterr().err == ""
 
@@ -272,17 +278,25 @@ def settings_of(**train: Any) -> Config:
 
 
 def saved_by(config: Config, effective_batch: int = 600) -> Saved:
-    return Saved(Path("runs/x/last-00000010"), Progress(10), Origin(effective_batch), config)
+    return Saved(Path("runs/x/last-00000010"), Progress(10), Origin(effective_batch=effective_batch), config)
 
 
 def test_how_a_run_is_computed_may_change() -> None:
     old = settings_of(batch_size=15, accumulation=40, zero_stage=2)
     new = settings_of(batch_size=30, global_batch=600, zero_stage=3, offload="parameters", keep_last=5, out="moved")
-    check_same_run(saved_by(old), new, Origin(600))
-    check_same_run(saved_by(old), settings_of(accumulation=40, deepspeed={"zero_optimization": {"a": 1}}), Origin(600))
+    check_same_run(saved_by(old), new, Origin(effective_batch=600))
+    check_same_run(
+        saved_by(old),
+        settings_of(accumulation=40, deepspeed={"zero_optimization": {"a": 1}}),
+        Origin(effective_batch=600),
+    )
     there = {"cache": "there", "root": "there", "categories": "there.json", "skip_corrupt": True, "workers": 3}
     sections = {"data": there, "eval": {"batch_size": 1, "resamples": 9, "max_new_tokens": 9}}
-    check_same_run(saved_by(here()), config_from(sections | {"train": {"save_every": 7}}, where="test"), Origin(600))
+    check_same_run(
+        saved_by(here()),
+        config_from(sections | {"train": {"save_every": 7}}, where="test"),
+        Origin(effective_batch=600),
+    )
 
 
 def here() -> Config:
@@ -315,12 +329,12 @@ def test_every_setting_that_may_change_is_one() -> None:
 )
 def test_what_changes_the_run_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="another configuration"):
-        check_same_run(saved_by(here()), config_from(values, where="test"), Origin(600))
+        check_same_run(saved_by(here()), config_from(values, where="test"), Origin(effective_batch=600))
 
 
 def test_more_steps_are_another_run_and_the_message_says_how_to_train_on() -> None:
     with pytest.raises(InputError) as caught:
-        check_same_run(saved_by(Config()), settings_of(steps=3000), Origin(600))
+        check_same_run(saved_by(Config()), settings_of(steps=3000), Origin(effective_batch=600))
     (problem,) = caught.value.problems
     assert (
         "train.steps = 1500, not 3000" in problem and "train.init=runs/x/last-00000010 and a new train.out" in problem
@@ -333,7 +347,7 @@ def mixture(*records: str, **data: Any) -> Config:
 
 def origin(*digests: str, **named: Content) -> Origin:
     contents = {f"data.train[{n}].records": Content(records=4, sha256=one) for n, one in enumerate(digests)}
-    return Origin(600, contents | {f"data.{name}": one for name, one in named.items()})
+    return Origin(effective_batch=600, manifests=contents | {f"data.{name}": one for name, one in named.items()})
 
 
 def test_a_manifest_may_be_moved_if_it_is_the_same() -> None:
@@ -352,17 +366,22 @@ def test_a_manifest_may_be_moved_if_it_is_the_same() -> None:
 
 
 def test_an_earlier_state_knows_manifests_by_their_place_only() -> None:
-    saved = Saved(Path("last-00000010"), Progress(10), Origin(600), mixture("a.jsonl"))
+    saved = Saved(Path("last-00000010"), Progress(10), Origin(effective_batch=600), mixture("a.jsonl"))
     check_same_run(saved, mixture("a.jsonl"), origin("a"))
     with pytest.raises(InputError, match=r"data\.train\[0\]\.records"):
         check_same_run(saved, mixture("b.jsonl"), origin("a"))
 
 
 def test_the_manifest_that_does_not_choose_the_checkpoint_is_not_compared() -> None:
-    saved = Saved(Path("last-00000010"), Progress(10), Origin(600), mixture("a.jsonl", val="v.jsonl", test="t.jsonl"))
-    check_same_run(saved, mixture("a.jsonl", val="v.jsonl"), Origin(600))
+    saved = Saved(
+        Path("last-00000010"),
+        Progress(10),
+        Origin(effective_batch=600),
+        mixture("a.jsonl", val="v.jsonl", test="t.jsonl"),
+    )
+    check_same_run(saved, mixture("a.jsonl", val="v.jsonl"), Origin(effective_batch=600))
     with pytest.raises(InputError, match=r"data\.val"):
-        check_same_run(saved, mixture("a.jsonl", val="w.jsonl"), Origin(600))
+        check_same_run(saved, mixture("a.jsonl", val="w.jsonl"), Origin(effective_batch=600))
 
 
 def test_what_changed_since_is_told() -> None:
@@ -370,19 +389,23 @@ def test_what_changed_since_is_told() -> None:
     saved = Saved(Path("last-00000010"), Progress(10, 0.5), origin("a", "b", val=val), Config())
     assert changed_since(saved, origin("a", "b", val=val)) == []
     more = {"data.train[1].records": Content(records=5, sha256="c"), "data.val": Content(records=9, sha256="w")}
-    told = changed_since(saved, Origin(600, {**origin("mended").manifests, **more}))
+    told = changed_since(saved, Origin(effective_batch=600, manifests=origin("mended").manifests | more))
+    start, goes_on = "changed after step 10 was saved", "the run goes on with what it says now"
     assert told == [
-        "data.train[0].records: changed after step 10 was saved; records that changed are read as they are now.",
-        "data.train[1].records: changed after step 10 was saved; 5 records instead of 4 are drawn in another order from "
-        "here on.",
-        "data.val: changed after step 10 was saved; its figures are compared with the best so far, 0.500, on the former "
-        "file.",
+        f"data.train[0].records: {start}; {goes_on}.",
+        f"data.train[1].records: {start}; {goes_on}, 5 records instead of 4, in another order.",
+        f"data.val: {start}; {goes_on}.",
     ]
 
 
 def test_a_precision_that_is_another_one_on_this_machine_is_told() -> None:
-    saved = Saved(Path("last-00000010"), Progress(10), Origin(600, {}, {"train.dtype": "torch.bfloat16"}), Config())
-    (told,) = changed_since(saved, Origin(600, {}, {"train.dtype": "torch.float32"}))
+    saved = Saved(
+        Path("last-00000010"),
+        Progress(10),
+        Origin(effective_batch=600, dtypes={"train.dtype": "torch.bfloat16"}),
+        Config(),
+    )
+    (told,) = changed_since(saved, Origin(effective_batch=600, dtypes={"train.dtype": "torch.float32"}))
     assert "train.dtype = auto: torch.float32 here, torch.bfloat16 before" in told
 
 
@@ -431,7 +454,7 @@ def test_a_folder_for_a_run_that_was_refused_goes_again(tmp_path: Path) -> None:
 def test_another_run_is_refused_and_every_difference_named() -> None:
     new = config_from({"train": {"lr": 1e-5, "seed": 3}, "data": {"workers": 4, "val": "x.jsonl"}}, where="test")
     with pytest.raises(InputError) as caught:
-        check_same_run(saved_by(Config()), new, Origin(300))
+        check_same_run(saved_by(Config()), new, Origin(effective_batch=300))
     named = [problem.split(": ", 1)[1].split(";")[0] for problem in caught.value.problems]
     assert named == [
         "the run was started with another configuration, data.val = None, not 'x.jsonl'",
