@@ -18,6 +18,7 @@ from medisee.config import Config
 from medisee.data.features import FeatureCache
 from medisee.data.mixture import Draw, Mixture
 from medisee.foundation.errors import InputError
+from medisee.foundation.signals import ENDING
 from medisee.models.processing import Batch, Example, MediSeeProcessor, Query
 from medisee.records.images import read_image
 from medisee.records.manifest import Manifest
@@ -230,5 +231,5 @@ def training_batches(
 
 def leave_to_parent(_: int = 0) -> None:
     """Makes a loader process ignore signals to the whole process group, since its parent still needs batches."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (*ENDING, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from medisee.foundation.signals import Interrupted, interrupted_by_signals
+
 _OF_DISK = ("EACCES", "EDQUOT", "EFBIG", "EIO", "ELOOP", "ENAMETOOLONG", "ENOSPC", "ENOTDIR", "EROFS")
 """Errors that a check before the work cannot rule out; any other is a bug of ours."""
 
@@ -60,13 +62,14 @@ def nearest(value: str, known: Iterable[str]) -> str:
 def exit_code(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
     """Runs a command's main and returns its exit status.
 
-    It is 0 on success, 2 for bad input or a full disk, with one line per problem on stderr, 130 after an interrupt, and
-    141 when the reader of stdout, such as `head`, has gone.
+    It is 0 on success, 2 for bad input or a full disk, with one line per problem on stderr, 130 after Ctrl-C, 143 after
+    SIGTERM, 129 after SIGHUP, and 141 when the reader of stdout, such as `head`, has gone.
     """
     _make_writable()
     try:
         try:
-            main(argv)
+            with interrupted_by_signals():
+                main(argv)
         except InputError as error:
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr)
@@ -77,6 +80,9 @@ def exit_code(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] 
             where = f"{error.filename}: " if error.filename else ""
             print(f"error: {where}{error.strerror}; mend this, or choose another place.", file=sys.stderr)
             return 2
+        except Interrupted as error:
+            print(f"{error}; nothing is half-written: start it again.", file=sys.stderr)
+            return error.code
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

@@ -51,15 +51,6 @@ def world_from_environment() -> tuple[int, int, int]:
     return rank, local, world
 
 
-@contextmanager
-def rank_zero_errors() -> Iterator[None]:
-    """Lets only the first rank report what all of them find wrong, before they are connected."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(error.problems if world_from_environment()[0] == 0 else ()) from error
-
-
 def join_ranks() -> Place:
     """Connects to the other ranks that the launcher started: NCCL between GPUs, gloo between CPUs."""
     rank, local, world = world_from_environment()

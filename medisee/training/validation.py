@@ -14,12 +14,16 @@ from medisee.foundation.hardware import compute_dtype, is_mixed
 from medisee.models.medisee import MediSee
 from medisee.records.manifest import Manifest
 from medisee.records.masks import mask_box
+from medisee.training.interruption import StopRequest
 from medisee.training.ranks import Place, gather
 
 
-def validate(model: MediSee, val: Manifest, config: Config, *, cache: FeatureCache | None, place: Place) -> Summary:
+def validate(
+    model: MediSee, val: Manifest, config: Config, *, cache: FeatureCache | None, place: Place, stop: StopRequest
+) -> Summary | None:
     """Scores val; every rank calls it and gets the same summary, which is also that of a single rank.
 
+    None if the run was asked to stop, after the batch in which it was.
     The model is left in training mode. `val` is the test file only in runs that reproduce the release (`data.select`).
     """
     questions, size = all_questions(val, config.train.val_limit), config.eval.batch_size
@@ -35,6 +39,8 @@ def validate(model: MediSee, val: Manifest, config: Config, *, cache: FeatureCac
             scores = _scores(model, val, parts[number], config=config, cache=cache)
             if number == first + place.rank:
                 own[number] = scores
+            if stop.request(place):
+                return None
     model.train()
     everyones = {number: scores for part in gather(own, place) for number, scores in part.items()}
     return summarise([one for number in sorted(everyones) for one in everyones[number]], resamples=1)
