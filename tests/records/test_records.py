@@ -151,9 +151,9 @@ def test_numpy_numbers_are_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("odd", [{"scores": {"x": float("nan")}}, {"text": "\ud800"}, {"question": "\udcff?"}])
 def test_what_no_reader_takes_is_not_written_and_leaves_no_file(tmp_path: Path, odd: dict[str, Any]) -> None:
-    odd = Prediction(**{"record": "r", "target": "t", "question": "q", "text": "", "emitted": True, **odd})
+    prediction = Prediction(**{"record": "r", "target": "t", "question": "q", "text": "", "emitted": True, **odd})
     with pytest.raises(ValueError):
-        write_predictions(tmp_path / "p.jsonl", [odd])
+        write_predictions(tmp_path / "p.jsonl", [prediction])
     assert list(tmp_path.iterdir()) == []
 
 
