@@ -363,7 +363,7 @@ def push_checkpoint(model: SavedModel, hub_id: str, *, private: bool | None, tok
 
 def load_trained(model: SavedModel, state: dict[str, Tensor], where: Path) -> None:
     """Loads trained tensors, read from the file `where`, strictly."""
-    problems = misfits(facts_of(trained_state(model)), facts_of(state), where, _OWN) or not_finite(state, where)
+    problems = misfits(facts_of(trained_state(model)), facts_of(state), where, _OWN) or not_finite(state.items(), where)
     if problems:
         raise InputError(shortened(problems, str(where)))
     model.load_state_dict(state, strict=False)

@@ -139,7 +139,7 @@ def _read(path: Path) -> tuple[PreTrainedTokenizerBase, Any]:
             path.parent, **file, dtype=torch.float32, output_loading_info=True, **unpacked
         )
     text, report = loaded
-    problems = not_finite(text.state_dict(), path)
+    problems = not_finite(text.state_dict().items(), path)
     if lacking := {*report["missing_keys"], *(str(name) for name, *_ in report["mismatched_keys"])}:
         problems.append(f"{path}: lacks {some(lacking)}; fetch the file again.")
     if tokenizer.bos_token is None or tokenizer.eos_token is None:

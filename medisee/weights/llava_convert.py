@@ -20,7 +20,7 @@ from huggingface_hub.constants import HF_HOME
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from medisee.config.model import Mllm
-from medisee.foundation.errors import InputError, library_errors
+from medisee.foundation.errors import InputError, library_errors, shortened
 from medisee.foundation.files import atomic_path
 from medisee.foundation.json_files import read_json
 from medisee.weights.hub import fetch
@@ -37,10 +37,11 @@ from medisee.weights.llava_format import (
 )
 from medisee.weights.shards import (
     CONFIG,
-    WEIGHT_TYPES,
     Shard,
     ShardPlan,
     TensorFacts,
+    facts_of,
+    misfits,
     open_shard,
     plan_shards,
     shard_paths,
@@ -168,39 +169,21 @@ def _vision_folder(name: str, *, weights: bool) -> Path:
 def _plan(shard: Shard, names: Iterable[tuple[str, str]], dropped: re.Pattern[str]) -> ShardPlan:
     new_names = {old: renamed(old, names) for old in shard.tensors if not dropped.fullmatch(old)}
     old_names = {new: old for old, new in new_names.items() if new is not None}
-    problems = []
     if unknown := [old for old, new in new_names.items() if new is None]:
-        problems.append(f"{shard.path}: holds {some(unknown)}, which this format does not have; fetch it again.")
+        raise InputError(f"{shard.path}: holds {some(unknown)}, which this format does not have; fetch it again.")
     tensors = {new: shard.tensors[old] for new, old in old_names.items()}
-    if odd := [
-        f"{old_names[new]} ({facts.dtype})" for new, facts in tensors.items() if facts.dtype not in WEIGHT_TYPES
-    ]:
-        problems.append(f"{shard.path}: holds {some(odd)}; give the checkpoint without quantization.")
-    if problems:
-        raise InputError(problems)
     return ShardPlan(shard.path, tensors, old_names)
 
 
 def _differences(folder: Path, plans: Iterable[ShardPlan], llava: LlavaConfig) -> list[str]:
-    held = [one for plan in plans for one in plan.tensors.values()]
-    model = described_model(lambda: LlavaForConditionalGeneration(llava), llava, held, folder / CONFIG)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems, missing = [], set(expected)
-    for one in plans:
-        if extra := [one.old_names[name] for name in one.tensors if name not in expected]:
-            problems.append(f"{one.path}: holds {some(extra)}, for which config.json has no place; fetch it again.")
-        wrong = [
-            f"{one.old_names[name]} of {facts.shape} instead of {expected[name]}"
-            for name, facts in one.tensors.items()
-            if name in expected and facts.shape != expected[name]
-        ]
-        if wrong:
-            problems.append(f"{one.path}: holds {some(wrong)} as in config.json; fetch both again.")
-        missing -= one.tensors.keys()
-    if missing:
-        lacking = some(named_back(name, LLAVA_NAMES) for name in missing)
-        problems.append(f"{folder}: lacks {lacking}; fetch the checkpoint again.")
-    return problems
+    found = {name: facts for one in plans for name, facts in one.tensors.items()}
+    old = {new: name for one in plans for new, name in one.old_names.items()}
+    model = described_model(lambda: LlavaForConditionalGeneration(llava), llava, [*found.values()], folder / CONFIG)
+    own, found = (
+        {old.get(name, named_back(name, LLAVA_NAMES)): facts for name, facts in one.items()}
+        for one in (facts_of(model.state_dict()), found)
+    )
+    return shortened(misfits(own, found, folder, "fetch it and its config.json again"), str(folder))
 
 
 def described_model(build: Callable[[], Any], config: Any, held: Sequence[TensorFacts], where: Path) -> Any:

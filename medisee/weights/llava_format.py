@@ -19,12 +19,13 @@ from transformers import (
     LlavaConfig,
     MistralConfig,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from medisee.foundation.errors import InputError, library_errors
 from medisee.foundation.json_files import read_json
 from medisee.weights.shards import CONFIG, TensorFacts, some
-from medisee.weights.tokenizer import as_legacy, read_fast_tokenizer, sentencepiece_tokenizer
+from medisee.weights.tokenizer import as_legacy, read_tokenizer, sentencepiece_tokenizer
 
 LLAVA_NAMES = (
     ("model.embed_tokens.", "model.language_model.embed_tokens."),
@@ -195,7 +196,9 @@ def original_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not model.exists():
         if not (folder / "tokenizer.json").exists():
             raise InputError(f"{folder}: holds neither tokenizer.model nor tokenizer.json; fetch the checkpoint again.")
-        return as_legacy(read_fast_tokenizer(folder, unk_token="<unk>", bos_token="<s>", eos_token="</s>"))
+        special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+        file = str(folder / "tokenizer.json")
+        return as_legacy(read_tokenizer(folder, lambda: PreTrainedTokenizerFast(tokenizer_file=file, **special)))
     tokenizer = sentencepiece_tokenizer(model, legacy=settings.get("legacy") is not False)
     extra = folder / "added_tokens.json"
     named = read_json(extra, "added tokens and their ids") if extra.exists() else {}

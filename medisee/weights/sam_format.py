@@ -165,7 +165,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
             state: Any = {name: shard.read(name) for name in shard.tensors}
     else:
         state = _only_state(read_pickled(path), path)
-    if problems := not_finite(state, path):
+    if problems := not_finite(state.items(), path):
         raise InputError(problems)
     begins = sorted({found[1] for found in map(_PART.match, state) if found})
     if len(begins) > 1:

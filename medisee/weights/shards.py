@@ -114,17 +114,14 @@ def _first(folder: Path) -> Path | None:
 
 @contextmanager
 def open_shard(path: Path) -> Iterator[Shard]:
-    """Opens a .safetensors or .bin file, whose tensors are read on demand and stay mapped until it is closed.
-
-    A tensor that holds NaN or infinite numbers is refused when it is read.
-    """
+    """Opens a .safetensors or .bin file, whose tensors are read on demand and stay mapped until it is closed."""
     if path.suffix != ".safetensors":
         tensors = read_pickled(path)
         if not isinstance(tensors, dict) or not is_state(tensors):
             raise InputError(f"{path}: expected names and tensors, found {type(tensors).__name__}; fetch it again.")
         facts = facts_of(tensors)
         _check_types(path, {name: one.dtype for name, one in facts.items()}, _CODES)
-        yield Shard(path, facts, lambda name: _checked(path, name, tensors[name]))
+        yield Shard(path, facts, tensors.__getitem__)
         return
     try:
         handle = safe_open(path, framework="pt")
@@ -137,7 +134,7 @@ def open_shard(path: Path) -> Iterator[Shard]:
         types = {name: piece.get_dtype() for name, piece in slices.items()}
         _check_types(path, types, _DTYPES)
         facts = {name: TensorFacts(tuple(piece.get_shape()), _DTYPES[types[name]]) for name, piece in slices.items()}
-        yield Shard(path, facts, lambda name: _checked(path, name, handle.get_tensor(name)))
+        yield Shard(path, facts, handle.get_tensor)
 
 
 def read_pickled(path: Path) -> Any:
@@ -145,18 +142,12 @@ def read_pickled(path: Path) -> Any:
     try:
         # Only zip archives can be mapped; files of torch before 1.6 are not.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        found = _REFUSED.search(str(error))
-        what = (
-            f"objects of {found[1]}, which could run code," if found else "something other than tensors, or is damaged"
-        )
-        if not found and (known := foreign_content(path)):
-            raise InputError(f"{path}: {known}; fetch it again.") from error
-        raise InputError(
-            f"{path}: holds {what}; none of it was executed. Save the tensors alone, with "
-            "torch.save(model.state_dict(), ...), or fetch it from a source that you trust."
-        ) from error
     except Exception as error:  # torch raises many types for truncated, foreign and code-carrying files
+        if refused := _REFUSED.search(str(error)):
+            raise InputError(
+                f"{path}: reading it needs {refused[1]}, which could run code; none of it was executed. Save the tensors "
+                "alone, with torch.save(model.state_dict(), ...), or fetch another copy."
+            ) from error
         raise InputError(f"{path}: {_reason(path, error, 'a file of tensors')}; fetch it again.") from error
 
 
@@ -201,29 +192,23 @@ def misfits(own: Mapping[str, TensorFacts], found: Mapping[str, TensorFacts], wh
     ]
 
 
-def not_finite(tensors: Mapping[str, Tensor], where: Path | str) -> list[str]:
+def not_finite(tensors: Iterable[tuple[str, Tensor]], where: Path | str) -> list[str]:
     """Names the tensors that hold NaN or infinite numbers, with which a model would only seem to answer."""
-    odd = [name for name, value in tensors.items() if not _is_finite(value)]
-    return [f"{where}: {some(odd)} holds NaN or infinite numbers; use another copy or an earlier state."] if odd else []
-
-
-def _is_finite(value: Tensor) -> bool:
     # The extremes of a tensor with NaN are NaN. They need no memory, unlike a flag for each number.
-    if not value.dtype.is_floating_point or not value.numel():
-        return True
-    return bool(torch.stack(value.aminmax()).isfinite().all())
-
-
-def _checked(path: Path, name: str, value: Tensor) -> Tensor:
-    if problems := not_finite({name: value}, path):
-        raise InputError(problems)
-    return value
+    odd = [
+        name
+        for name, value in tensors
+        if value.is_floating_point() and value.numel() and not torch.stack(value.aminmax()).isfinite().all()
+    ]
+    return [f"{where}: {some(odd)} holds NaN or infinite numbers; use another copy or an earlier state."] if odd else []
 
 
 def _reason(path: Path, error: Exception, expected: str) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
-    return foreign_content(path) or f"truncated or not {expected} ({first_line(error)})"
+    # What torch says of a pickle is advice to run its code.
+    more = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"
+    return foreign_content(path) or f"truncated or not {expected}{more}"
 
 
 def shards_digest(folder: Path) -> str | None:
@@ -264,8 +249,12 @@ def check_finite(folder: Path) -> None:
     """Reads every tensor of a checkpoint and refuses NaN and infinite numbers: a pass over the files, 7B in seconds."""
     for path in shard_paths(folder):
         with open_shard(path) as shard:
-            for name in shard.tensors:
-                shard.read(name)
+            _check_finite(shard)
+
+
+def _check_finite(shard: Shard) -> None:
+    if problems := not_finite(((name, shard.read(name)) for name in shard.tensors), shard.path):
+        raise InputError(problems)
 
 
 def plan_shards(folder: Path, plan: Callable[[Shard], ShardPlan]) -> tuple[list[ShardPlan], list[str]]:
@@ -322,6 +311,7 @@ def write_shards(plans: Sequence[ShardPlan], folder: Path, change: Callable[[str
 
 def _convert_shard(plan: ShardPlan, path: Path, change: Callable[[str, Tensor], Tensor]) -> None:
     with open_shard(plan.path) as shard:
+        _check_finite(shard)
         write_shard(path, plan.tensors, lambda name: change(name, shard.read(plan.old_names[name])))
 
 

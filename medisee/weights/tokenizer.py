@@ -32,18 +32,8 @@ _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 _BPE = 2
 
 
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a folder; code that the folder holds is never run."""
-    return _usable(folder, lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
-
-
-def read_fast_tokenizer(folder: Path, **special: str) -> PreTrainedTokenizerBase:
-    """Loads a folder's tokenizer.json alone; `special` names its special tokens."""
-    file = str(folder / "tokenizer.json")
-    return _usable(folder, lambda: PreTrainedTokenizerFast(tokenizer_file=file, **special))
-
-
-def _usable(folder: Path, load: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: Path, load: Callable[[], PreTrainedTokenizerBase] | None = None) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a folder, by `load` or as transformers does; code that the folder holds is never run."""
     for path in (folder / name for name in _FILES if (folder / name).exists()):
         if path.stat().st_size > _MOST_BYTES:
             raise InputError(f"{path}: too large for a tokenizer ({path.stat().st_size >> 20} MiB); copy it again.")
@@ -51,15 +41,13 @@ def _usable(folder: Path, load: Callable[[], PreTrainedTokenizerBase]) -> PreTra
     lacks = "" if (folder / _FILES[0]).exists() else f"there is no {_FILES[0]}, and without it "
     with library_errors(folder, f"{lacks}its tokenizer cannot be used", "copy the tokenizer again"):
         try:
-            tokenizer = load()
+            tokenizer = load() if load else AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             tokenizer("A word.")
         except ValueError as error:
             if "trust_remote_code" not in str(error):
                 raise
-            fix = "give a checkpoint with one of transformers' tokenizers"
-            raise InputError(
-                f"{folder / _FILES[1]}: auto_map names code of its own, which is never run; {fix}."
-            ) from error
+            code = f"{folder / _FILES[1]}: auto_map names code of its own, which is never run"
+            raise InputError(f"{code}; give a checkpoint with one of transformers' tokenizers.") from error
     return tokenizer
 
 

@@ -193,7 +193,7 @@ SAMS = [
         f"missing tensor module.{TOKEN}",
     ),
     train("wide", sam, "has shape", sizes={**MICRO, "width": 65536}),
-    train("deep", sam, "too few for 100000 blocks", sizes={**MICRO, "depth": 100_000}),
+    train("deep", sam, "too few for 999 blocks", sizes={**MICRO, "depth": 999}),
     train("folder", lambda w: w.folder / "data", "config.json", "missing"),
     train("other folder", lambda w: w.text("x/config.json", '{"model_type": "vit"}').parent, "'vit'", "expected 'sam'"),
     train("broken folder", lambda w: w.text("x/config.json", "{").parent, "config.json", "not JSON"),
@@ -322,7 +322,7 @@ ROWS = [
     ask("unknown key", lambda w: with_model(w, lambda m: m.update(router_hiden=8)), "router_hiden", "'router_hidden'"),
     ask("no heads", lambda w: with_model(w, lambda m: m["mllm"]["size"].update(heads=0)), CONFIG),
     ask("text as width", lambda w: with_model(w, lambda m: m["mllm"]["size"].update(hidden="wide")), CONFIG, "hidden"),
-    ask("many layers", lambda w: with_model(w, lambda m: m["mllm"]["size"].update(layers=100_000)), CONFIG, "layers"),
+    ask("many layers", lambda w: with_model(w, lambda m: m["mllm"]["size"].update(layers=999)), CONFIG, "layers"),
     ask("wide model", lambda w: with_model(w, lambda m: m["mllm"]["size"].update(hidden=8192)), "has shape"),
     ask(
         "wide router", lambda w: with_model(w, lambda m: m.update(router_hidden=32768)), f"{ROUTER} has shape (16, 64)"
