@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import deepspeed.ops
 import torch
 
 import medisee.train
@@ -80,5 +81,7 @@ def _refuse(config: Config) -> None:
 
 
 if __name__ == "__main__":
+    # Without its C++ module for shared memory, which each machine would first compile, DeepSpeed communicates by gloo.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for one in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         run(one)
