@@ -172,14 +172,7 @@ class MediSeeProcessor:
         if not packed:
             rows = [(index, (query,)) for index, queries in rows for query in queries]
         own_ids = [[self._tokens(query) for query in own] for _, own in rows]
-        class_ids = [
-            [
-                self._tokens(replace(query, question=query.class_query, answer=FORCED_ANSWER, history=()))
-                for query in own
-                if query.class_query is not None
-            ]
-            for _, own in rows
-        ]
+        class_ids = [[self._tokens(query) for query in map(_class_query, own) if query is not None] for _, own in rows]
         packed_ids = [[ids for ids, _ in (*own, *behind)] for own, behind in zip(own_ids, class_ids, strict=True)]
         sequences = pack([self.prefix] * len(rows), packed_ids, self.pad_id, multiple=self.config.mllm.pad_to)
         supervised, labels, candidates, class_candidates = [], [], [], []
@@ -213,21 +206,29 @@ class MediSeeProcessor:
             segments_SL=sequences.segments_SL,
             lengths=sequences.lengths,
             image_of_sequence_S=torch.tensor([index for index, _ in rows]),
-            sequence_of_target_I=torch.tensor([row for row, (_, own) in enumerate(rows) for _ in own]),
-            image_of_target_I=torch.tensor(image_of_target),
+            sequence_of_target_I=torch.tensor(
+                [row for row, (_, own) in enumerate(rows) for _ in own], dtype=torch.long
+            ),
+            image_of_target_I=torch.tensor(image_of_target, dtype=torch.long),
             image_of_target=tuple(image_of_target),
-            candidates_IK=torch.tensor(candidates),
-            supervised_N2=torch.tensor(supervised).reshape(-1, 2),
+            candidates_IK=torch.tensor(candidates, dtype=torch.long).reshape(-1, len(self.candidate_ids)),
+            supervised_N2=torch.tensor(supervised, dtype=torch.long).reshape(-1, 2),
             labels_N=torch.tensor(labels, dtype=torch.long),
             boxes_I4=boxes_I4,
             masks=masks,
             coverage_IT=coverage_IT,
-            true_box_I=torch.tensor([query.true_box for query in queries]),
+            true_box_I=torch.tensor([query.true_box for query in queries], dtype=torch.bool),
             masked_J=_indices(query.masked for query in queries),
             class_candidates_QK=torch.tensor(class_candidates, dtype=torch.long).reshape(-1, len(self.candidate_ids)),
             class_sequence_Q=torch.tensor([row for row, own in enumerate(class_ids) for _ in own], dtype=torch.long),
             target_of_class_query_Q=_indices(query.class_query is not None for query in queries),
         )
+
+    def check(self, example: Example) -> None:
+        """Raises InputError for an example whose words a batch cannot hold."""
+        for query in (*example.queries, *map(_class_query, example.queries)):
+            if query is not None:
+                self._tokens(query)
 
     def prompt_ids(self, question: str) -> list[int]:
         """Tokenises what follows the image, up to the answer."""
@@ -251,6 +252,14 @@ class MediSeeProcessor:
         if ids[: len(prompt)] != prompt:
             raise InputError(
                 f"{where}: the tokenizer merges the end of the question with the start of the answer; change the answer's first letter."
+            )
+        named = zip(self.config.candidate_tokens, self.candidate_ids, strict=True)
+        lacking = [token for token, number in named if number not in ids[len(prompt) :]]
+        if query.answer is not None and lacking:
+            # Its place would be -1, which is the padding.
+            raise InputError(
+                f"{where}: the answer {query.answer[:80]!r} lacks {' and '.join(lacking)}; write "
+                f"{candidate_text(CANDIDATE_TOKENS)!r} in it."
             )
         length = self.image_start + len(ids)
         if length > MAX_TOKENS:
@@ -280,7 +289,9 @@ class MediSeeProcessor:
             else:
                 masks.append(inside if resolution == "decoder" else torch.from_numpy(mask).float())
             coverage.append(self._token_coverage(mask, inside))
-        return torch.tensor(boxes, dtype=torch.float32), tuple(masks), torch.stack(coverage)
+        boxes_I4 = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+        # A batch may have no target at all.
+        return boxes_I4, tuple(masks), torch.stack(coverage) if coverage else torch.zeros(0, self.image_tokens)
 
     def _token_coverage(self, mask: np.ndarray, inside: Tensor) -> Tensor:
         # The seg head's image tokens divide its frame; a vision tower's divide the padded square or the centre.
@@ -293,6 +304,12 @@ class MediSeeProcessor:
                 mask = mask[top : top + side, left : left + side]
             inside = torch.from_numpy(mask).float()
         return F.adaptive_avg_pool2d(inside[None], self.image_grid).flatten()
+
+
+def _class_query(query: Query) -> Query | None:
+    if query.class_query is None:
+        return None
+    return replace(query, question=query.class_query, answer=FORCED_ANSWER, history=())
 
 
 def _indices(chosen: Iterable[bool]) -> Tensor:
