@@ -1,6 +1,6 @@
-"""Looks at all that a manifest's records hold before a run reads them: images, masks, boxes, words.
+"""Looks at what records hold before a run reads them: images, masks, boxes and words.
 
-Nothing here needs torch, so that processes which only read files start fast. Records are read in parts and not kept.
+Nothing here imports torch, so that processes which only read files start fast. No record is kept.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
@@ -25,93 +26,65 @@ from medisee.records.images import read_image
 from medisee.records.jsonl import read_lines
 from medisee.records.manifest import Manifest
 from medisee.records.prompts import ANSWERS, CANDIDATE_TOKENS, CLASS_QUESTIONS, candidate_text
-from medisee.records.records import QA, Record
+from medisee.records.records import QA, Record, Target
 
 MOST = 20_000  # records of a manifest whose files are read before a training; of more, a sample
-LONG = 512  # bytes from which a question with its answer is tokenised: no usual tokenizer makes two tokens of a byte
-MARK = "<image>"
+LONG = 512  # bytes from which a text is tokenised: no usual tokenizer makes two tokens of a byte
 _PART = 64  # records that a process reads at a time
 _AHEAD = 4  # parts for each process, so that none waits and none piles up
 _WORTH = 16  # parts for each process from which it is worth starting
-
-ALL = candidate_text(CANDIDATE_TOKENS)  # in an answer it becomes the model's own candidate tokens
-
-Kept = tuple[int, str, str, QA]
-"""Words to tokenise later: the record's place in its manifest, its id, the target's id, the question."""
+_ROWS = 20  # of a table, for each of category, modality and size
+_ALL = candidate_text(CANDIDATE_TOKENS)  # in an answer it stands for the model's own candidate tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A manifest, and what is looked at in its records.
-
-    Attributes:
-        manifest: the manifest.
-        places: the records that are read.
-        files: those of them whose images and masks are read; None: all.
-        tokens: what each answer must hold; empty: answers are not read.
-        answer: replaces every answer, as in validation.
-        classes: whether targets that have questions are also asked for by their category.
-        images, texts: whether the images' paths and the texts that a tokenizer learns from are returned.
-    """
+    """The records to look at: those of a manifest at `places`."""
 
     manifest: Manifest
     places: Sequence[int]
-    files: frozenset[int] | None = None
-    tokens: tuple[str, ...] = ()
-    answer: str | None = None
-    classes: bool = False
-    images: bool = False
-    texts: bool = False
+    files: frozenset[int] | None = None  # the places of those whose images and masks are read; None: all
+    tokens: tuple[str, ...] = ()  # what every answer must hold
+    answer: str | None = None  # given instead of every answer, as in validation
+    by_category: bool = False  # whether targets that have questions are also asked for by their category
+    images: bool = False  # whether to list the images
+    texts: bool = False  # whether to collect what a tokenizer learns from
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A question with its answer, and where it is: a place in the manifest, the ids of record and target."""
+
+    place: int
+    record: str
+    target: str
+    qa: QA
+
+    def __str__(self) -> str:
+        turns = [f"{turn.question} {turn.answer}" for turn in self.qa.history]
+        return " ".join([*turns, self.qa.question, self.qa.answer])
 
 
 @dataclass(slots=True)
 class Found:
-    """What the records of a manifest hold, and what is wrong with them.
+    """What records hold, and what is wrong with them."""
 
-    Attributes:
-        problems: each with its record's place in the manifest.
-        counts: (kind, value, noun), such as ("modality", "ct", "targets").
-        words: questions that a model may refuse: of `LONG` bytes or more, or with LLaVA's mark for the image.
-        longest: the characters of the longest question with its answer, and what it is.
-        images, texts: see `Job`.
-    """
-
-    problems: list[tuple[int, str]] = field(default_factory=list)
-    counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
-    words: list[Kept] = field(default_factory=list)
-    longest: tuple[int, Kept | None] = (0, None)
+    problems: list[tuple[int, str]] = field(default_factory=list)  # each with its record's place in the manifest
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # of a noun, such as ("modality ct", "targets")
+    words: list[Said] = field(default_factory=list)  # what a model may find too long, or hold its mark for the image
+    longest: Said | None = None  # by characters
+    tokens: int = 0  # of `longest`, where they were counted
     images: list[Path] = field(default_factory=list)
     texts: set[str] = field(default_factory=set)
 
     def add(self, other: Found) -> None:
-        """Takes in what was found in another part."""
+        """Takes in what was found in other records."""
         self.problems += other.problems
         self.counts.update(other.counts)
         self.words += other.words
         self.images += other.images
         self.texts |= other.texts
-        self.longest = max(self.longest, other.longest, key=itemgetter(0))
-
-
-def look(job: Job, workers: int = 1, what: str = "check") -> Iterator[Found]:
-    """Reads a job's records in parts, with several workers in processes of their own."""
-    parts = [job.places[first : first + _PART] for first in range(0, len(job.places), _PART)]
-    workers = min(workers, len(parts) // _WORTH)
-    found = _in_processes(job, parts, workers) if workers > 1 else (_part(job, part) for part in parts)
-    with tqdm(total=len(job.places), desc=what, unit=" records", disable=None, leave=False) as progress:
-        for part, one in zip(parts, found, strict=True):
-            yield one
-            progress.update(len(part))
-
-
-def with_lines(manifest: Manifest, problems: Iterable[tuple[int, str]]) -> list[str]:
-    """Puts file and line before problems, each with its record's place in the manifest, and orders them by line."""
-    ordered = sorted(problems, key=itemgetter(0))
-    places = {place for place, _ in ordered}
-    lines = islice(read_lines(manifest.path), max(places) + 1) if places else ()
-    where = {place: line.where for place, line in enumerate(lines) if place in places}
-    unlined = f"{manifest.path}: "
-    return [f"{where.get(place, manifest.path)}: {problem.removeprefix(unlined)}" for place, problem in ordered]
+        self.longest = max(self.longest, other.longest, key=lambda said: len(str(said or "")))
 
 
 def run_job(config: Config, manifest: Manifest, *, is_val: bool = False) -> Job:
@@ -120,59 +93,64 @@ def run_job(config: Config, manifest: Manifest, *, is_val: bool = False) -> Job:
     if is_val:
         answer = config.eval.forced_answer.format(candidates=candidate_text(tokens))
         return Job(manifest=manifest, places=spread(count, config.train.val_limit), answer=answer)
-    return Job(manifest=manifest, places=range(count), tokens=tokens, classes=bool(config.loss.js or config.loss.mse))
+    by_category = bool(config.loss.js or config.loss.mse)
+    return Job(manifest=manifest, places=range(count), tokens=tokens, by_category=by_category)
 
 
 def spread(length: int, limit: int | None) -> Sequence[int]:
     """Returns the places of all records of a manifest, or of `limit` records spread evenly over it."""
     count = length if limit is None else min(limit, length)
-    return [index * length // count for index in range(count)] if count < length else range(length)
+    return [index * length // count for index in range(count)]
 
 
 def sample(places: Sequence[int], seed: int) -> Sequence[int]:
-    """Returns the places, or of more than `MOST` so many, drawn by the seed, in order."""
+    """Returns the places, or of more than `MOST` as many as that, drawn by the seed."""
     return places if len(places) <= MOST else sorted(random.Random(seed).sample(places, MOST))
 
 
-def spoken(qa: QA) -> str:
-    """Joins all words of a question: earlier turns, question, answer."""
-    return " ".join([*(f"{turn.question} {turn.answer}" for turn in qa.history), qa.question, qa.answer])
+def look(job: Job, workers: int = 1) -> Iterator[Found]:
+    """Reads a job's records in parts, with several workers in processes of their own."""
+    parts = [job.places[first : first + _PART] for first in range(0, len(job.places), _PART)]
+    workers = min(workers, len(parts) // _WORTH)
+    found = _in_processes(job, parts, workers) if workers > 1 else map(partial(_read_part, job), parts)
+    name = f"check {job.manifest.path.name}"
+    with tqdm(total=len(job.places), desc=name, unit=" records", disable=None, leave=False) as progress:
+        for part, one in zip(parts, found, strict=True):
+            yield one
+            progress.update(len(part))
 
 
-def _in_processes(job: Job, parts: Iterable[Sequence[int]], workers: int) -> Iterator[Found]:
+def _in_processes(job: Job, parts: Sequence[Sequence[int]], workers: int) -> Iterator[Found]:
     # Not forked: a parent that has run torch holds threads and locks that a fork would copy.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_take, initargs=(job,))
     waiting: deque[Future[Found]] = deque()
     try:
         for part in parts:
-            waiting.append(pool.submit(_own_part, part))
+            waiting.append(pool.submit(_read_own_part, part))
             if len(waiting) >= _AHEAD * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
-        raise InputError(
-            f"{job.manifest.path}: a process that read its files was ended from outside, as for want of memory; "
-            "use fewer workers."
-        ) from error
+        raise InputError(f"{job.manifest.path}: a process was ended while it read files; use fewer workers.") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-_JOB: list[Job] = []  # of a process that reads parts; sent once, since a manifest has the offsets of all its lines
+_JOBS: list[Job] = []  # in a process that reads files: its job, sent once, since it holds the offsets of all lines
 
 
 def _take(job: Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
-    _JOB[:] = [job]
+    _JOBS.append(job)
 
 
-def _own_part(places: Sequence[int]) -> Found:
-    return _part(_JOB[0], places)
+def _read_own_part(places: Sequence[int]) -> Found:
+    return _read_part(_JOBS[0], places)
 
 
-def _part(job: Job, places: Sequence[int]) -> Found:
+def _read_part(job: Job, places: Sequence[int]) -> Found:
     found = Found()
     for place in places:
         problems, size = [], "not read"
@@ -180,19 +158,20 @@ def _part(job: Job, places: Sequence[int]) -> Found:
             record = job.manifest[place]
             if job.images:
                 found.images.append(job.manifest.image_path(record))
-            problems += _read_words(job, place, record, found)
+            problems += [problem for target in record.targets for problem in _words(job, place, record, target, found)]
             if job.files is None or place in job.files:
-                size, more = _read_files(job.manifest, record)
+                size, more = _files(job.manifest, record)
                 problems += more
             _count(record, size, found.counts)
         except InputError as error:
             problems += error.problems
+        found.counts["", "empty"] += sum(" is empty; expected a pixel" in problem for problem in problems)
         found.problems += [(place, problem) for problem in problems]
     return found
 
 
-def _read_files(manifest: Manifest, record: Record) -> tuple[str, list[str]]:
-    """Reads a record's image and masks and returns the image's size and the problems."""
+def _files(manifest: Manifest, record: Record) -> tuple[str, list[str]]:
+    """Reads image and masks, and returns the image's size and the problems."""
     size, problems = "unreadable", []
     try:
         manifest.masks(record)
@@ -207,48 +186,72 @@ def _read_files(manifest: Manifest, record: Record) -> tuple[str, list[str]]:
     return size, problems
 
 
-def _read_words(job: Job, place: int, record: Record, found: Found) -> list[str]:
-    """Keeps the texts and the long questions of a record, and returns what its answers lack."""
-    problems = []
+def _words(job: Job, place: int, record: Record, target: Target, found: Found) -> Iterator[str]:
+    """Keeps what is needed of a target's words, and yields what its answers lack."""
+    if job.texts:
+        found.texts |= {question.format(name=target.category) for question in CLASS_QUESTIONS}
+        found.texts |= {text for qa in target.qa for text in (qa.question, qa.answer)}
+    asked = target.qa
+    if job.by_category or not asked:
+        question = max(CLASS_QUESTIONS, key=len).format(name=target.category)
+        asked += (QA(question, max(ANSWERS, key=len).format(candidates=_ALL), "class", "short"),)
+    for qa in asked:
+        said = Said(place, record.id, target.id, qa if job.answer is None else replace(qa, answer=job.answer))
+        answer = qa.answer.replace(_ALL, candidate_text(job.tokens)) if job.tokens else ""
+        if lacking := [token for token in job.tokens if token not in answer]:
+            yield (
+                f"record {record.id!r}, target {target.id!r}: the answer {qa.answer[:80]!r} lacks "
+                f"{' and '.join(lacking)}; write {_ALL!r} in it, as in 'It is {_ALL}.'."
+            )
+        words = str(said)
+        if len(words) > len(str(found.longest or "")):
+            found.longest = said
+        if len(words.encode()) >= LONG or "<image>" in words:
+            found.words.append(said)
+
+
+def _count(record: Record, size: str, counts: Counter[tuple[str, str]]) -> None:
+    groups = dict.fromkeys(("all", f"modality {record.modality}", f"size {size}"), record.targets)
     for target in record.targets:
-        if job.texts:
-            found.texts |= {question.format(name=target.category) for question in CLASS_QUESTIONS}
-            found.texts |= {text for qa in target.qa for text in (qa.question, qa.answer)}
-        asked = target.qa
-        if job.classes or not asked:
-            question = max(CLASS_QUESTIONS, key=len).format(name=target.category)
-            asked += (QA(question, max(ANSWERS, key=len).format(candidates=ALL), "class", "short"),)
-        for qa in asked:
-            if job.answer is not None:
-                qa = replace(qa, answer=job.answer)
-            problems += _lacking(job.tokens, qa, f"record {record.id!r}, target {target.id!r}")
-            said = spoken(qa)
-            kept = (place, record.id, target.id, qa)
-            if len(said) > found.longest[0]:
-                found.longest = (len(said), kept)
-            if len(said.encode()) >= LONG or MARK in said:
-                found.words.append(kept)
-    return problems
+        name = f"category {target.category}"
+        groups[name] = (*groups.get(name, ()), target)
+    for name, targets in groups.items():
+        counts[name, "images"] += 1
+        counts[name, "targets"] += len(targets)
+        counts[name, "questions"] += sum(len(target.qa) for target in targets)
+    counts["", "no targets"] += not record.targets
 
 
-def _lacking(tokens: Sequence[str], qa: QA, where: str) -> list[str]:
-    answer = qa.answer.replace(ALL, candidate_text(tokens)) if tokens else ""
-    lacking = [token for token in tokens if token not in answer]
-    if not lacking:
-        return []
-    shown = repr(qa.answer) if len(qa.answer) <= 80 else f"{qa.answer[:77]!r}..."
-    return [f"{where}: the answer {shown} lacks {' and '.join(lacking)}; write {ALL!r} in it, such as 'It is {ALL}.'."]
+def with_lines(manifest: Manifest, problems: Iterable[tuple[int, str]]) -> list[str]:
+    """Puts file and line before each problem, in the order of the lines."""
+    ordered = sorted(dict.fromkeys(problems), key=itemgetter(0))
+    lines = islice(read_lines(manifest.path), ordered[-1][0] + 1 if ordered else 0)
+    places = {place for place, _ in ordered}
+    where = {place: line.where for place, line in enumerate(lines) if place in places}
+    prefix = f"{manifest.path}: "
+    return [f"{where.get(place, manifest.path)}: {problem.removeprefix(prefix)}" for place, problem in ordered]
 
 
-def _count(record: Record, size: str, counts: Counter[tuple[str, str, str]]) -> None:
-    categories = {target.category for target in record.targets}
-    own = {category: [one for one in record.targets if one.category == category] for category in categories}
-    groups = [("category", category, targets) for category, targets in own.items()]
-    groups += [
-        (kind, value, record.targets) for kind, value in (("", ""), ("modality", record.modality), ("size", size))
-    ]
-    for kind, value, targets in groups:
-        counts[kind, value, "images"] += 1
-        counts[kind, value, "targets"] += len(targets)
-        counts[kind, value, "questions"] += sum(len(target.qa) for target in targets)
-    counts["", "", "no targets"] += not record.targets
+def no_target(manifest: Manifest) -> str:
+    """Returns the problem of a manifest that asks nothing."""
+    return f"{manifest.path}: no record has a target; at least one is needed."
+
+
+def table(manifest: Manifest, found: Found) -> str:
+    """Describes what a manifest holds."""
+    counts, nouns = found.counts, ("images", "targets", "questions")
+    lines = [f"{manifest.path}", " " * 40 + "".join(f"{noun:>12}" for noun in nouns)]
+    for kind in ("all", "category ", "modality ", "size "):
+        names = sorted({name for name, _ in counts if name.startswith(kind)}, key=lambda one: -counts[one, "images"])
+        for name in names[:_ROWS]:
+            lines.append(f"  {name[:38]:<38}" + "".join(f"{counts[name, noun]:>12,}" for noun in nouns))
+        lines += [f"  and {len(names) - _ROWS:,} more"] if len(names) > _ROWS else []
+    lines.append(f"  records without targets: {counts['', 'no targets']:,}")
+    lines.append(f"  targets without a pixel in their mask: {counts['', 'empty']:,}")
+    if found.longest is not None:
+        words, where = str(found.longest), f"record {found.longest.record!r}, target {found.longest.target!r}"
+        size = f"{len(words):,} characters, {len(words.split()):,} words" + (
+            f", {found.tokens:,} tokens" if found.tokens else ""
+        )
+        lines.append(f"  longest text: {size} ({where})")
+    return "\n".join(lines)

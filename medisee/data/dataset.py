@@ -83,7 +83,7 @@ class TrainingData(Dataset[Example]):
             try:
                 example = self._example(draw, step)
                 if self.processor is not None:
-                    self.processor.check(example)
+                    self.processor.count_tokens(example.queries)
                 return example
             except InputError as error:
                 if not self.config.data.skip_corrupt:

@@ -224,11 +224,10 @@ class MediSeeProcessor:
             target_of_class_query_Q=_indices(query.class_query is not None for query in queries),
         )
 
-    def check(self, example: Example) -> None:
-        """Raises InputError for an example whose words a batch cannot hold."""
-        for query in (*example.queries, *map(_class_query, example.queries)):
-            if query is not None:
-                self._tokens(query)
+    def count_tokens(self, queries: Iterable[Query]) -> int:
+        """Returns the tokens of the longest query with its answer; InputError for one that a batch cannot hold."""
+        wanted = (one for query in queries for one in (query, _class_query(query)) if one is not None)
+        return max((self.image_start + len(self._tokens(one)[0]) for one in wanted), default=0)
 
     def prompt_ids(self, question: str) -> list[int]:
         """Tokenises what follows the image, up to the answer."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,11 +12,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from medisee.config import Config
 from medisee.config.model import Model
-from medisee.data.check import Found, Kept, look, run_job, sample, with_lines
+from medisee.data.check import Found, Job, Said, look, no_target, run_job, sample, with_lines
 from medisee.foundation.errors import InputError, first_line, shortened
 from medisee.models.medisee import MediSee
 from medisee.models.mllm import load_tokenizer
-from medisee.models.processing import Example, MediSeeProcessor, Query
+from medisee.models.processing import MediSeeProcessor, Query
 from medisee.models.seg_head import SegHeadSpec
 from medisee.records.manifest import Manifest
 from medisee.records.prompts import ANSWERS, REQUESTS, candidate_text
@@ -47,57 +48,88 @@ def read_records(
     tokenizer that is not given is loaded, or trained on the texts. The first rank raises InputError with the first
     problems, or prints them under `data.skip_corrupt`.
     """
-    texts = tokenizer is None and config.train.init is None and config.model.mllm.source is None
-    looked: list[tuple[Manifest, int, Found]] = []
+    processor = known_words(config) if tokenizer is None else words_processor(config.model, tokenizer)
+    jobs, sizes = [], []
     for manifest in (*manifests, *([val] if val is not None else [])):
-        job, found = run_job(config, manifest, is_val=manifest is val), Found()
+        job = run_job(config, manifest, is_val=manifest is val)
         chosen = sample(job.places, config.train.seed)
         if place.rank == 0 and len(chosen) < len(job.places):
             print(f"{manifest.path}: {len(chosen):,} of {len(job.places):,} records are checked", flush=True)
-        wanted = {"images": config.data.cache is not None, "texts": texts and manifest is not val}
-        own = chosen[place.rank :: place.world]
-        places = range(len(manifest)) if any(wanted.values()) else own
-        job = replace(job, places=places, files=frozenset(own), **wanted)
-        for part in look(job, config.data.workers, f"check {manifest.path.name}"):
-            found.add(part)
-        looked.append((manifest, len(chosen), found))
+        own, images = chosen[place.rank :: place.world], config.data.cache is not None
+        places = range(len(manifest)) if images or (processor is None and manifest is not val) else own
+        jobs.append(replace(job, places=places, files=frozenset(own), images=images))
+        sizes.append(len(chosen))
+    processor, found = look_at(config, jobs, processor, workers=config.data.workers)
     problems: list[str] = []
-    try:
-        tokenizer = tokenizer or build_tokenizer(config, {text for *_, found in looked for text in found.texts})
-    except InputError as error:
-        problems += error.problems
     unusable: set[str] = set()
-    for manifest, count, found in looked:
-        own_problems = found.problems + (too_long(config.model, tokenizer, found.words) if tokenizer else [])
-        everyones = list(dict.fromkeys(one for part in gather(own_problems, place) for one in part))
-        bad = {at for at, _ in everyones}
-        skipped = config.data.skip_corrupt and len(bad) < count
-        if not sum(gather(found.counts["", "", "targets"], place)):
-            problems.append(f"{manifest.path}: no record has a target; at least one is needed.")
-        if place.rank > 0 or not (everyones and skipped):
-            problems += with_lines(manifest, everyones) if place.rank == 0 else ()
-        else:
-            shown = shortened(with_lines(manifest, everyones), str(manifest.path), 3)
-            print(f"{manifest.path}: {len(bad):,} record(s) are skipped:", *shown, sep="\n", file=sys.stderr)
-        if manifest is val and skipped:
-            unusable = {manifest[at].id for at in bad}
+    for job, size, one in zip(jobs, sizes, found, strict=True):
+        parts = gather((one.problems, one.counts["all", "targets"]), place)
+        own_problems = [problem for part, _ in parts for problem in part]
+        bad = {at for at, _ in own_problems}
+        if not sum(targets for _, targets in parts):
+            problems.append(no_target(job.manifest))
+        lines = with_lines(job.manifest, own_problems) if place.rank == 0 else []
+        if not config.data.skip_corrupt or len(bad) == size:
+            problems += lines
+            continue
+        if job.manifest is val:
+            unusable = {job.manifest[at].id for at in bad}
+        if lines:
+            shown = shortened(lines, str(job.manifest.path), 3)
+            print(f"{job.manifest.path}: skips {len(bad):,} of {size:,} records", *shown, sep="\n", file=sys.stderr)
     raise_on_all_ranks(shortened(problems, "`medisee prepare check --config` with this configuration", 10), place)
-    assert tokenizer is not None
-    return Read(tokenizer, [image for *_, found in looked for image in found.images], frozenset(unusable))
+    return Read(processor.tokenizer, [image for one in found for image in one.images], frozenset(unusable))
 
 
-def too_long(model: Model, tokenizer: PreTrainedTokenizerBase, words: Iterable[Kept]) -> list[tuple[int, str]]:
-    """Returns what a model cannot read of the words that a look at records kept, with the records' places."""
-    head, problems = model.seg_head, []
-    # Nothing but words is read with it.
-    processor = MediSeeProcessor(model, tokenizer, SegHeadSpec(head.size, head.resize, head.pixels, 0, 0))
-    for at, record, target, qa in words:
-        query = Query(record=record, target=target, question=qa.question, answer=qa.answer, history=qa.history)
+def look_at(
+    config: Config, jobs: Sequence[Job], processor: MediSeeProcessor | None, *, workers: int
+) -> tuple[MediSeeProcessor, list[Found]]:
+    """Looks at records and counts the tokens of long texts; `processor`: see `known_words`. Returns it, or a new one."""
+    every: list[Found] = []
+    for job in jobs:
+        every.append(Found())
+        for part in look(replace(job, texts=processor is None and job.answer is None), workers):
+            if processor is not None:
+                _hold_against(processor, part)
+            every[-1].add(part)
+    if processor is None:
+        texts = {text for found in every for text in found.texts}
+        processor = words_processor(config.model, build_tokenizer(config, texts))
+        for found in every:
+            _hold_against(processor, found)
+    for found in every:
+        if found.longest is not None:
+            with suppress(InputError):  # which is already among the problems
+                found.tokens = count_tokens(processor, found.longest)
+    return processor, every
+
+
+def _hold_against(processor: MediSeeProcessor, found: Found) -> None:
+    for said in found.words:
         try:
-            processor.check(Example(None, 0, 0, (query,)))
+            count_tokens(processor, said)
         except InputError as error:
-            problems += [(at, problem) for problem in error.problems]
-    return problems
+            found.problems += [(said.place, problem) for problem in error.problems]
+    found.words.clear()
+
+
+def count_tokens(processor: MediSeeProcessor, said: Said) -> int:
+    """Returns the tokens of a question with its answer; InputError where the model cannot read it."""
+    words = {"question": said.qa.question, "answer": said.qa.answer, "history": said.qa.history}
+    return processor.count_tokens([Query(record=said.record, target=said.target, **words)])
+
+
+def known_words(config: Config) -> MediSeeProcessor | None:
+    """Returns what counts the tokens of a run; None where its tokenizer is trained on its texts."""
+    if config.train.init is None and config.model.mllm.source is None:
+        return None
+    return words_processor(config.model, build_tokenizer(config, set()))
+
+
+def words_processor(model: Model, tokenizer: PreTrainedTokenizerBase) -> MediSeeProcessor:
+    """Returns a processor for words only, for which no seg head is built."""
+    head = model.seg_head
+    return MediSeeProcessor(model, tokenizer, SegHeadSpec(head.size, head.resize, head.pixels, channels=0, grid=0))
 
 
 def build_tokenizer(config: Config, texts: Set[str]) -> PreTrainedTokenizerBase:
