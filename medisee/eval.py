@@ -24,6 +24,7 @@ import torch
 from medisee.config import Config
 from medisee.config.load import load_config
 from medisee.config.model import PLACING, Mllm
+from medisee.data.check import scored_job, with_lines
 from medisee.data.features import fill_cache
 from medisee.evaluation.prediction import Mode
 from medisee.evaluation.references import learn_references
@@ -35,6 +36,7 @@ from medisee.foundation.hardware import compute_dtype, keep_freed_memory
 from medisee.foundation.provenance import run_facts
 from medisee.models.medisee import MediSee
 from medisee.records.manifest import Manifest
+from medisee.training.initial_model import look_at
 from medisee.weights.checkpoints import load_checkpoint
 
 _MODES: dict[str, Sequence[Mode]] = {"forced": ["forced"], "generate": ["generated"], "both": ["forced", "generated"]}
@@ -87,6 +89,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         says_model = arguments.config is not None or any(text.startswith("model.") for text in arguments.overrides)
         model = load_model(arguments.checkpoint, config if says_model else None)
         config, device = config.model_copy(update={"model": model.config}), next(model.parameters()).device
+        # Answers take long: whatever one of them could fail on is found before the first.
+        jobs = [scored_job(config, split.manifest, arguments.limit) for split in splits]
+        _, every = look_at(config, jobs, model.processor, workers=config.data.workers)
+        found = zip(jobs, every, strict=True)
+        if problems := [one for job, of in found for one in with_lines(job.manifest, of.problems)]:
+            raise InputError(problems)
         cache = None
         if config.data.cache is not None:
             images = [split.manifest.image_path(one.record) for split in splits for one in split.asked]

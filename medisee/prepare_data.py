@@ -185,20 +185,23 @@ def _ask(options: dict[str, Any]) -> None:
 
 def _check(*, records: Sequence[Path], root: Path | None, config: str | None, workers: int) -> None:
     from medisee.config.load import load_config
-    from medisee.data.check import Found, Job, look, no_target, run_job, table, with_lines
+    from medisee.data.check import Found, Job, look, no_target, scored_job, table, training_job, with_lines
     from medisee.records.manifest import Manifest
 
     run = load_config(config)
-    known = [(Path(one.records), one.root, False) for one in run.data.train]
-    known += [(Path(run.data.selection), run.data.root, True)] if run.data.selection else []
-    wanted = [next((one for one in known if one[0] == path), (path, None, False)) for path in records] or known
+    known = [(Path(one.records), one.root) for one in run.data.train]
+    val = Path(run.data.selection) if run.data.selection else None
+    known += [(val, run.data.root)] if val is not None else []
+    wanted = [next((one for one in known if one[0] == path), (path, None)) for path in records] or known
     if not wanted or workers < 1:
         raise InputError("give --records or a --config with data.train, and --workers of 1 or more.")
     problems: list[str] = []
     jobs: list[Job] = []
-    for path, own, is_val in wanted:
+    for path, own in wanted:
         try:
-            jobs.append(run_job(run, Manifest(path, root or own), is_val=is_val))
+            one = Manifest(path, root or own)
+            scored = path == val and path not in [Path(source.records) for source in run.data.train]
+            jobs.append(scored_job(run, one, run.train.val_limit) if scored else training_job(run, one))
         except InputError as error:
             problems += error.problems
     every: list[Found] = []

@@ -87,14 +87,17 @@ class Found:
         self.longest = max(self.longest, other.longest, key=lambda said: len(str(said or "")))
 
 
-def run_job(config: Config, manifest: Manifest, *, is_val: bool = False) -> Job:
-    """Returns what a run reads of a manifest: all of a training one, or what it scores of val."""
-    tokens, count = config.model.candidate_tokens, len(manifest)
-    if is_val:
-        answer = config.eval.forced_answer.format(candidates=candidate_text(tokens))
-        return Job(manifest=manifest, places=spread(count, config.train.val_limit), answer=answer)
+def training_job(config: Config, manifest: Manifest) -> Job:
+    """Returns what a training reads of a manifest."""
     by_category = bool(config.loss.js or config.loss.mse)
-    return Job(manifest=manifest, places=range(count), tokens=tokens, by_category=by_category)
+    tokens, places = config.model.candidate_tokens, range(len(manifest))
+    return Job(manifest=manifest, places=places, tokens=tokens, by_category=by_category)
+
+
+def scored_job(config: Config, manifest: Manifest, limit: int | None) -> Job:
+    """Returns what is read of a manifest whose records are scored, `limit` of them: answers are the model's own."""
+    answer = config.eval.forced_answer.format(candidates=candidate_text(config.model.candidate_tokens))
+    return Job(manifest=manifest, places=spread(len(manifest), limit), answer=answer)
 
 
 def spread(length: int, limit: int | None) -> Sequence[int]:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from medisee.config import Config
 from medisee.config.model import Model
-from medisee.data.check import Found, Job, Said, look, no_target, run_job, sample, with_lines
+from medisee.data.check import Found, Job, Said, look, no_target, sample, scored_job, training_job, with_lines
 from medisee.foundation.errors import InputError, first_line, shortened
 from medisee.models.medisee import MediSee
 from medisee.models.mllm import load_tokenizer
@@ -23,6 +23,8 @@ from medisee.records.prompts import ANSWERS, REQUESTS, candidate_text
 from medisee.training.ranks import Place, gather, raise_on_all_ranks
 from medisee.weights.checkpoints import check_same_model, load_checkpoint, local_checkpoint
 from medisee.weights.tokenizer import add_candidate_tokens, train_tokenizer
+
+SHOWN = 10  # problems of the records that a training prints
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,23 +37,18 @@ class Read:
     unusable: frozenset[str]
 
 
-def read_records(
-    config: Config,
-    manifests: Sequence[Manifest],
-    val: Manifest | None,
-    place: Place,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> Read:
+def read_records(config: Config, manifests: Sequence[Manifest], val: Manifest | None, place: Place) -> Read:
     """Looks at images, masks, boxes and words before the run reads them, in one pass; every rank calls it.
 
-    The files are divided among the ranks; of a manifest of more than `check.MOST` records a sample is looked at. A
-    tokenizer that is not given is loaded, or trained on the texts. The first rank raises InputError with the first
-    problems, or prints them under `data.skip_corrupt`.
+    The files are divided among the ranks; of a manifest of more than `check.MOST` records a sample is looked at. The
+    first rank raises InputError with the first problems, or prints them under `data.skip_corrupt`.
     """
-    processor = known_words(config) if tokenizer is None else words_processor(config.model, tokenizer)
+    processor = known_words(config)
     jobs, sizes = [], []
-    for manifest in (*manifests, *([val] if val is not None else [])):
-        job = run_job(config, manifest, is_val=manifest is val)
+    wanted = [training_job(config, manifest) for manifest in manifests]
+    wanted += [scored_job(config, val, config.train.val_limit)] if val is not None else []
+    for job in wanted:
+        manifest = job.manifest
         chosen = sample(job.places, config.train.seed)
         if place.rank == 0 and len(chosen) < len(job.places):
             print(f"{manifest.path}: {len(chosen):,} of {len(job.places):,} records are checked", flush=True)
@@ -77,7 +74,10 @@ def read_records(
         if lines:
             shown = shortened(lines, str(job.manifest.path), 3)
             print(f"{job.manifest.path}: skips {len(bad):,} of {size:,} records", *shown, sep="\n", file=sys.stderr)
-    raise_on_all_ranks(shortened(problems, "`medisee prepare check --config` with this configuration", 10), place)
+    problems = list(dict.fromkeys(problems))
+    rest = f"and {len(problems) - SHOWN} more; medisee prepare check --config lists all."
+    problems[SHOWN:] = [rest] if len(problems) > SHOWN else []
+    raise_on_all_ranks(problems, place)
     return Read(processor.tokenizer, [image for one in found for image in one.images], frozenset(unusable))
 
 
