@@ -28,8 +28,9 @@ import torch
 from medisee.config import Config
 from medisee.config.load import load_config
 from medisee.config.model import PLACING, Mllm
+from medisee.data.check import scored_job, with_lines
 from medisee.data.features import fill_cache
-from medisee.evaluation.prediction import Mode, forced_answer
+from medisee.evaluation.prediction import Mode
 from medisee.evaluation.references import learn_references
 from medisee.evaluation.report import REPORT, summarise_split, to_text, write_report
 from medisee.evaluation.scoring import (
@@ -48,9 +49,9 @@ from medisee.foundation.hardware import compute_dtype, keep_freed_memory
 from medisee.foundation.output import replaced_folder
 from medisee.foundation.provenance import run_facts
 from medisee.models.medisee import MediSee
-from medisee.models.processing import Query
 from medisee.records.jsonl import write_lines
 from medisee.records.manifest import Manifest
+from medisee.training.initial_model import look_at
 from medisee.weights.checkpoints import load_checkpoint
 
 _MODES: dict[str, Sequence[Mode]] = {"forced": ["forced"], "generate": ["generated"], "both": ["forced", "generated"]}
@@ -114,24 +115,18 @@ def _evaluate(arguments: argparse.Namespace, folder: Path) -> None:
         says_model = arguments.config is not None or any(text.startswith("model.") for text in arguments.overrides)
         model = load_model(arguments.checkpoint, config if says_model else None)
         config, device = config.model_copy(update={"model": model.config}), next(model.parameters()).device
-        modes = _MODES[arguments.decode or "both"]
-        given = forced_answer(config.eval, model.config) if "forced" in modes else None
-        model.processor.check_texts(
-            Query(
-                record=case.record.id,
-                target=case.target.id,
-                question=case.qa.question,
-                answer=given,
-                history=case.qa.history,
-            )
-            for split in splits
-            for case in split.cases
-        )
+        # Answers take long: whatever one of them could fail on is found before the first.
+        jobs = [scored_job(config, split.manifest, arguments.limit) for split in splits]
+        _, every = look_at(config, jobs, model.processor, workers=config.data.workers)
+        found = zip(jobs, every, strict=True)
+        if problems := [one for job, of in found for one in with_lines(job.manifest, of.problems)]:
+            raise InputError(problems)
         cache = None
         if config.data.cache is not None:
             images = [split.manifest.image_path(one.record) for split in splits for one in split.asked]
             dtype = compute_dtype(config.data.cache_dtype, device)
             cache = fill_cache(images, model.seg_head, model.processor, Path(config.data.cache), dtype)
+        modes = _MODES[arguments.decode or "both"]
         answers = [answers_from_model(model, split, modes, config, cache) for split in splits]
     facts = run_facts(config.model_dump(mode="json"), config.train.seed, device)
     references = learn_references(train) if train is not None else None

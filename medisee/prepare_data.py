@@ -4,8 +4,10 @@
   python scripts/prepare_data.py sa-med2d --root SAMed2Dv1 --out data/sa_med2d --workers 8
   python scripts/prepare_data.py mlmr-sd --root MLMR-SD --out data/mlmr_sd
   python scripts/prepare_data.py ask --records data/sa_med2d --root SAMed2Dv1 --bank abdomen --out data/abdomen
+  python scripts/prepare_data.py check --records mine.jsonl
 
 Each command has its own --help, which lists what is written; run.json in the folder records how it was made.
+`check` writes nothing.
 """
 
 from __future__ import annotations
@@ -78,11 +80,25 @@ _FILLED = {
 }
 """The results that are written into OUT file by file, beside what else lies in it."""
 
+CHECK = """Reads all records, images, masks, boxes and texts before a training does, and writes nothing.
+
+  python scripts/prepare_data.py check --records mine.jsonl --root images --workers 8
+  python scripts/prepare_data.py check --config configs/demo.yaml
+
+Prints what the records hold (images, targets and questions by category, modality and size, the longest text) and every
+problem with its file and line. Exits with 2 if a training would refuse something. With --config it also reads what that
+run validates on and its categories file, and holds texts and answers against its model; without --records it reads all
+manifests of the run.
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepares a data set from the command line."""
     options = vars(parse_words(_parser(), argv))
     command = options.pop("command")
+    if command == "check":
+        _check(**options)
+        return
     # Reading the index of a whole data set takes minutes, so what can be checked before is checked before.
     if problems := _problems(command, options):
         raise InputError(problems)
@@ -102,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|sa-med2d|mlmr-sd|ask")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|sa-med2d|mlmr-sd|ask|check")
     add = commands.add_parser("demo", help="the offline demo", description=DEMO, formatter_class=raw).add_argument
     add("--out", type=a_path, required=True, help="folder to write")
     add("--copies", type=int, default=3, metavar="N", help="augmented copies of a training slice (default: 3)")
@@ -132,6 +148,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--copies", type=int, default=3, metavar="N", help="augmented copies of a training image (default: 3)")
     add("--seed", type=int, default=0, help="of wordings and augmentation (default: 0)")
     add("--train-questions", type=int, default=8, metavar="N", help="questions per training target (default: 8)")
+    add = commands.add_parser("check", help="looks at records", description=CHECK, formatter_class=raw).add_argument
+    add("--records", type=a_path, nargs="+", default=[], help="manifests (default: those of --config)")
+    add("--root", type=a_path, help="folder that paths in them are relative to (default: as in --config, or their own)")
+    add("--config", help="YAML run that is to read them")
+    add("--workers", type=int, default=1, metavar="N", help="processes that read files (default: 1)")
     return parser
 
 
@@ -175,6 +196,57 @@ def _ask(options: dict[str, Any]) -> None:
     for category, targets in sorted(done.unknown.items()):
         print(f"left out: {targets:,} target(s) of {category!r}, which the bank does not know")
     _print_counts(options["out"], done.images)
+
+
+def _check(*, records: Sequence[Path], root: Path | None, config: str | None, workers: int) -> None:
+    from medisee.config.load import load_config
+    from medisee.data.check import Found, Job, look, no_target, scored_job, table, training_job, with_lines
+    from medisee.records.manifest import Manifest
+
+    run = load_config(config)
+    known = [(Path(one.records), one.root) for one in run.data.train]
+    val = Path(run.data.selection) if run.data.selection else None
+    known += [(val, run.data.root)] if val is not None else []
+    wanted = [next((one for one in known if one[0] == path), (path, None)) for path in records] or known
+    if not wanted or workers < 1:
+        raise InputError("give --records or a --config with data.train, and --workers of 1 or more.")
+    problems: list[str] = []
+    jobs: list[Job] = []
+    for path, own in wanted:
+        try:
+            one = Manifest(path, root or own)
+            scored = path == val and path not in [Path(source.records) for source in run.data.train]
+            jobs.append(scored_job(run, one, run.train.val_limit) if scored else training_job(run, one))
+        except InputError as error:
+            problems += error.problems
+    every: list[Found] = []
+    if config is not None:
+        from medisee.evaluation.scoring import read_categories
+        from medisee.training.initial_model import known_words, look_at
+
+        try:
+            read_categories(run.data.categories) if run.data.categories else None
+        except InputError as error:
+            problems += error.problems
+        try:
+            words = known_words(run)
+        except InputError as error:
+            print(f"tokens are not counted: {error}")
+        else:
+            _, every = look_at(run, jobs, words, workers=workers)
+    for job in jobs[len(every) :]:
+        every.append(Found())
+        for part in look(job, workers):
+            part.words.clear()  # what is too long depends on the model
+            every[-1].add(part)
+    for job, found in zip(jobs, every, strict=True):
+        print(table(job.manifest, found))
+        problems += with_lines(job.manifest, found.problems)
+        if not found.counts["all", "targets"]:
+            problems.append(no_target(job.manifest))
+    if problems:
+        raise InputError(problems)
+    print(f"done: no problem in {sum(found.counts['all', 'images'] for found in every):,} records")
 
 
 def _print_counts(out: Path, counts: Mapping[str, int]) -> None:

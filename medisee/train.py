@@ -38,7 +38,7 @@ from medisee.models.packing import check_flex
 from medisee.models.processing import Batch
 from medisee.planning.plan import GPU, GPUS, plan_training, render_plan
 from medisee.records.manifest import Manifest
-from medisee.training.initial_model import build_model, read_images_and_texts
+from medisee.training.initial_model import build_model, read_records
 from medisee.training.interruption import Stopped, StopRequest
 from medisee.training.layers import check_compiler, compile_layers, recompute_layers, uncompiled
 from medisee.training.optimization import (
@@ -94,6 +94,7 @@ class Run:
     optimization: Optimization
     batches: TrainingBatches
     val: Manifest | None
+    unusable: frozenset[str]  # ids of records of val that are not scored
     cache: FeatureCache | None
     states: LastStates
     log: RunLog
@@ -173,9 +174,9 @@ def _prepare(
     random.seed(settings.seed)
     np.random.seed(settings.seed)
     torch.manual_seed(settings.seed)
-    images, texts = read_images_and_texts(config, manifests, val)
     try:
-        model = build_model(config, texts).placed(place.device)
+        read = read_records(config, manifests, val, place)
+        model = build_model(config, read.tokenizer).placed(place.device)
     except InputError as error:
         raise with_missing_weights(error, config.model) from error
     cache = None
@@ -184,7 +185,7 @@ def _prepare(
             wait_for_ranks()
         folder, cache_dtype = Path(config.data.cache), compute_dtype(config.data.cache_dtype, place.device)
         skip = config.data.skip_corrupt
-        cache = fill_cache(images, model.seg_head, model.processor, folder, cache_dtype, skip_corrupt=skip)
+        cache = fill_cache(read.images, model.seg_head, model.processor, folder, cache_dtype, skip_corrupt=skip)
         if place.rank == 0:
             wait_for_ranks()
     dtype = compute_dtype(settings.dtype, place.device)
@@ -217,6 +218,7 @@ def _prepare(
             config, manifests, model.processor, cache, first_step=start.step, rank=place.rank, world=place.world
         ),
         val=val,
+        unusable=read.unusable,
         cache=cache,
         states=LastStates(out, settings.keep_last, saved.folder if saved is not None else None),
         log=RunLog(out, config=given, model=model, first_step=start.step, active=place.rank == 0),
@@ -357,7 +359,9 @@ def _validate(run: Run, val: Manifest, step: int, stop: StopRequest) -> None:
     """Scores val (or what `data.select` names), and saves the checkpoint if it is the best so far."""
     split = run.config.data.select
     with uncompiled(run.config.train.compile_layers):
-        summary = validate(run.model, val, run.config, cache=run.cache, place=run.place, stop=stop)
+        summary = validate(
+            run.model, val, run.config, unusable=run.unusable, cache=run.cache, place=run.place, stop=stop
+        )
     if summary is None:
         return
     run.log.validation(step, summary, split)

@@ -121,7 +121,7 @@ class Data(Section):
     cache_dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Precision in which cached features are computed; they are stored in float16."""
     skip_corrupt: bool = False
-    """Whether training reports and replaces records whose image or mask cannot be read; false: it stops."""
+    """Whether training counts and leaves out records that it cannot use (image, mask, box, words); false: it stops."""
 
     @model_validator(mode="after")
     def _check(self) -> Data:

@@ -40,9 +40,10 @@ class FeatureCache:
         self._rows: dict[str, tuple[str, int]] = {}
         self._keys: dict[Path, str] = {}
         for shard in folder.glob("*.safetensors"):
-            with suppress(SafetensorError), safe_open(str(shard), framework="pt") as handle:
+            with suppress(OSError, SafetensorError), safe_open(str(shard), framework="pt") as handle:
                 keys = (handle.metadata() or {}).get(KEYS, "").split()
-                self._rows |= {key: (shard.name, row) for row, key in enumerate(keys)}
+                if handle.get_slice("features").get_shape()[0] == len(keys):
+                    self._rows |= {key: (shard.name, row) for row, key in enumerate(keys)}
 
     def __contains__(self, image: Path) -> bool:
         return self._key(image) in self._rows

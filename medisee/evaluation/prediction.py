@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from medisee.config import Eval
 from medisee.config.model import Model
+from medisee.data.check import spread
 from medisee.data.dataset import asked_questions, record_example
 from medisee.data.features import FeatureCache
 from medisee.models.geometry import denormalise_box, logits_to_original
@@ -50,9 +51,8 @@ def all_questions(manifest: Manifest, limit: int | None = None, seed: int = 0) -
 
     A target without questions gets a class-name question, drawn by the seed.
     """
-    count = len(manifest) if limit is None else min(limit, len(manifest))
     listed = []
-    for record in (manifest[index * len(manifest) // count] for index in range(count)):
+    for record in (manifest[place] for place in spread(len(manifest), limit)):
         rng = random.Random(f"{seed}/{record.id}")
         questions = tuple((t, qa) for t in record.targets for qa in asked_questions(t, t.category, rng))
         listed.append(RecordQuestions(record, questions))

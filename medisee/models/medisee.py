@@ -244,6 +244,8 @@ class MediSee(nn.Module):
 
     def candidate_states(self, batch: Batch, h_SLD: Tensor) -> tuple[Tensor, Tensor]:
         """Returns h_c of the targets (I, K, D) and, without gradient, of the class queries (Q, K, D)."""
+        if any(query.answer is None for query in batch.queries):
+            raise ValueError("a query without an answer has no candidate states")
         h_c_IKD = h_SLD[batch.sequence_of_target_I[:, None], batch.candidates_IK].to(self.head_dtype)
         class_c_QKD = h_SLD.detach()[batch.class_sequence_Q[:, None], batch.class_candidates_QK].to(self.head_dtype)
         return h_c_IKD, class_c_QKD

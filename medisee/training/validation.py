@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
 
@@ -19,14 +19,23 @@ from medisee.training.ranks import Place, gather
 
 
 def validate(
-    model: MediSee, val: Manifest, config: Config, *, cache: FeatureCache | None, place: Place, stop: StopRequest
+    model: MediSee,
+    val: Manifest,
+    config: Config,
+    *,
+    cache: FeatureCache | None,
+    place: Place,
+    stop: StopRequest,
+    unusable: Set[str] = frozenset(),
 ) -> Summary | None:
     """Scores val; every rank calls it and gets the same summary, which is also that of a single rank.
 
-    None if the run was asked to stop, after the batch in which it was.
-    The model is left in training mode. `val` is the test file only in runs that reproduce the release (`data.select`).
+    None if the run was asked to stop, after the batch in which it was. The model is left in training mode. `unusable` are
+    ids of records that are left out. `val` is the test file only in runs that reproduce the release (`data.select`).
     """
-    questions, size = all_questions(val, config.train.val_limit), config.eval.batch_size
+    asked, size = all_questions(val, config.train.val_limit), config.eval.batch_size
+    # A record without targets has nothing to score.
+    questions = [one for one in asked if one.questions and one.record.id not in unusable]
     # The batches of a single rank, dealt out: what shares a batch, and so is padded together, stays the same.
     parts = [questions[first : first + size] for first in range(0, len(questions), size)]
     own: dict[int, list[Score]] = {}
