@@ -30,7 +30,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {  # and what each needs of the extra `en
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command that comes first on the command line."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
+    if words[:1] == ["help"] and words[1:]:
+        words = [words[1], "--help"]
+    if not words or words[0] in ("-h", "--help", "help"):
         print(__doc__)
         return
     command = words[0]

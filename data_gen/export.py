@@ -21,6 +21,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,15 @@ from data_gen.publishing.entries import Entry, entries
 from data_gen.publishing.parquet import write_parquet
 from data_gen.publishing.splits import SPLITS
 from data_gen.publishing.summary import ImageSource, read_sources, summary
+from medisee.foundation.command_line import a_path, parse_words
 from medisee.foundation.errors import InputError
-from medisee.foundation.files import atomic_path, inside, is_new_or_earlier, write_json, write_text
+from medisee.foundation.files import inside, write_json, write_text
+from medisee.foundation.json_files import read_json
+from medisee.foundation.output import Result, check_output, replaced_folder
 from medisee.records.jsonl import write_lines
 from medisee.sources.mlmr_sd import write_splits
 
 SUMMARY = "data.json"
-_OWN_KEY = "screening"  # in no other data.json
 
 
 def export(
@@ -54,18 +57,15 @@ def export(
     The result depends on the ledger and the arguments only. An earlier export in the folder is replaced. The seed draws
     the splits and the words around questions and answers; `sources` says where images come from, for the card.
     """
-    check_out(out, SUMMARY, _OWN_KEY)
     candidates = ledger.pairs()
     screening = screen(candidates, ledger.decisions(), screened_only=screened_only)
     listed = entries(ledger.items(), screening.pairs, seed)
     if not listed:
         wanted = "a pair that a person accepted" if screened_only else "a pair"
         raise InputError(f"{ledger.path}: expected {wanted}, found none among {len(candidates)}; go on with the run.")
-    _check_apart(out, ledger)
     settings = {"seed": seed, "screened_only": screened_only}
     facts = summary(ledger, listed, screening, sources=sources, settings=settings)
-    with atomic_path(out) as folder:
-        folder.mkdir()
+    with replaced_folder(out, RESULT, inputs=_inputs(ledger, out)) as folder:
         _write_pictures(listed, ledger.root(), folder)
         of_split = {split: [entry for entry in listed if entry.split == split] for split in SPLITS}
         write_splits(folder, {split: [entry.record(seed) for entry in chosen] for split, chosen in of_split.items()})
@@ -82,26 +82,28 @@ def export(
     return facts
 
 
-def check_out(out: Path, file: str, key: str) -> None:
-    """Refuses a folder that holds something other than an earlier result, which has a JSON file with a certain key."""
-    if not is_new_or_earlier(out, file, key):
-        raise InputError(
-            f"--out {out}: holds something else; name a new or empty folder, or an earlier result with {file}."
-        )
+def _pictures(folder: Path) -> set[str]:
+    """Returns the pictures that an export lists."""
+    names: set[str] = set()
+    for path in folder.glob("release/*.json"):
+        with suppress(InputError, TypeError):
+            names.update(*({image, *masks} for image, masks in read_json(path, "an export's pictures").items()))
+    return names
 
 
-def _check_apart(out: Path, ledger: Ledger) -> None:
-    """Refuses a folder whose replacement would delete what the export is made from."""
-    root, place = ledger.root(), out.resolve()
-    needed = {"the ledger": ledger.path, "the folder of the images": root}
-    for item in ledger.items() if place.is_relative_to(root.resolve()) else ():
-        files = {"image": item.image} | ({"mask": item.mask} if isinstance(item.mask, str) else {})
-        needed |= {f"{kind} {file!r}": root / file for kind, file in files.items()}
-    for what, path in needed.items():
-        if path.resolve().is_relative_to(place):
-            raise InputError(
-                f"--out {out}: holds {what} ({path}), which the export would replace; name another folder."
-            )
+_FILES = (
+    r"(train|val|test|test_short|test_long)\.(jsonl|offsets\.safetensors)|(categories|data)\.json|"
+    r"release/(train|val|test)\.jsonl?|hub/README\.md|hub/data/(train|validation|test)-\d{5}-of-\d{5}\.parquet"
+)
+RESULT = Result("export", _FILES, SUMMARY, "screening", listed=_pictures)
+
+
+def _inputs(ledger: Ledger, out: Path) -> dict[str, Path]:
+    root = ledger.root()
+    inside_root = out.resolve().is_relative_to(root.resolve())
+    names = {name for item in ledger.items() for name in (item.image, item.mask)} if inside_root else ()
+    pictures = {f"picture {name!r}": root / name for name in names if isinstance(name, str)}
+    return {"the ledger": ledger.path, "the folder of the images": root, **pictures}
 
 
 def _write_pictures(listed: Sequence[Entry], root: Path, folder: Path) -> None:
@@ -139,13 +141,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m data_gen export", description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--ledger", type=Path, required=True, help="the ledger that `run` wrote")
-    add("--out", type=Path, required=True, help="folder to write; an earlier export in it is replaced")
+    add("--ledger", type=a_path, required=True, help="the ledger that `run` wrote")
+    add("--out", type=a_path, required=True, help="folder to write; an earlier export in it is replaced")
     add("--screened-only", action="store_true", help="leave out what no person has accepted or edited")
     add("--seed", type=int, default=0, help="seed of splits and wordings (default: 0)")
-    add("--sources", type=Path, metavar="FILE", help="more sources and licences for the card, as in sources.yaml")
-    arguments = parser.parse_args(argv)
-    check_out(arguments.out, SUMMARY, _OWN_KEY)
+    add("--sources", type=a_path, metavar="FILE", help="more sources and licences for the card, as in sources.yaml")
+    arguments = parse_words(parser, argv)
+    check_output(arguments.out, RESULT, whole=True, inputs={"the ledger": arguments.ledger})
     sources = read_sources(*([arguments.sources] if arguments.sources else []))
     with Ledger(arguments.ledger) as ledger:
         if not ledger.is_deduplicated():

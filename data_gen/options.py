@@ -17,13 +17,20 @@ from data_gen.core.names import load_names, read_names
 from data_gen.core.prices import FREE, Price, find_price, load_prices
 from data_gen.core.prompts import FOLDER, MOST_VARIANTS
 from data_gen.core.recipe import OFFLINE, Recipe
+from medisee.foundation.command_line import a_path
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import sha256
 from medisee.records.manifest import Manifest
 
 LOCAL = "local:"
 _SCHEMAS = ("strict", "json_object", "none")
-_BOUNDS = {"variants": (1, MOST_VARIANTS), "again": (0, 10), "limit": (1, None), "temperature": (0, 2)}
+_BOUNDS = {
+    "variants": (1, MOST_VARIANTS),
+    "again": (0, 10),
+    "limit": (1, 10**9),
+    "temperature": (0, 2),
+    "max_tokens": (1, 10**7),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,27 +47,29 @@ class Inputs:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the shared options to a command's parser."""
     add = parser.add_argument_group("what to make").add_argument
-    add("--records", type=Path, required=True, metavar="FILE", help="manifest of images, masks and labels (JSON Lines)")
-    add("--root", type=Path, metavar="DIR", help="folder that its paths are relative to (default: the manifest's)")
+    add("--records", type=a_path, required=True, metavar="FILE", help="manifest of images, masks and labels")
+    add("--root", type=a_path, metavar="DIR", help="folder that its paths are relative to (default: the manifest's)")
     styles = ("single", "multi-turn")
     add("--style", choices=styles, default="single", help="single questions or conversations (default: single)")
     add("--variants", type=int, default=2, metavar="N", help="passes of each of the two templates (default: 2)")
     add("--again", type=int, default=2, metavar="K", help="retries of an answer that breaks a rule (default: 2)")
     add("--limit", type=int, metavar="N", help="use only the first N images (default: all)")
     add("--seed", type=int, default=0, help="seed of the drawn targets and wordings (default: 0)")
-    add("--names", type=Path, metavar="FILE", help="additional names of categories, as in data_gen/core/names.yaml")
+    add("--names", type=a_path, metavar="FILE", help="additional names of categories, as in data_gen/core/names.yaml")
     add = parser.add_argument_group("model and server").add_argument
     add("--model", metavar="NAME", help=f"the model that writes, such as gpt-4o; its key is read from {KEY}")
     add("--author", choices=(OFFLINE,), help="write offline from the package's own knowledge, without a model")
     add("--base-url", metavar="URL", help="another OpenAI-compatible server, such as http://127.0.0.1:8000/v1")
     add("--schema", choices=_SCHEMAS, default="strict", help="how the server enforces the JSON form (default: strict)")
     add("--temperature", type=float, metavar="T", help="sampling temperature of the model (default: the server's)")
+    add("--reasoning-effort", metavar="LEVEL", help="how long a model thinks, such as low (default: the server's)")
+    add("--max-tokens", type=int, metavar="N", help="most tokens of an answer, thoughts included (default: 200 to 800)")
     add("--captioner", metavar="NAME", help=f"a vision model for captions, or {LOCAL}FOLDER of a Llava (default: none)")
     add("--caption-url", metavar="URL", help=f"the captioner's server, key in {CAPTION_KEY} (default: --base-url)")
     add("--caption-schema", choices=_SCHEMAS, help="how the captioner's server does it (default: as --schema)")
-    add("--captions", type=Path, metavar="FILE", help="given captions: JSON Lines of record and caption")
+    add("--captions", type=a_path, metavar="FILE", help="given captions: JSON Lines of record and caption")
     add = parser.add_argument_group("pricing").add_argument
-    add("--prices", type=Path, metavar="FILE", help="additional prices, in the form of data_gen/core/prices.yaml")
+    add("--prices", type=a_path, metavar="FILE", help="additional prices, in the form of data_gen/core/prices.yaml")
     add("--free", action="store_true", help="the server is your own: all prices are 0")
 
 
@@ -90,7 +99,11 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
         captions=read_captions(arguments.captions) if arguments.captions else {},
         # OpenAI's newer models accept only the one name, most other servers only the older one.
         limit_name="max_completion_tokens" if is_same(arguments.base_url, None) else "max_tokens",
-        parameters={} if arguments.temperature is None else {"temperature": arguments.temperature},
+        parameters={
+            name: value
+            for name in ("temperature", "reasoning_effort")
+            if (value := getattr(arguments, name)) is not None
+        },
         seed=arguments.seed,
     )
     return Inputs(manifest, recipe, names, price, caption_price)
@@ -134,9 +147,12 @@ def _check(arguments: argparse.Namespace) -> None:
     ]
     for name, (least, most) in _BOUNDS.items():
         value = getattr(arguments, name)
-        if value is not None and not (least <= value and (most is None or value <= most)):
-            expected = f"{least} or more" if most is None else f"{least} to {most}"
-            problems.append(f"--{name} is {value}; expected {expected}; correct it.")
+        if value is not None and not least <= value <= most:
+            problems.append(f"--{name.replace('_', '-')} is {value}; expected {least} to {most}; correct it.")
+    for name in ("model", "captioner", "reasoning_effort"):
+        value = getattr(arguments, name)
+        if value is not None and not (value.strip() and value.isprintable()):
+            problems.append(f"--{name.replace('_', '-')} {value!r}: expected printable characters; correct it.")
     if problems:
         raise InputError(problems)
 

@@ -30,6 +30,7 @@ from data_gen.core.schemas import ANSWERS, CELLS, Stage
 from data_gen.options import Inputs, add_options, read_inputs
 from data_gen.pipeline.asking import Answered, Check
 from data_gen.pipeline.stages import make
+from medisee.foundation.command_line import parse_words
 from medisee.records.manifest import Manifest
 
 SAMPLE = 200
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m data_gen plan", description=__doc__, formatter_class=raw)
     add_options(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parse_words(parser, argv)
     inputs = read_inputs(arguments)
     count = count_items(inputs.manifest, arguments.limit)
     items = islice(items_from_manifest(inputs.manifest, inputs.recipe.seed), min(SAMPLE, count))

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from data_gen.ledger.ledger import Ledger
 from data_gen.publishing.review_api import ReviewServer
 from data_gen.publishing.review_session import ReviewSession
+from medisee.foundation.command_line import a_path, parse_words
 from medisee.foundation.errors import InputError
 
 _LONGEST_NAME = 64
@@ -45,12 +45,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m data_gen review", description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--ledger", type=Path, required=True, help="the ledger that `run` wrote")
+    add("--ledger", type=a_path, required=True, help="the ledger that `run` wrote")
     add("--reviewer", required=True, metavar="NAME", help="your name; decisions are stored under it")
     add("--share", type=float, default=1.0, help="share of the images to review, above 0 up to 1 (default: 1)")
     add("--seed", type=int, default=0, help="seed of the choice of these images (default: 0)")
     add("--port", type=int, default=8765, help="port of the page; 0 takes a free one (default: 8765)")
-    arguments = parser.parse_args(argv)
+    arguments = parse_words(parser, argv)
     problems: list[str] = []
     name = arguments.reviewer
     if not name.strip() or name != name.strip() or len(name) > _LONGEST_NAME or not name.isprintable():

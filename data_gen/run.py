@@ -8,7 +8,8 @@ Everything is in the ledger before anything is built on it. Stop a run in any wa
 has an answer is not asked again. The key of the model's server is read from OPENAI_API_KEY, that of a captioner's own
 server (--caption-url) from MEDISEE_CAPTION_KEY; neither is ever written to disk.
 
-Exits with 0 when all images are done, 1 when the run stopped before that (it says why), 2 when the input is wrong.
+Exits with 0 when all images are done and there are pairs, 1 when the run stopped before that or made no pair (it says
+why), 2 when the input is wrong.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_gen.authors.client import CAPTION_KEY, KEY, Client, Server, Unreachable, api_key, is_same
+from data_gen.authors.client import CAPTION_KEY, KEY, Client, NotAccepted, Server, Unreachable, api_key, is_same
 from data_gen.authors.offline import OfflineAuthor
 from data_gen.core.calls import Request
 from data_gen.core.items import Item, items_from_manifest
@@ -37,12 +38,15 @@ from data_gen.ledger.ledger import Ledger
 from data_gen.ledger.limits import ErrorBudget, MoneyBudget, RateLimit, StopRun
 from data_gen.options import LOCAL, Inputs, add_options, fixed_settings, read_inputs
 from data_gen.pipeline.asking import Answered, Ask, Asker, Author, Check, Pending
-from data_gen.pipeline.batch import BatchServer, Waves
+from data_gen.pipeline.batch import CORRECT, BatchServer, Waves
 from data_gen.pipeline.deduplicate import deduplicate
 from data_gen.pipeline.stages import make
 from data_gen.plan import count_items
+from medisee.foundation.command_line import a_path, parse_words
 from medisee.foundation.errors import InputError
+from medisee.foundation.output import check_output, locked
 
+_MOST_AT_ONCE = 10_000  # requests; each has a task and a connection
 _ROUNDS = 3  # over items that the server did not answer for
 _EMPTY = 3  # batches without any answer
 _GRACE = 20.0  # seconds that calls under way are given after the first signal
@@ -53,13 +57,16 @@ _INTERRUPTED = "interrupted; run again to go on"
 def main(argv: Sequence[str] | None = None) -> None:
     """Makes pairs from the command line."""
     arguments = _arguments(argv)
+    check_output(arguments.ledger.parent, option="--ledger")
     inputs = read_inputs(arguments)
     style, limit = inputs.recipe.style, arguments.limit
     if not arguments.author:
         for server in _servers(arguments):
             api_key(server)
-    with Ledger(arguments.ledger, create=True) as ledger, _alone(arguments.ledger):
-        free = {"style": style, "limit": limit, "batch": arguments.batch}
+    path: Path = arguments.ledger
+    # A second run would ask the same questions.
+    with Ledger(path, create=True) as ledger, locked(path, path.with_name(f".{path.name}.lock")):
+        free = {"style": style, "limit": limit, "batch": arguments.batch, "max_tokens": arguments.max_tokens}
         number = ledger.start_run(fixed_settings(arguments, inputs.recipe), free)
         ledger.keep_names(inputs.names)
         _add_items(ledger, inputs, limit)
@@ -70,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             stopped = str(error)
         except asyncio.CancelledError:
             stopped = _INTERRUPTED
+        if not (stopped or ledger.has_pairs(style)):
+            stopped = "no pair was made: all were dropped, for the reasons above; try another model or other settings."
         ledger.end_run(number, stopped or "done")
         print(_summary(ledger, limit, style))
     if signals:
@@ -204,28 +213,30 @@ async def _pass(ledger: Ledger, recipe: Recipe, ask: Ask, arguments: argparse.Na
     """Works on all items without an outcome; returns how many still have none, and why."""
     style, limit = recipe.style, arguments.limit
     open_count, count = ledger.count_open(style, limit)
-    left, why, made, dropped = 0, "", 0, 0
+    left, refused, why, made, dropped, done = 0, 0, "", 0, 0, 0
     with tqdm(total=count, initial=count - open_count, unit="image", disable=None, desc="making pairs") as bar:
 
         async def work(item: Item) -> None:
-            nonlocal left, why, made, dropped
+            nonlocal left, refused, why, made, dropped, done
             try:
                 outcome = await make(item, recipe, ask)
             except (Unreachable, Pending) as error:
-                left, why = left + 1, str(error)
+                left, refused, why = left + 1, refused + isinstance(error, NotAccepted), str(error)
                 return
             await asyncio.wrap_future(ledger.finish(item.id, style, outcome.pairs, outcome.drops))
-            made, dropped = made + len(outcome.pairs), dropped + len(outcome.drops)
+            made, dropped, done = made + len(outcome.pairs), dropped + len(outcome.drops), done + 1
             bar.update()
             bar.set_postfix(pairs=made, dropped=dropped, refresh=False)
 
         await work_through(ledger.open_items(style, limit), work, arguments.workers)
+    if refused == left > done == 0:
+        raise StopRun(f"stopped: the server does not accept the requests of {left:,} items ({why}); {CORRECT}.")
     return left, why
 
 
 def _servers(arguments: argparse.Namespace) -> tuple[Server, Server]:
     """Returns the model's server and the captioner's, which does not get the model's key if it is another one."""
-    given = {name: getattr(arguments, name) for name in ("base_url", "concurrency", "timeout", "sends")}
+    given = {name: getattr(arguments, name) for name in ("base_url", "concurrency", "timeout", "sends", "max_tokens")}
     server = Server(**given)
     url = arguments.caption_url or arguments.base_url
     return server, replace(server, base_url=url, key_name=KEY if is_same(url, arguments.base_url) else CAPTION_KEY)
@@ -241,19 +252,6 @@ def _add_items(ledger: Ledger, inputs: Inputs, limit: int | None) -> None:
     drawn = islice(items_from_manifest(inputs.manifest, inputs.recipe.seed), count)
     shown = tqdm(drawn, total=count, unit="image", disable=None, desc="reading masks")
     ledger.add_items(shown, inputs.manifest.root, complete=count == count_items(inputs.manifest, None))
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Keeps a second run off the ledger, which would ask the same questions."""
-    import fcntl
-
-    with path.with_name(f".{path.name}.lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{path}: in use by another run; wait for its end or name another ledger.") from error
-        yield
 
 
 def _summary(ledger: Ledger, limit: int | None, style: str) -> str:
@@ -275,7 +273,7 @@ def _summary(ledger: Ledger, limit: int | None, style: str) -> str:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m data_gen run", description=__doc__, formatter_class=raw)
-    parser.add_argument("--ledger", type=Path, required=True, metavar="FILE", help="SQLite file; created if missing")
+    parser.add_argument("--ledger", type=a_path, required=True, metavar="FILE", help="SQLite file; created if missing")
     add_options(parser)
     add = parser.add_argument_group("speed and retries").add_argument
     add("--concurrency", type=int, default=64, metavar="N", help="concurrent requests (default: 64)")
@@ -288,13 +286,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-cost", type=float, metavar="USD", help="most that all runs of this ledger may cost (default: no limit)")
     add("--batch", action="store_true", help="use the Batch API: half the price, answers within a day")
     add("--poll", type=float, default=30, metavar="S", help="seconds between status checks of a batch (default: 30)")
-    arguments = parser.parse_args(argv)
+    arguments = parse_words(parser, argv)
     numbers = ("concurrency", "rpm", "tpm", "timeout", "sends", "attempts", "max_failures", "max_cost", "poll")
     problems = [
         f"--{name.replace('_', '-')} is {value}; expected a number above 0; correct it."
         for name in numbers
         if (value := getattr(arguments, name)) is not None and not 0 < value < float("inf")
     ]
+    if arguments.concurrency > _MOST_AT_ONCE:
+        problems.append(f"--concurrency is {arguments.concurrency}; expected at most {_MOST_AT_ONCE:,}; correct it.")
     if arguments.batch and arguments.author:
         problems.append("--batch: the offline author has no batches; leave it out.")
     if problems:

@@ -14,21 +14,28 @@ From a ledger they include tokens and prices, and what the rules objected to bef
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from data_gen.export import SUMMARY, check_out
+from pydantic import BaseModel, ValidationError
+
+from data_gen.core.schemas import reasons
+from data_gen.export import SUMMARY
 from data_gen.ledger.ledger import Ledger
 from data_gen.publishing.card import markdown_table
 from data_gen.publishing.figures import draw_figures
 from data_gen.publishing.statistics import Statistics, balance, statistics_of_export, statistics_of_ledger
+from medisee.foundation.command_line import a_path, parse_words
 from medisee.foundation.errors import InputError
-from medisee.foundation.files import atomic_path, write_json, write_text
+from medisee.foundation.files import write_json, write_text
+from medisee.foundation.json_files import read_json
+from medisee.foundation.output import Result, replaced_folder
 
 STATS = "stats.json"
+_FILES = r"(cloud_categories|cloud_questions|frequency|lengths|perspectives|dropped)\.png|stats\.(json|md)"
+RESULT = Result("result of this command", _FILES, STATS, "balance")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,20 +43,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m data_gen stats", description=__doc__, formatter_class=raw)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--ledger", type=Path, help="the ledger that `run` wrote")
-    source.add_argument("--export", type=Path, metavar="DIR", help="the folder that `export` wrote")
+    source.add_argument("--ledger", type=a_path, help="the ledger that `run` wrote")
+    source.add_argument("--export", type=a_path, metavar="DIR", help="the folder that `export` wrote")
     out_help = "folder to write; earlier statistics in it are replaced"
-    parser.add_argument("--out", type=Path, required=True, help=out_help)
-    arguments = parser.parse_args(argv)
-    check_out(arguments.out, STATS, "balance")
-    if arguments.ledger is not None:
-        with Ledger(arguments.ledger) as ledger:
-            found = statistics_of_ledger(ledger)
-    else:
-        found = statistics_of_export(arguments.export, _facts(arguments.export))
-    balances = {name: round(balance(getattr(found, name)), 4) for name in ("images", "pairs", "cells")}
-    with atomic_path(arguments.out) as folder:
-        folder.mkdir()
+    parser.add_argument("--out", type=a_path, required=True, help=out_help)
+    arguments = parse_words(parser, argv)
+    inputs = {"the ledger": arguments.ledger, "the export": arguments.export}
+    with replaced_folder(arguments.out, RESULT, inputs=inputs) as folder:
+        if arguments.ledger is not None:
+            with Ledger(arguments.ledger) as ledger:
+                found = statistics_of_ledger(ledger)
+        else:
+            found = statistics_of_export(arguments.export, _facts(arguments.export))
+        balances = {name: round(balance(getattr(found, name)), 4) for name in ("images", "pairs", "cells")}
         figures = draw_figures(found, folder)
         write_json(folder / STATS, {**asdict(found), "figures": figures, "balance": balances})
         write_text(folder / "stats.md", _markdown(found, balances))
@@ -77,12 +83,20 @@ def _markdown(statistics: Statistics, balances: dict[str, float]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+class _Dropped(BaseModel):
+    rule: str
+    count: int
+
+
+class _Facts(BaseModel):  # what is read of data.json
+    author: Literal["offline", "models", "models and offline"]
+    dropped: list[_Dropped]
+
+
 def _facts(folder: Path) -> dict[str, Any]:
+    expected = "the summary of a folder that `python -m data_gen export` wrote"
     path = folder / SUMMARY
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        return {"author": str(facts["author"]), "dropped": list(facts["dropped"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"--export {folder}: {SUMMARY} cannot be read ({error}); name a folder that `python -m data_gen export` wrote."
-        ) from error
+        return _Facts.model_validate(read_json(path, expected)).model_dump()
+    except ValidationError as error:
+        raise InputError(f"{path}: {reasons(error)[0]}; expected {expected}; export again.") from error

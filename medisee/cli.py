@@ -9,7 +9,7 @@
   medisee plan ...       memory, arithmetic and time of a run, before it starts
   medisee info [--json]  versions, devices, and what can be read and written
 
-Each command has its own --help; `medisee --version` prints the version. scripts/*.py in the repository are the same
+Each command has its own --help (`medisee help ask` prints it too); `medisee --version` prints the version. scripts/*.py in the repository are the same
 commands, and `python -m data_gen` is the data engine. Research use only: not a medical device.
 """
 
@@ -18,9 +18,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
+from medisee.foundation.command_line import parse_words
 from medisee.foundation.errors import InputError, exit_code, nearest
 
 COMMANDS = {
@@ -38,22 +39,29 @@ ALL = (*COMMANDS, "plan", "info")
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command that comes first on the command line."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
+    if words[:1] == ["help"] and words[1:]:
+        words = [words[1], "--help"]
+    if not words or words[0] in ("-h", "--help", "help"):
         print(__doc__)
         return
     command, rest = words[0], words[1:]
-    if command == "--version":
+    if command in ("-V", "--version", "version"):
         print(f"medisee {import_module('medisee').__version__}")
         return
     if command not in ALL:
         raise InputError(f"unknown command {command!r}; see medisee --help.{nearest(command, ALL)}")
     sys.argv[0] = f"medisee {command}"  # argparse's usage lines and run.json name it so
     if command in COMMANDS:
-        import_module(f"medisee.{COMMANDS[command]}").main(rest)
+        main_of(COMMANDS[command])(rest)
     elif command == "plan":
         _plan(rest)
     else:
         _info(rest)
+
+
+def main_of(module: str) -> Callable[[Sequence[str] | None], None]:
+    """Returns a module's main, imported when it is called: an interrupt during the import ends in a sentence too."""
+    return lambda argv=None: import_module(f"medisee.{module}").main(argv)
 
 
 def console() -> int:
@@ -74,7 +82,7 @@ def _plan(argv: Sequence[str]) -> None:
     add("--gpu", metavar="NAME", help="such as rtx4090 (default: a6000)")
     add("--gpus", metavar="N", help="with --config: number of GPUs (default: 4)")
     add("overrides", nargs="*", help="with --config: dotted overrides, such as train.batch_size=4")
-    given = parser.parse_intermixed_args(argv)
+    given = parse_words(parser, argv, more="overrides")
     gpu = ["--gpu", given.gpu] if given.gpu else []
     if given.config:
         gpus = ["--gpus", given.gpus] if given.gpus else []
@@ -88,7 +96,7 @@ def _plan(argv: Sequence[str]) -> None:
 def _info(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="Prints versions, devices, seg heads, file formats and commands.")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
-    as_json = parser.parse_args(argv).json
+    as_json = parse_words(parser, argv).json
     from medisee.info import facts, to_text
 
     print(json.dumps(facts(ALL), indent=2) if as_json else to_text(facts(ALL)))

@@ -20,12 +20,15 @@ from transformers import PreTrainedTokenizerBase
 
 from medisee.config.load import load_config
 from medisee.config.model import PLACING, LanguageSize, Mllm, Model
+from medisee.foundation.command_line import a_path, parse_words
 from medisee.foundation.errors import InputError, exit_code
 from medisee.foundation.files import atomic_path
+from medisee.foundation.json_files import read_json
+from medisee.foundation.output import check_output, replaced_folder
 from medisee.models.medisee import MediSee
 from medisee.models.seg_head import vit_sizes
 from medisee.weights.checkpoints import (
-    check_replaceable,
+    CHECKPOINT,
     load_checkpoint,
     local_checkpoint,
     merge_adapters,
@@ -37,7 +40,7 @@ from medisee.weights.checkpoints import (
 from medisee.weights.llava_format import original_tokenizer
 from medisee.weights.medisee_release import RELEASE_TOKENS, Report, our_values, place, release_key
 from medisee.weights.sam_format import write_transformers
-from medisee.weights.shards import CONFIG, plan_shards, read_json, shard_paths, some, write_shards
+from medisee.weights.shards import CONFIG, plan_shards, shard_paths, some, write_shards
 from medisee.weights.tokenizer import IMAGE_TOKEN, add_candidate_tokens, token_id
 
 FROM_RELEASE = """Converts the authors' checkpoint strictly: a tensor without a place, or a missing one, is an error.
@@ -75,8 +78,9 @@ def from_release(weights: Path, model: Model, tokenizer_folder: Path, out: Path)
     The release's weights replace the published ones that `model` names. The tokenizer's folder may lack the candidate
     tokens, which are added in the release's order.
     """
-    check_replaceable(out)
-    shard_paths(weights)
+    need = sum(path.stat().st_size for path in shard_paths(weights))
+    inputs = {"the weights": weights, "the tokenizer": tokenizer_folder}
+    check_output(out, CHECKPOINT, inputs=inputs, whole=True, need=need)
     _check_model(model, weights)
     tokenizer = _release_tokenizer(tokenizer_folder)
     mllm = model.mllm.model_copy(update={"train_projector": False})
@@ -95,8 +99,7 @@ def from_release(weights: Path, model: Model, tokenizer_folder: Path, out: Path)
     if report.dtypes.most_common(1)[0][0] == "bfloat16":
         model = model.model_copy(update={"mllm": model.mllm.model_copy(update={"dtype": "bfloat16"})})
     run = {"converted": "release", "weights": weights.absolute().name, "tensors": dict(report.placed)}
-    with atomic_path(out) as temporary:
-        temporary.mkdir()
+    with replaced_folder(out, CHECKPOINT) as temporary:
         write_shards(plans, temporary, lambda name, values: our_values(name, values, model.candidate_tokens))
         tokenizer.save_pretrained(temporary)
         write_description(temporary, model, run)
@@ -118,7 +121,7 @@ def _check_model(model: Model, weights: Path) -> None:
         if value != expected
     ]
     described = weights / CONFIG
-    stated = read_json(described) if described.exists() else {}
+    stated = read_json(described, "the release's settings") if described.exists() else {}
     # Shapes do not show heads, base and epsilon.
     problems += [
         f"{described}: {key} is {stated[key]}, but model.mllm.size.{name} is {value}; correct the configuration."
@@ -146,18 +149,20 @@ def _release_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def merge(checkpoint: Path, out: Path) -> None:
     """Writes a checkpoint as one model without LoRA that needs no other weights; replaces a checkpoint at `out`."""
-    check_replaceable(out)
     folder = local_checkpoint(checkpoint)
+    need = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    check_output(out, CHECKPOINT, inputs={"the checkpoint": folder}, whole=True, need=need)
     model = load_checkpoint(folder, _in_full)
     merge_adapters(model)
     model.config = _standalone(model, folder)
-    save_checkpoint(model, out, {**(read_description(folder).get("run") or {}), "merged": True})
+    save_checkpoint(model, out, {**(read_description(folder).run or {}), "merged": True})
 
 
 def export_sam(checkpoint: Path, out: Path) -> None:
     """Writes a checkpoint's seg head as a new folder of transformers' SamModel."""
     if out.exists():
         raise InputError(f"{out}: is there already; name a new folder.")
+    check_output(out)
     folder = local_checkpoint(checkpoint)
     model = load_checkpoint(folder, _in_full)
     head = model.config.seg_head
@@ -168,10 +173,10 @@ def export_sam(checkpoint: Path, out: Path) -> None:
         write_transformers(model.seg_head.state_dict(), vit_sizes(head), head.size, temporary)
 
 
-def _in_full(config: Model, tokenizer: PreTrainedTokenizerBase) -> MediSee:
+def _in_full(config: Model, tokenizer: PreTrainedTokenizerBase, *, weights: bool = True) -> MediSee:
     # LoRA cannot be folded into layers of 4 bits or on a disk.
     mllm = config.mllm.model_copy(update=dict.fromkeys(PLACING))
-    return MediSee(config.model_copy(update={"mllm": mllm}), tokenizer)
+    return MediSee(config.model_copy(update={"mllm": mllm}), tokenizer, weights=weights)
 
 
 def _standalone(model: MediSee, folder: Path) -> Model:
@@ -229,11 +234,12 @@ def _sizes(llava: Any, mllm: Mllm, folder: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Converts from the command line."""
-    arguments = _parser().parse_args(argv)
+    arguments = parse_words(_parser(), argv, more="overrides")
     if arguments.command == "from-release":
         # Only the model matters here: not what a run would choose its checkpoint on, nor how answers would be decoded.
-        settings = ["compat=release", "data.select=val", *arguments.overrides]
-        model = load_config(arguments.config, settings).model
+        named = {word.partition("=")[0] for word in arguments.overrides}
+        ours = [f"{key}={value}" for key, value in (("compat", "release"), ("data.select", "val")) if key not in named]
+        model = load_config(arguments.config, [*ours, *arguments.overrides]).model
         report = from_release(arguments.weights, model, arguments.tokenizer or arguments.weights, arguments.out)
         print("\n".join(report.lines()))
     elif arguments.command == "merge":
@@ -251,16 +257,21 @@ def _parser() -> argparse.ArgumentParser:
         "from-release", help="the authors' checkpoint", description=FROM_RELEASE, formatter_class=raw
     )
     add = release.add_argument
-    add("--weights", type=Path, required=True, help="folder with the authors' .bin or .safetensors files")
-    add("--config", type=Path, required=True, help="YAML run that describes the model, such as configs/medisee_7b.yaml")
-    add("--tokenizer", type=Path, help="folder with its tokenizer (default: that of the weights)")
-    add("--out", type=Path, required=True, help="checkpoint folder to write")
+    add("--weights", type=a_path, required=True, help="folder with the authors' .bin or .safetensors files")
+    add(
+        "--config",
+        type=a_path,
+        required=True,
+        help="YAML run that describes the model, such as configs/medisee_7b.yaml",
+    )
+    add("--tokenizer", type=a_path, help="folder with its tokenizer (default: that of the weights)")
+    add("--out", type=a_path, required=True, help="checkpoint folder to write")
     add("overrides", nargs="*", help="dotted overrides, such as compat=none")
     merged = commands.add_parser("merge", help="a checkpoint without LoRA", description=MERGE, formatter_class=raw)
     sam = commands.add_parser("export-sam", help="a checkpoint's SAM", description=EXPORT, formatter_class=raw)
     for command, what in ((merged, "checkpoint folder"), (sam, "folder")):
-        command.add_argument("--checkpoint", type=Path, required=True, help="checkpoint folder, or hub id")
-        command.add_argument("--out", type=Path, required=True, help=f"{what} to write")
+        command.add_argument("--checkpoint", type=a_path, required=True, help="checkpoint folder, or hub id")
+        command.add_argument("--out", type=a_path, required=True, help=f"{what} to write")
     return parser
 
 

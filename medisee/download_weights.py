@@ -22,9 +22,12 @@ from typing import Literal
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
+from medisee.foundation.command_line import a_path, parse_words
 from medisee.foundation.errors import InputError, exit_code, nearest
 from medisee.foundation.files import inside, sha256, write_json
-from medisee.weights.hub import fetch, verify
+from medisee.foundation.json_files import parse_json
+from medisee.foundation.output import filled_folder
+from medisee.weights.hub import fetch, foreign_content, verify
 
 MANIFEST = "weights.json"
 
@@ -123,6 +126,8 @@ def download(out: Path, models: Mapping[str, str | None]) -> list[str]:
                     f"{folder / weights.manual}: its authors offer it by a link only; "
                     f"open {weights.page}, save {weights.manual} there, and start again."
                 )
+            elif found := foreign_content(folder / weights.manual):
+                raise InputError(f"{folder / weights.manual}: {found}; download it again from {weights.page}.")
             files = _hashed(out, folder)
             known = notes[name].files if name in notes else {}
             if changed := [file for file in files if file in known and known[file].sha256 != files[file].sha256]:
@@ -158,7 +163,9 @@ def read_manifest(out: Path) -> dict[str, ModelNote]:
     if not path.exists():
         return {}
     try:
-        return TypeAdapter(Notes).validate_json(path.read_bytes(), strict=True).weights
+        text = path.read_bytes()
+        parse_json(text)  # refuses what pydantic's parser takes, such as a key that is twice in an object
+        return TypeAdapter(Notes).validate_json(text, strict=True).weights
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a list of weights of format 1; delete it and download again.") from error
 
@@ -192,10 +199,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("names", nargs="*", metavar="NAME[@REVISION]", help="models or sets; see --list")
-    parser.add_argument("--out", type=Path, default=Path("weights"), help="folder to write (default: weights)")
+    parser.add_argument("--out", type=a_path, default=Path("weights"), help="folder to write (default: weights)")
     parser.add_argument("--list", action="store_true", help="print the known weights and exit")
     parser.add_argument("--check", action="store_true", help="compare OUT with its weights.json; needs no network")
-    arguments = parser.parse_args(argv)
+    arguments = parse_words(parser, argv, more="names")
     out: Path = arguments.out
     if arguments.list:
         print("models:")
@@ -210,11 +217,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("no weights named; give one or more of those that --list prints, such as medisee-7b.")
     else:
         models = wanted(arguments.names)
-        existing = next((path for path in (out, *out.parents) if path.exists()), out)
-        if not existing.is_dir():
-            raise InputError(f"--out {out}: {existing} is a file; name a folder.")
-        if missing := download(out, models):
-            raise InputError(missing)
+        with filled_folder(out):
+            if missing := download(out, models):
+                raise InputError(missing)
         print(f"done: {', '.join(models)} in {out}; --check compares them with {MANIFEST} later")
 
 

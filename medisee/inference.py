@@ -15,12 +15,15 @@ From Python: model = MediSee.from_pretrained(folder), then ask(model, image, que
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -31,8 +34,10 @@ from tqdm import tqdm
 
 from medisee.config import Eval
 from medisee.evaluation.drawing import overlay
+from medisee.foundation.command_line import a_path, parse_words
 from medisee.foundation.errors import InputError, exit_code, first_line
-from medisee.foundation.files import atomic_path, write_json
+from medisee.foundation.files import atomic_path, safe_name, write_json
+from medisee.foundation.output import Result, check_output, locked
 from medisee.records.images import read_image
 from medisee.records.masks import Box, encode_mask
 from medisee.records.prompts import candidate_text
@@ -50,6 +55,8 @@ Decode = Literal["generate", "forced"]
 MAX_NEW_TOKENS = Eval().max_new_tokens
 MASK, OVERLAY, PREDICTION, RUN = "mask.png", "overlay.png", "prediction.json", "run.json"
 
+_ANSWER = Result("answer", f"{MASK}|{OVERLAY}|{PREDICTION}", PREDICTION, "plain_text")
+_RUN = Result("answer", RUN, RUN, "settings.queries")
 _MODES: dict[Decode, Mode] = {"generate": "generated", "forced": "forced"}
 _KEPT_BYTES = 1 << 28  # of pixels of checked images that are kept; images beyond it are read again
 
@@ -73,11 +80,12 @@ def ask(
     image: Path | str | NDArray[np.uint8],
     query: str,
     *,
+    page: int | None = None,
     decode: Decode = "generate",
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Answer:
     """Asks one query about one image; see `ask_all`."""
-    return ask_all(model, image, [query], decode=decode, max_new_tokens=max_new_tokens)[0]
+    return ask_all(model, image, [query], page=page, decode=decode, max_new_tokens=max_new_tokens)[0]
 
 
 def ask_all(
@@ -85,14 +93,15 @@ def ask_all(
     image: Path | str | NDArray[np.uint8],
     queries: Sequence[str],
     *,
+    page: int | None = None,
     decode: Decode = "generate",
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[Answer]:
     """Asks queries about one image in one pass; returns one answer per query, independent of the others, in order.
 
-    The model is in evaluation mode, as `MediSee.from_pretrained` returns it. The image is a PNG, JPEG or TIFF file, or
-    pixels (H, W, 3) uint8, RGB. With `generate` the model writes its answer, of at most `max_new_tokens`; with `forced`
-    it is given the answer and always marks a region.
+    The model is in evaluation mode, as `MediSee.from_pretrained` returns it. The image is a PNG, JPEG or TIFF file, of
+    which `page` names one of several pages, or pixels (H, W, 3) uint8, RGB. With `generate` the model writes its answer,
+    of at most `max_new_tokens`; with `forced` it is given the answer and always marks a region.
 
     Raises:
         InputError: the image cannot be read or has another form, there is no query, or one is empty or too long.
@@ -101,7 +110,7 @@ def ask_all(
     from medisee.models.processing import Example, Query
 
     if isinstance(image, (str, Path)):
-        image = read_image(image)
+        image = read_image(image, page)
     elif image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         raise InputError(f"image: expected pixels (H, W, 3) of uint8, got {image.shape} of {image.dtype}; convert it.")
     if problems := _query_problems(queries):
@@ -149,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "--plan" in (sys.argv[1:] if argv is None else argv):
         print(_plan(argv), end="")
         return
-    arguments = _parser().parse_args(argv)
+    arguments = parse_words(_parser(), argv)
     folders = _folders(arguments.out, arguments.image, len(arguments.query))
     checkpoint, device, images = _checked(arguments, [folder for its in folders for folder in its])
 
@@ -161,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_checkpoint(checkpoint, MediSee, bits=arguments.bits, device_map=arguments.device_map)
     device = device if arguments.device is not None else model.pinned_device or device
     model.placed(device).eval()
-    choices = {"decode": arguments.decode, "max_new_tokens": arguments.max_new_tokens}
+    choices = {"page": arguments.page, "decode": arguments.decode, "max_new_tokens": arguments.max_new_tokens}
     # Without the images' folders, which may be named after patients.
     names = [path.name for path in arguments.image]
     settings = {"checkpoint": arguments.checkpoint, "images": names, "queries": arguments.query, **choices}
@@ -172,24 +181,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     marked = 0
     disable = None if len(images) > 1 else True  # None: a progress bar on a terminal only
     progress = tqdm(images, desc="images", unit="image", disable=disable)
-    for image, name, its in zip(progress, names, folders, strict=True):
-        for folder, answer in zip(its, ask_all(model, image, arguments.query, **choices), strict=True):
-            note = "" if answer.emitted else no_region
-            _write(folder, name, answer, arguments.decode, note)
-            tqdm.write(_report(folder, name, answer, note))
-            marked += answer.emitted
-    write_json(arguments.out / RUN, {**facts, "seconds": round(time.perf_counter() - started, 3)})
+    with locked(arguments.out):
+        for image, name, its in zip(progress, names, folders, strict=True):
+            for folder, answer in zip(its, ask_all(model, image, arguments.query, **choices), strict=True):
+                note = "" if answer.emitted else no_region
+                _write(folder, name, answer, arguments.decode, note)
+                tqdm.write(_report(folder, name, answer, note))
+                marked += answer.emitted
+        write_json(arguments.out / RUN, {**facts, "seconds": round(time.perf_counter() - started, 3)})
     print(f"done: {sum(map(len, folders))} answer(s), {marked} with a region, in {arguments.out}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="folder that training wrote, or a hub id")
-    image_help = "PNG, JPEG or TIFF file; repeat for more images"
-    add("--image", type=Path, required=True, action="append", metavar="F", help=image_help)
-    add("--query", required=True, action="append", metavar="TEXT", help="question; repeat for more questions")
-    add("--out", type=Path, required=True, metavar="OUT", help="folder for the results; earlier results are replaced")
+    add("--checkpoint", type=expanduser, required=True, metavar="DIR", help="folder that training wrote, or a hub id")
+    several = {"required": True, "nargs": "+", "action": "extend"}
+    add("--image", type=a_path, metavar="F", help="PNG, JPEG or TIFF files", **several)
+    add("--page", type=int, metavar="N", help="page of an image file that has several, from 0")
+    add("--query", metavar="TEXT", help="questions, each in quotes; each is asked about each image", **several)
+    add("--out", type=a_path, required=True, metavar="OUT", help="folder for the results; earlier results are replaced")
     decode_help = "generate: the model writes its answer (default); forced: a fixed answer that always marks a region"
     add("--decode", choices=get_args(Decode), default="generate", help=decode_help)
     longest = f"longest answer (default: {MAX_NEW_TOKENS})"
@@ -210,11 +221,11 @@ def _plan(argv: Sequence[str] | None) -> str:
     parser = argparse.ArgumentParser(prog=f"{Path(sys.argv[0]).name} --plan")
     parser.description = "Prints parameters, memory, arithmetic and missing files."
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--checkpoint", type=Path, metavar="DIR", help="folder that training wrote")
+    model.add_argument("--checkpoint", type=a_path, metavar="DIR", help="folder that training wrote")
     model.add_argument("--config", metavar="C", help="YAML run; its files may be missing")
     parser.add_argument("--plan", action="store_true", help="print the plan and exit")
     parser.add_argument("--gpu", default=GPU, metavar="NAME", help=f"such as rtx4090 (default: {GPU})")
-    arguments = parser.parse_args(argv)
+    arguments = parse_words(parser, argv)
     config = checkpoint_config(arguments.checkpoint) if arguments.checkpoint else load_config(arguments.config)
     return render_inference_plan(plan_inference(config, gpu=arguments.gpu))
 
@@ -224,6 +235,10 @@ def _checked(
 ) -> tuple[Path, torch.device, list[Path | NDArray[np.uint8]]]:
     """Checks all inputs before the model is loaded."""
     problems = _query_problems(arguments.query)
+    *words, last = arguments.query
+    ends = tuple("?.!")
+    if words and last.isascii() and last.endswith(ends) and not any(" " in one or one.endswith(ends) for one in words):
+        problems.append(f"--query {shlex.join(arguments.query)}: single words; put the question in double quotes.")
     if arguments.max_new_tokens < 1:
         problems.append(f"--max-new-tokens is {arguments.max_new_tokens}; expected 1 or more.")
 
@@ -238,15 +253,17 @@ def _checked(
     size = 0
     for path in arguments.image:
         with collected():
-            pixels = read_image(path)
+            pixels = read_image(path, arguments.page)
             size += pixels.nbytes
             images.append(pixels if size <= _KEPT_BYTES else path)
-    existing = {next((path for path in (folder, *folder.parents) if path.exists()), folder) for folder in folders}
-    files = sorted(path for path in existing if path.exists() and not path.is_dir())
-    problems += [f"--out: {path} is a file; expected a folder; choose another." for path in files]
-    written = {(folder / name).resolve() for folder in folders for name in (MASK, OVERLAY)}
-    replaced = [image for image in arguments.image if image.resolve() in written]
+    written = {os.path.realpath(folder / name) for folder in folders for name in (MASK, OVERLAY)}
+    replaced = [image for image in arguments.image if os.path.realpath(image) in written]
     problems += [f"--image {image}: would be replaced by the result; choose another --out." for image in replaced]
+    if not replaced:
+        with collected():
+            check_output(arguments.out, _RUN, inputs={"the checkpoint": arguments.checkpoint})
+            for folder in folders:
+                check_output(folder, _ANSWER)
     checkpoint = device = None
     if arguments.device is not None or not problems:
         with collected():
@@ -285,24 +302,17 @@ def _folders(out: Path, images: Sequence[Path], queries: int) -> list[list[Path]
     taken = {RUN}
     folders = []
     for image in images:
-        name, number = image.stem, 1
-        while name.casefold() in taken:  # some file systems ignore case
-            number += 1
-            name = f"{image.stem}-{number}"
-        taken.add(name.casefold())
+        name = safe_name(image.stem, taken)
         folders.append([out / (f"{name}-{query}" if queries > 1 else name) for query in range(1, queries + 1)])
     return folders
 
 
 def _write(folder: Path, image_name: str, answer: Answer, decode: Decode, note: str) -> None:
-    """Writes the three files, each atomically, prediction.json last."""
+    """Writes the three files, each atomically and at the same moment, prediction.json last."""
     height, width = answer.image.shape[:2]
     mask = answer.mask if answer.mask is not None else np.zeros((height, width), np.bool_)
     legend = "\n".join(part for part in (answer.question, answer.plain_text, note) if part)
     drawn = overlay(answer.image, answer.mask, answer.box, legend=legend)
-    for name, picture in ((MASK, Image.fromarray(mask.astype(np.uint8) * 255)), (OVERLAY, drawn)):
-        with atomic_path(folder / name) as temporary:
-            picture.save(temporary, format="PNG")
     content = {
         "image": image_name,
         "height": height,
@@ -317,7 +327,11 @@ def _write(folder: Path, image_name: str, answer: Answer, decode: Decode, note: 
         "mask": asdict(encode_mask(mask)) if answer.emitted else None,
         "scores": answer.scores,
     }
-    write_json(folder / PREDICTION, content)
+    with ExitStack() as files:  # it is left in reverse order
+        paths = [files.enter_context(atomic_path(folder / name)) for name in (PREDICTION, OVERLAY, MASK)]
+        write_json(paths[0], content)
+        drawn.save(paths[1], format="PNG")
+        Image.fromarray(mask.astype(np.uint8) * 255).save(paths[2], format="PNG")
 
 
 def _report(folder: Path, image_name: str, answer: Answer, note: str) -> str:

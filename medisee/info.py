@@ -29,7 +29,7 @@ def facts(commands: Sequence[str]) -> dict[str, Any]:
         "language_models": ["built from sizes", "transformers Llava", "original LLaVA or LLaVA-Med", "GGUF file"],
         "reads": {
             "images": list(FORMATS),
-            "masks": ["PNG", "COCO RLE"],
+            "masks": [*FORMATS, "COCO RLE", "COCO polygons"],
             "records": ["JSON Lines manifest", "SA-Med2D-20M", "MLMR-SD as JSON or Parquet"],
             "weights": ["checkpoint folder or hub id", "safetensors", ".pth", ".bin", "GGUF"],
         },

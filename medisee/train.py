@@ -15,7 +15,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from medisee.config import Config
 from medisee.config.load import dump_config, load_config
 from medisee.data.dataset import TrainingBatches, training_batches
 from medisee.data.features import FeatureCache, fill_cache
+from medisee.foundation.command_line import parse_words
 from medisee.foundation.errors import InputError, exit_code
 from medisee.foundation.files import recover_folder
 from medisee.foundation.hardware import compute_dtype, keep_freed_memory, to_training_precision
@@ -37,7 +38,7 @@ from medisee.models.packing import check_flex
 from medisee.models.processing import Batch
 from medisee.planning.plan import GPU, GPUS, plan_training, render_plan
 from medisee.records.manifest import Manifest
-from medisee.training.initial_model import build_model, read_images_and_texts
+from medisee.training.initial_model import build_model, read_records
 from medisee.training.interruption import Stopped, StopRequest
 from medisee.training.layers import check_compiler, compile_layers, recompute_layers, uncompiled
 from medisee.training.optimization import (
@@ -55,7 +56,6 @@ from medisee.training.ranks import (
     gather,
     join_ranks,
     raise_on_all_ranks,
-    rank_zero_errors,
     wait_for_ranks,
     world_from_environment,
 )
@@ -63,14 +63,19 @@ from medisee.training.resume import (
     CHECKPOINT,
     OPTIMIZER,
     LastStates,
+    Origin,
     Progress,
     Saved,
-    check_no_run,
+    changed_since,
     check_same_run,
+    check_space,
     disk_errors,
     find_last_on_all_ranks,
+    only_run,
+    origin_of,
     remove_states,
     save_state,
+    starting_from,
 )
 from medisee.training.run_log import RunLog, Throughput
 from medisee.training.validation import figures, validate
@@ -89,9 +94,11 @@ class Run:
     optimization: Optimization
     batches: TrainingBatches
     val: Manifest | None
+    unusable: frozenset[str]  # ids of records of val that are not scored
     cache: FeatureCache | None
     states: LastStates
     log: RunLog
+    origin: Origin
     start: Progress  # of the state that the run continues from
     best: float  # figure on val so far
     batch: Batch | None = None  # the last micro-batch that could be read
@@ -108,33 +115,38 @@ def train(config: Config, *, resume: bool = False, fresh: bool = False) -> Path:
     `resume` continues from the newest undamaged state in <train.out>; `fresh` starts again even if it holds a run, which
     the new one replaces as it saves. Raises Stopped, with the state saved, if the run was asked to stop.
     """
-    out = Path(config.train.out)
-    if not (resume or fresh):
-        # Before the ranks connect: none can have written here while another still looks.
-        with rank_zero_errors():
-            check_no_run(out)
-    place = join_ranks()
-    with errors_on_all_ranks(place):
-        check_files(config)
-        if not config.data.train:
-            raise InputError(
-                "data.train: no training manifest; name at least one, such as data/demo/train_class.jsonl."
-            )
-        manifests = [Manifest(source.records, source.root) for source in config.data.train]
-        val = Manifest(config.data.selection, config.data.root) if config.data.selection else None
-        if config.model.mllm.attention == "flex":
-            check_flex(place.device)
-        if config.train.compile_layers:
-            check_compiler(place.device)
-    split = config.model_copy(update={"train": split_batch(config.train, place.world)})
-    saved = find_last_on_all_ranks(out, place) if resume else None
-    if saved is not None:
-        check_same_run(saved, config, effective_batch(split.train, place.world))
-    if fresh and place.rank == 0:
-        remove_states(out)
-    with disk_errors(out):
-        run = _prepare(config, split, place, manifests=manifests, val=val, saved=saved)
-        with StopRequest(out) as stop, closing(run.batches):
+    given, out, place = config, Path(config.train.out), join_ranks()
+    with ExitStack() as held, disk_errors(out):
+        stop = StopRequest(out)
+        with errors_on_all_ranks(place):
+            if place.rank == 0:
+                held.enter_context(only_run(out, is_new=not (resume or fresh)))
+                stop.remove_file()
+        saved = find_last_on_all_ranks(out, place) if resume else None
+        with errors_on_all_ranks(place):
+            if saved is not None:
+                config = starting_from(saved, config)
+            check_files(config)
+            if not config.data.train:
+                raise InputError(
+                    "data.train: no training manifest; name at least one, such as data/demo/train_class.jsonl."
+                )
+            manifests = [Manifest(source.records, source.root) for source in config.data.train]
+            val = Manifest(config.data.selection, config.data.root) if config.data.selection else None
+            if config.model.mllm.attention == "flex":
+                check_flex(place.device)
+            if config.train.compile_layers:
+                check_compiler(place.device)
+            config = config.model_copy(update={"train": split_batch(config.train, place.world)})
+            origin = origin_of(config, effective_batch(config.train, place.world), place, manifests=manifests, val=val)
+            if saved is not None and place.rank == 0:
+                check_same_run(saved, given, origin)
+                for change in changed_since(saved, origin):
+                    print(f"note: {change}", file=sys.stderr, flush=True)
+        if fresh and place.rank == 0:
+            remove_states(out)
+        run = _prepare(given, config, place, manifests=manifests, val=val, saved=saved, origin=origin)
+        with stop, closing(run.batches):
             _steps(run, stop)
         if val is None:
             _save_best(run, {"step": config.train.steps})
@@ -150,6 +162,7 @@ def _prepare(
     manifests: Sequence[Manifest],
     val: Manifest | None,
     saved: Saved | None,
+    origin: Origin,
 ) -> Run:
     """Builds all that the loop needs, as it was when the state was saved."""
     out, settings = Path(config.train.out), config.train
@@ -161,9 +174,9 @@ def _prepare(
     random.seed(settings.seed)
     np.random.seed(settings.seed)
     torch.manual_seed(settings.seed)
-    images, texts = read_images_and_texts(config, manifests, val)
     try:
-        model = build_model(config, texts).placed(place.device)
+        read = read_records(config, manifests, val, place)
+        model = build_model(config, read.tokenizer).placed(place.device)
     except InputError as error:
         raise with_missing_weights(error, config.model) from error
     cache = None
@@ -172,7 +185,7 @@ def _prepare(
             wait_for_ranks()
         folder, cache_dtype = Path(config.data.cache), compute_dtype(config.data.cache_dtype, place.device)
         skip = config.data.skip_corrupt
-        cache = fill_cache(images, model.seg_head, model.processor, folder, cache_dtype, skip_corrupt=skip)
+        cache = fill_cache(read.images, model.seg_head, model.processor, folder, cache_dtype, skip_corrupt=skip)
         if place.rank == 0:
             wait_for_ranks()
     dtype = compute_dtype(settings.dtype, place.device)
@@ -182,9 +195,12 @@ def _prepare(
     model.unpadded = settings.unpadded
     if settings.compile_layers:
         compile_layers(model.mllm)
-    if saved is not None:
+    if saved is not None and not saved.is_checkpoint:
         # Before the optimization is made, which may cut the parameters into parts.
         load_trained(model, load_file(saved.folder / WEIGHTS), saved.folder / WEIGHTS)
+    with errors_on_all_ranks(place):
+        if place.rank == 0:
+            check_space(out, model)
     loss = TrainingLoss(model, config.loss, dtype=dtype, world=place.world, release=config.release)
     # Launchers for several ranks set it, even for a single one.
     optimization = (DeepSpeedOptimization if "LOCAL_RANK" in os.environ else Optimization)(loss, settings)
@@ -202,9 +218,11 @@ def _prepare(
             config, manifests, model.processor, cache, first_step=start.step, rank=place.rank, world=place.world
         ),
         val=val,
+        unusable=read.unusable,
         cache=cache,
         states=LastStates(out, settings.keep_last, saved.folder if saved is not None else None),
         log=RunLog(out, config=given, model=model, first_step=start.step, active=place.rank == 0),
+        origin=origin,
         start=start,
         best=start.best,
     )
@@ -218,6 +236,8 @@ def _steps(run: Run, stop: StopRequest) -> None:
     progress = tqdm(numbers, desc="training", disable=place.rank > 0, initial=first, total=settings.steps)
     since_log: list[Terms] = []
     throughput = Throughput()
+    if first:
+        _end_step(run, first, stop, is_saved=True)
     for step in progress:
         norm = _step(run, step, since_log, throughput)
         last = step == settings.steps
@@ -229,22 +249,40 @@ def _steps(run: Run, stop: StopRequest) -> None:
             run.log.losses(step, mean, progress, more={**more, **throughput.over_ranks(place)})
             since_log.clear()
             throughput = Throughput()
-        if run.val is not None and (last or step % settings.val_every == 0):
-            _validate(run, run.val, step)
-        request = 0 if last else stop.request(place)
-        if last or request or step % settings.save_every == 0:
-            save_state(
-                run.states,
-                Progress(step, run.best, _skipped(run)),
-                config=run.given,
-                effective_batch=effective_batch(settings, place.world),
-                model=run.model,
-                optimization=run.optimization,
-                place=place,
-            )
-        if request:
-            run.log.close()
-            raise Stopped(step, run.out, request)
+        _end_step(run, step, stop)
+
+
+def _end_step(run: Run, step: int, stop: StopRequest, *, is_saved: bool = False) -> None:
+    """Saves and validates where it is time to, in this order: a fault in val must not cost the steps before it.
+
+    Raises Stopped if the run was asked to stop; `--resume` repeats a validation that came after its step's state.
+    """
+    settings = run.config.train
+    last = step == settings.steps
+    validates = run.val is not None and (last or step % settings.val_every == 0)
+    request = stop.request(run.place) if validates or not last else 0
+    if not is_saved and (last or request or step % settings.save_every == 0):
+        _save(run, step)
+        is_saved = True
+    if run.val is not None and validates and not request:
+        _validate(run, run.val, step, stop)
+        if (request := stop.request(run.place)) and not is_saved:
+            _save(run, step)
+    if request:
+        run.log.close()
+        raise Stopped(step, run.out, request)
+
+
+def _save(run: Run, step: int) -> None:
+    save_state(
+        run.states,
+        Progress(step, run.best, _skipped(run)),
+        run.origin,
+        config=run.given,
+        model=run.model,
+        optimization=run.optimization,
+        place=run.place,
+    )
 
 
 def _step(run: Run, step: int, since_log: list[Terms], throughput: Throughput) -> float:
@@ -317,11 +355,15 @@ def _skipped(run: Run) -> int:
     return run.start.skipped + sum(gather(len(run.batches.skipped), run.place))
 
 
-def _validate(run: Run, val: Manifest, step: int) -> None:
+def _validate(run: Run, val: Manifest, step: int, stop: StopRequest) -> None:
     """Scores val (or what `data.select` names), and saves the checkpoint if it is the best so far."""
     split = run.config.data.select
     with uncompiled(run.config.train.compile_layers):
-        summary = validate(run.model, val, run.config, cache=run.cache, place=run.place)
+        summary = validate(
+            run.model, val, run.config, unusable=run.unusable, cache=run.cache, place=run.place, stop=stop
+        )
+    if summary is None:
+        return
     run.log.validation(step, summary, split)
     figure = (summary.dice.value + summary.iou.value) / 2
     if figure > run.best:
@@ -349,7 +391,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--gpus", type=int, default=GPUS, metavar="N", help=f"GPUs for --plan (default: {GPUS})")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="dotted overrides, such as train.lr=1e-4")
-    arguments = parser.parse_args(argv)
+    arguments = parse_words(parser, argv, more="overrides")
     config = load_config(arguments.config, arguments.overrides)
     if arguments.print_config:
         print(dump_config(config), end="")

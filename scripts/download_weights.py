@@ -1,5 +1,6 @@
-from medisee.download_weights import main
+from medisee.cli import main_of
 from medisee.foundation.errors import exit_code
 
+main = main_of("download_weights")
 if __name__ == "__main__":
     raise SystemExit(exit_code(main))

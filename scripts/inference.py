@@ -1,5 +1,6 @@
+from medisee.cli import main_of
 from medisee.foundation.errors import exit_code
-from medisee.inference import main
 
+main = main_of("inference")
 if __name__ == "__main__":
     raise SystemExit(exit_code(main))

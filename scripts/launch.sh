@@ -14,6 +14,10 @@ launch() {
   done
   shift
   out=$(run_folder ${arguments[@]+"${arguments[@]}"}) || return
+  if ! command -v "$1" >/dev/null; then
+    echo "error: '$1' is not installed; run pip install -e '.[train]' -c constraints.txt." >&2
+    return 2
+  fi
   mkdir -p "$out"
   trap 'requested=130 && touch "$out/stop"' INT
   trap 'requested=143 && touch "$out/stop"' TERM HUP

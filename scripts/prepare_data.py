@@ -1,5 +1,7 @@
+from medisee.cli import main_of
 from medisee.foundation.errors import exit_code
-from medisee.prepare_data import main
+
+main = main_of("prepare_data")
 
 # The guard matters: the processes that read masks import this file again.
 if __name__ == "__main__":

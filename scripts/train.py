@@ -1,5 +1,7 @@
+from medisee.cli import main_of
 from medisee.foundation.errors import exit_code
-from medisee.train import main
+
+main = main_of("train")
 
 # The guard matters: data loader workers that are spawned import this file again.
 if __name__ == "__main__":

@@ -10,4 +10,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/launch.sh
 source scripts/launch.sh
 
+if [[ ! ${GPUS:-4} =~ ^[1-9][0-9]*$ ]]; then
+  echo "error: GPUS='$GPUS' is not a number of GPUs; set it to 1 or more, or unset it for 4." >&2
+  exit 2
+fi
 launch "$@" -- deepspeed --num_gpus "${GPUS:-4}" --master_port "${MASTER_PORT:-29500}"

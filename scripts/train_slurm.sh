@@ -22,6 +22,7 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 source scripts/launch.sh
 
 out=$(run_folder "$@")
+: "${SLURM_JOB_NODELIST:?is set by SLURM; start this script with sbatch}"
 config=$1
 shift
 

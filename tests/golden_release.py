@@ -203,7 +203,7 @@ def load_case(path: Path) -> Case:
 def example_of(arrays: Any, image: int) -> Example:
     pixels, masks = arrays[f"raw_image_{image}"], arrays[f"gt_masks_{image}"]
     queries = [
-        Query(record=str(image), target=str(index), question="?", answer="!", mask=mask.astype(bool))
+        Query(record=str(image), target=str(index), question="?", answer="[SEG] and [BBOX]", mask=mask.astype(bool))
         for index, mask in enumerate(masks)
     ]
     height, width = pixels.shape[:2]

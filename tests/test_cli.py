@@ -126,3 +126,30 @@ def test_info_writes_what_an_evaluation_writes() -> None:
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--version"])
     assert capsys.readouterr().out.startswith("medisee 0.")
+
+
+@pytest.mark.parametrize("word", ["-V", "--version", "version"])
+def test_the_version_has_several_names(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main([word])
+    assert capsys.readouterr().out.startswith("medisee 0.")
+
+
+def test_help_takes_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["help"])
+    assert "medisee ask ..." in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["help", "plan"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: medisee plan ")
+
+
+def test_questions_and_images_that_the_shell_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    from medisee.foundation.command_line import parse_words
+    from medisee.inference import _parser
+
+    monkeypatch.setenv("HOME", "/home/someone")
+    words = ["--image", "a.png", "~/b.png", "--query", "What is it?", "脾在哪?", "--checkpoint=~/c", "--image", "d.png"]
+    given = parse_words(_parser(), [*words, "--out=~/o"])
+    assert given.image == [Path("a.png"), Path("/home/someone/b.png"), Path("d.png")]
+    assert given.query == ["What is it?", "脾在哪?"]
+    assert (given.checkpoint, given.out) == ("/home/someone/c", Path("/home/someone/o"))

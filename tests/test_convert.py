@@ -230,6 +230,8 @@ def damage(folder: Path, what: str) -> None:
         change(folder, lambda state: state.update(stranger=torch.zeros(2)))
     elif what == "missing":
         change(folder, lambda state: state.pop(head))
+    elif what == "whole numbers":
+        change(folder, lambda state: state.update({head: state[head].long()}))
     elif what == "vocabulary":
         change(folder, lambda state: state.update({head: state[head][:-5]}))
     elif what == "no tokenizer":
@@ -247,8 +249,9 @@ def damage(folder: Path, what: str) -> None:
     [
         ("missing shard", (), "names pytorch_model-00002-of-00003.bin, which is not there"),
         ("truncated", (), "pytorch_model-00001-of-00003.bin: truncated"),
-        ("code", (), "pytorch_model-00001-of-00003.bin: holds something other than tensors"),
+        ("code", (), "pytorch_model-00001-of-00003.bin: reading it needs posix.system, which could run code"),
         ("foreign", (), "unknown tensor stranger"),
+        ("whole numbers", (), "lm_head.weight holds torch.int64 numbers, which cannot be weights"),
         ("missing", (), "release: lacks base_model.model.lm_head.weight"),
         ("vocabulary", (), r"lm_head.weight has \d+ rows of 32, but the tokenizer has \d+ tokens beside <image>"),
         ("no tokenizer", (), "release: holds neither tokenizer.model nor tokenizer.json"),
@@ -275,12 +278,20 @@ def test_a_damaged_release_is_named(
     assert not (release / "executed").exists()
 
 
+def test_values_that_are_not_finite_are_not_converted(release: Path) -> None:
+    head = "base_model.model.lm_head.weight"
+    change(release, lambda state: state.update({head: state[head] * float("nan")}))
+    with pytest.raises(InputError, match=r"bin: base_model.model.lm_head.weight holds NaN or infinite numbers"):
+        main(arguments(release))
+    assert not list(release.parent.glob("*out*"))
+
+
 def test_conversions_replace_nothing_but_checkpoints(release: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("")
     for command in (arguments(release), ["merge", "--checkpoint", str(tiny_checkpoint), "--out", str(out)]):
-        with pytest.raises(InputError, match="out: holds no checkpoint, but other files"):
+        with pytest.raises(InputError, match=r"out: holds 'thesis\.txt', which is not of an earlier checkpoint"):
             main(command)
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
+from medisee.data import dataset
 from medisee.eval import main
 from medisee.evaluation.metrics import score
 from medisee.evaluation.report import FIGURES, FILES
@@ -426,3 +428,110 @@ def test_records_without_targets_are_passed_over(tiny_checkpoint: Path, manifest
     main([*inputs, "--out", str(tmp_path / "out"), "eval.max_new_tokens=4", "eval.resamples=5"])
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())["splits"]["mixed"]
     assert summary["generated"]["n"] == 4
+
+
+def test_the_listed_questions_are_those_that_are_scored(
+    manifest: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With them, and nothing else known, a predictions file is complete; a target without questions is in the list."""
+    bare = [
+        replace(one, targets=tuple(replace(t, qa=t.qa if t.id == "a" else ()) for t in one.targets)) for one in manifest
+    ]
+    write_records(tmp_path / "bare.jsonl", bare)
+    inputs = ["--records", str(tmp_path / "bare.jsonl"), "--limit", "3"]
+    main(["--list-questions", *inputs])
+    listed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(listed) == 3 * 3 and all(set(one) == {"record", "target", "question"} for one in listed)
+    main(["--list-questions", *inputs, "--out", str(tmp_path / "q.jsonl")])
+    assert [json.loads(line) for line in (tmp_path / "q.jsonl").read_text(encoding="utf-8").splitlines()] == listed
+    lines = "".join(json.dumps({**one, "text": "", "emitted": False}) + "\n" for one in listed)
+    (tmp_path / "p.jsonl").write_text(lines, encoding="utf-8")
+    scored = [
+        "--predictions",
+        str(tmp_path / "p.jsonl"),
+        *inputs,
+        "--root",
+        str(manifest.root),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    main(scored)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())["splits"]["bare"]
+    assert summary["generated"]["n"] == 9 and summary["missing"] == 0
+
+
+def test_names_that_are_not_utf8_are_shown_with_question_marks(
+    manifest: Manifest, perfect: list[Prediction], tmp_path: Path
+) -> None:
+    names = [tmp_path / os.fsdecode(name) for name in (b"p\xff.jsonl", b"r\xff.jsonl")]
+    write_predictions(names[0], perfect)
+    write_records(names[1], list(manifest))
+    inputs = ["--predictions", str(names[0]), "--records", str(names[1]), "--root", str(manifest.root)]
+    main([*inputs, "--out", str(tmp_path / "out")])
+    assert list(json.loads((tmp_path / "out" / "summary.json").read_text())["splits"]) == ["r?"]
+    assert "p?" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+
+
+def test_a_failure_keeps_the_answers_so_far(
+    tiny_checkpoint: Path,
+    tiny_manifest: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs = ["--records", str(tiny_manifest), "--out", str(tmp_path / "out")]
+    system = ["--checkpoint", str(tiny_checkpoint), "--decode", "forced", "eval.batch_size=1", "eval.resamples=5"]
+    read = dataset.read_image
+
+    def lost(path: Path) -> np.ndarray:
+        if path.name == "3.png":
+            raise InputError(f"{path}: the disk is gone.")
+        return read(path)
+
+    monkeypatch.setattr(dataset, "read_image", lost)
+    for number in (1, 2):
+        assert exit_code(main, [*system, *inputs]) == 2
+        kept = tmp_path / f"out.partial{number}.jsonl"
+        told = capsys.readouterr().err
+        assert f"{kept}: keeps the 12 answers so far; --predictions scores them." in told and "is gone" in told
+        assert not (tmp_path / "out").exists()
+    predictions = read_predictions(kept)
+    assert {(one.record, one.mode) for one in predictions} == {(f"r{index}", "forced") for index in range(3)}
+    monkeypatch.undo()
+    main(["--predictions", str(kept), *inputs])
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())["splits"]["tiny"]
+    assert summary["missing"] == 4 and summary["forced"]["n"] == 16
+    main([*system, "--records", str(tiny_manifest), "--out", str(tmp_path / "again")])
+    assert not list(tmp_path.glob("again.partial*"))
+    assert read_predictions(tmp_path / "again" / "predictions.jsonl")[:12] == predictions
+
+
+def test_all_texts_are_looked_at_before_the_first_is_asked(
+    tiny_checkpoint: Path, manifest: Manifest, tmp_path: Path
+) -> None:
+    def long(record: Record) -> Record:
+        target = record.targets[1]
+        return replace(
+            record, targets=(record.targets[0], replace(target, qa=(replace(target.qa[0], question="why " * 1500),)))
+        )
+
+    write_records(tmp_path / "r.jsonl", [manifest[0], long(manifest[1]), long(manifest[2])])
+    inputs = [
+        "--checkpoint",
+        str(tiny_checkpoint),
+        "--records",
+        str(tmp_path / "r.jsonl"),
+        "--root",
+        str(manifest.root),
+    ]
+    problems = problems_of(lambda: main([*inputs, "--out", str(tmp_path / "out")]))
+    assert [problem.split(": the text has")[0] for problem in problems] == [
+        f"record 'r{n}', target 'b'" for n in (1, 2)
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.jsonl"]
+
+
+def test_predicted_boxes_of_another_form_are_refused(run: Run, perfect: list[Prediction], tmp_path: Path) -> None:
+    shares = [replace(one, box=(0.1, 0.2, 0.5, 0.75)) for one in perfect]
+    (problem,) = problems_of(lambda: run(shares))
+    assert problem.startswith(str(tmp_path / "p.jsonl")) and "fit as shares of the image's width and height" in problem

@@ -15,7 +15,8 @@ from medisee.foundation.errors import InputError
 from medisee.models.medisee import MediSee
 from medisee.records.manifest import Manifest
 from medisee.train import train
-from medisee.training.initial_model import build_model, read_images_and_texts
+from medisee.training.initial_model import build_model, build_tokenizer, read_records
+from medisee.training.ranks import Place
 from medisee.training.run_log import TELEMETRY
 from medisee.weights.missing import missing_files
 
@@ -40,14 +41,14 @@ def test_a_run_starts_from_a_checkpoint(
     config = second_stage(tiny_config, tiny_checkpoint, tmp_path)
     first = MediSee.from_pretrained(tiny_checkpoint)
     # Other texts would give a newly trained tokenizer other words.
-    model = build_model(config, set())
+    model = build_model(config, build_tokenizer(config, set()))
     assert model.tokenizer.get_vocab() == first.tokenizer.get_vocab()
     expected, found = first.state_dict(), model.state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     config = config_from(tiny_config, where="test")
-    _, texts = read_images_and_texts(config, [Manifest(tiny_manifest)], None)
-    fresh = build_model(config, texts).state_dict()
+    read = read_records(config, [Manifest(tiny_manifest)], None, Place(0, 1, torch.device("cpu")))
+    fresh = build_model(config, read.tokenizer).state_dict()
     assert any(not torch.equal(found[name], value) for name, value in fresh.items())
 
 
@@ -94,7 +95,7 @@ def test_another_model_is_refused(tiny_config: Run, tiny_checkpoint: Path, tmp_p
     model = {**tiny_config["model"], "seg_head": {**tiny_config["model"]["seg_head"], "pixels": "minmax"}}
     config = second_stage({**tiny_config, "model": {**model, "box_hidden": 8}}, tiny_checkpoint, tmp_path)
     with pytest.raises(InputError) as caught:
-        build_model(config, set())
+        build_tokenizer(config, set())
     (problem,) = caught.value.problems
     assert "config.json: train.init holds a model with model." in problem
     assert "model.seg_head.pixels" in problem or "model.box_hidden = 16, but the run says 8" in problem
@@ -103,7 +104,7 @@ def test_another_model_is_refused(tiny_config: Run, tiny_checkpoint: Path, tmp_p
 def test_no_checkpoint_is_refused_and_named_beforehand(tiny_config: Run, tmp_path: Path) -> None:
     config = second_stage(tiny_config, tmp_path / "none" / "at" / "all", tmp_path)
     with pytest.raises(InputError, match="no such folder"):
-        build_model(config, set())
+        build_tokenizer(config, set())
     assert "train.init" in [missing.setting for missing in missing_files(config)]
 
 

@@ -237,6 +237,23 @@ def test_several_images_and_queries_get_folders(
     assert read(out / "Deep-2-1")[1]["image"] == "Deep.jpg"
 
 
+def test_answers_stay_inside_the_folder_whatever_an_image_is_called(
+    tiny_checkpoint: Path, images: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir(exist_ok=True)
+    named = [Path(shutil.copy(images["grey"], tmp_path / "in" / name)) for name in ("...png", "-rf.png", "a\nb.png")]
+    (tmp_path / "disk").mkdir()
+    out = tmp_path / "out"
+    out.symlink_to("disk")
+    (out / "notes.txt").write_text("mine")
+    before = {path.name for path in tmp_path.iterdir()}
+    for _ in range(2):
+        main([*command(tiny_checkpoint, out, named, "Where?"), "--decode", "forced"])
+    assert {path.name for path in out.iterdir()} == {"image", "rf", "a_b", "run.json", "notes.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == before and out.is_symlink()
+    assert [read(out / name)[1]["image"] for name in ("image", "rf", "a_b")] == [path.name for path in named]
+
+
 def test_several_images_and_one_query_and_forced(
     tiny_checkpoint: Path, images: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -279,7 +296,7 @@ def test_all_bad_input_is_reported_together_and_nothing_is_written(
         ("--max-new-tokens is 0", "expected 1 or more"),
         (f"{tmp_path / 'no.png'}: expected an image file", "check the path"),
         (f"{cut}: cannot be decoded", "expected a whole PNG, JPEG or TIFF, found a truncated"),
-        (f"--out: {tmp_path / 'file'} is a file", "expected a folder"),
+        (f"--out {tmp_path / 'file' / 'out'}: {tmp_path / 'file'} is a file", "expected a folder"),
         ("--device 'gpu0' cannot be used", "expected cpu"),
         (f"{tmp_path / 'empty' / 'config.json'}: no checkpoint here", "training wrote"),
     ):
@@ -345,7 +362,7 @@ def test_an_image_is_read_once(
 ) -> None:
     read_paths: list[Path] = []
     read_image = inference.read_image
-    monkeypatch.setattr(inference, "read_image", lambda path: read_paths.append(path) or read_image(path))
+    monkeypatch.setattr(inference, "read_image", lambda path, page: read_paths.append(path) or read_image(path, page))
     say(ANSWER)
     main(command(tiny_checkpoint, tmp_path / "kept", [images["grey"], images["deep"]], "Where?"))
     assert read_paths == [images["grey"], images["deep"]]

@@ -155,3 +155,30 @@ def test_bad_input_starts_nothing(world: dict[str, str], script: str, arguments:
     assert done.returncode == 2
     assert expected in done.stderr and "Traceback" not in done.stderr
     assert not [name for name in ("deepspeed", "srun") if (Path(world["RECORDS"]) / name).exists()]
+
+
+@pytest.mark.parametrize("gpus", ["0", "two", "1 2", "-1"])
+def test_a_wrong_number_of_gpus_starts_nothing(world: dict[str, str], gpus: str) -> None:
+    stand_in(world, "deepspeed")
+    done = start({**world, "GPUS": gpus}, "train_4gpu.sh", *run_arguments(world))
+    assert done.returncode == 2 and f"GPUS='{gpus}' is not a number of GPUs" in done.stderr
+    assert not (Path(world["RECORDS"]) / "deepspeed").exists()
+
+
+def test_a_missing_launcher_is_told(world: dict[str, str]) -> None:
+    done = start({**world, "PATH": "/usr/bin:/bin"}, "train_4gpu.sh", *run_arguments(world))
+    assert done.returncode == 2 and "'deepspeed' is not installed" in done.stderr
+
+
+def test_slurm_outside_slurm_is_told(world: dict[str, str]) -> None:
+    done = start(world, "train_slurm.sh", *run_arguments(world))
+    assert done.returncode != 0 and "start this script with sbatch" in done.stderr
+
+
+def test_arguments_with_spaces_stay_whole(world: dict[str, str]) -> None:
+    stand_in(world, "deepspeed")
+    config = Path(world["RECORDS"]) / "a run.yaml"
+    config.write_text("train: {steps: 1}\n", encoding="utf-8")
+    done = start(world, "train_4gpu.sh", str(config), f"train.out={world['OUT']} x", "data.val='a b'")
+    assert done.returncode == 0, done.stderr
+    assert called(world, "deepspeed")[-4:-1] == [str(config), f"train.out={world['OUT']} x", "data.val='a b'"]

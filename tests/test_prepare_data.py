@@ -130,7 +130,7 @@ def test_demo_refuses_wrong_numbers_and_foreign_folders(tmp_path: Path, capsys: 
     said = refused(capsys, "demo", "--out", tmp_path, "--copies", "-1", "--train-questions", "0")
     assert "copies is -1; expected 0 or more" in said
     assert "train_questions is 0; expected 1 or more" in said
-    assert "exists and is not a demo data set" in said
+    assert "holds 'thesis.txt', which is not of an earlier demo data set" in said
     assert "is a file" in refused(capsys, "demo", "--out", tmp_path / "thesis.txt" / "demo")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 

@@ -22,6 +22,7 @@ from data_gen.__main__ import COMMANDS as ENGINE
 from medisee.cli import ALL, main
 from medisee.config import Config
 from medisee.config.load import load_config
+from medisee.foundation import command_line
 from medisee.records.manifest import Manifest
 
 ROOT = Path(__file__).parents[1]
@@ -91,13 +92,13 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 
     def stopping(original: Any) -> Any:
-        def parse_args(parser: argparse.ArgumentParser, *args: Any, **options: Any) -> None:
-            raise Parsed(original(parser, *args, **options))
+        def parse(*args: Any, **options: Any) -> None:
+            raise Parsed(original(*args, **options))
 
-        return parse_args
+        return parse
 
-    for name in ("parse_args", "parse_intermixed_args"):
-        monkeypatch.setattr(argparse.ArgumentParser, name, stopping(getattr(argparse.ArgumentParser, name)))
+    for place, name in ((argparse.ArgumentParser, "parse_args"), (command_line, "_parsed")):
+        monkeypatch.setattr(place, name, stopping(getattr(place, name)))
 
     def run(words: list[str]) -> argparse.Namespace | None:
         command, argv = python_command(words)

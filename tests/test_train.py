@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -22,15 +23,19 @@ import torch
 import yaml
 from free_port import free_port
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from medisee.config import Config
 from medisee.config.load import config_from
+from medisee.data.mixture import Mixture
 from medisee.foundation.errors import InputError, exit_code
+from medisee.models.medisee import MediSee
 from medisee.records.manifest import Manifest
 from medisee.records.records import Record
 from medisee.train import main, train
 from medisee.training.interruption import Stopped
 from medisee.training.resume import damage, saved_folders
+from medisee.weights.checkpoints import load_checkpoint
 
 Run = dict[str, Any]
 
@@ -117,6 +122,92 @@ def test_resumed_equals_uninterrupted(every_step: Run, tmp_path: Path) -> None:
     assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) < 1e-6
 
 
+def test_a_mended_manifest_changes_nothing_but_its_records(
+    every_step: Run, tiny_manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run is killed, a record's question mended, and the run resumed: its tokens are those that it has learnt.
+
+    A tokenizer made of the mended texts would have other ids, and the loss would start anew.
+    """
+    manifest = tmp_path / "data" / "tiny.jsonl"
+    shutil.copytree(tiny_manifest.parent, manifest.parent)
+    data = {"train": [{"records": str(manifest)}], "val": None}
+    section = {"batch_size": 1, "accumulation": 1, "save_every": 4, "steps": 8, "lr": 3e-3}
+    whole, broken = (
+        configured(every_step, data=data, train={**section, "out": str(tmp_path / name)})
+        for name in ("whole", "broken")
+    )
+    train(whole)
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("medisee.training.run_log.RunLog.losses", _interrupt_at(6))
+        train(broken)
+    order = [Mixture([4], [1], 0).draw(number).index for number in range(8)]
+    mended = order[7]  # the last record that is drawn
+    lines = manifest.read_text().splitlines()
+    for word, other in (("organ", "abdominal viscus"), ("filters", "excretes out of"), ("makes bile", "secretes gall")):
+        lines[mended] = lines[mended].replace(word, other)
+    manifest.write_text("\n".join(lines) + "\n")
+    capsys.readouterr()
+    train(broken, resume=True)
+    assert "note: data.train[0].records: changed after step 4 was saved" in capsys.readouterr().err
+    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "broken")
+    assert {step: found[step] for step in (5, 6, 7)} == pytest.approx(
+        {step: expected[step] for step in (5, 6, 7)}, rel=1e-6
+    )
+    assert found[8] != expected[8] and found[8] == pytest.approx(expected[8], rel=0.2)
+    texts = ["Which organ makes bile?", lines[mended], "abdominal viscus"]
+    ids = [
+        AutoTokenizer.from_pretrained(folder)(texts)["input_ids"]
+        for folder in (
+            tmp_path / "whole" / "checkpoint",
+            tmp_path / "broken" / "last-00000008",
+            tmp_path / "broken" / "checkpoint",
+        )
+    ]
+    assert ids[0] == ids[1] == ids[2]
+    # The same data from the start does give other ids, so the test can tell.
+    train(configured(every_step, data=data, train={**section, "out": str(tmp_path / "anew"), "steps": 1}))
+    assert AutoTokenizer.from_pretrained(tmp_path / "anew" / "checkpoint")(texts)["input_ids"] != ids[0]
+
+
+def test_a_saved_state_is_a_checkpoint(every_step: Run, tmp_path: Path) -> None:
+    """A run that ended before its first validation: its state answers, and another run can start from it."""
+    train(configured(every_step, data={"val": None}, train={"out": str(tmp_path / "run"), "steps": 2}))
+    state = tmp_path / "run" / "last-00000002"
+    kept, best = (load_checkpoint(folder, MediSee).state_dict() for folder in (state, tmp_path / "run" / "checkpoint"))
+    assert all(torch.equal(value, best[name]) for name, value in kept.items())
+    assert json.loads((state / "config.json").read_text())["run"] == {"step": 2}
+    shutil.rmtree(tmp_path / "run" / "checkpoint")
+    section = {"out": str(tmp_path / "next"), "init": str(state), "steps": 1, "lr": 1e-9}
+    folder = train(configured(every_step, data={"val": None}, train=section))
+    after = load_file(folder / "model.safetensors")
+    assert max(float((value - kept[name]).abs().max()) for name, value in after.items()) < 1e-6
+
+
+def test_a_resumed_run_needs_neither_its_first_checkpoint_nor_its_data_where_they_were(
+    every_step: Run, tiny_manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_manifest.parent, tmp_path / "here")
+
+    def settings(where: str, **train: Any) -> Config:
+        place = tmp_path / where
+        data = {"train": [{"records": str(place / "tiny.jsonl")}], "val": str(place / "tiny.jsonl")}
+        return configured(every_step, data={**data, "cache": str(place / "cache")}, train={"steps": 3, **train})
+
+    init = str(train(settings("here", out=str(tmp_path / "first"))))
+    expected = settings("here", out=str(tmp_path / "whole"), init=init)
+    train(expected)
+    train(settings("here", out=str(tmp_path / "broken"), init=init, save_every=2))
+    shutil.rmtree(tmp_path / "broken" / "last-00000003")
+    shutil.rmtree(init)
+    (tmp_path / "here").rename(tmp_path / "there")
+    (tmp_path / "broken").rename(tmp_path / "elsewhere")
+    capsys.readouterr()
+    train(settings("there", out=str(tmp_path / "elsewhere"), init=init, save_every=1), resume=True)
+    assert "note: " not in capsys.readouterr().err
+    assert losses(tmp_path / "elsewhere") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
+
+
 def _interrupt_at(step: int) -> Any:
     from medisee.training.run_log import RunLog
 
@@ -145,13 +236,15 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("file", 0)], ids=["sigterm", "ctrl-c", "file"]
+    ("how", "code"),
+    [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130), ("file", 0)],
+    ids=["sigterm", "hangup", "ctrl-c", "file"],
 )
 def test_a_run_that_is_asked_to_end_saves_and_goes_on(
     every_step: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, code: int
 ) -> None:
     out = tmp_path / "run"
-    config = configured(every_step, train={"out": str(out), "save_every": 100})
+    config = configured(every_step, train={"out": str(out), "save_every": 100, "steps": 4})
 
     def ask() -> None:
         (out / "stop").touch() if how == "file" else os.kill(os.getpid(), getattr(signal, how))
@@ -166,8 +259,126 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(
     assert "seconds" not in json.loads((out / "run.json").read_text())
     monkeypatch.undo()
     train(config, resume=True)
-    assert sorted(losses(out)) == list(range(1, 9))
+    assert sorted(losses(out)) == list(range(1, 5))
     assert not (out / "stop").exists()
+
+
+def test_a_hangup_is_not_heeded_under_nohup(every_step: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        at_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGHUP))
+        train(configured(every_step, data={"val": None}, train={"out": str(tmp_path), "steps": 2}))
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert sorted(losses(tmp_path)) == [1, 2]
+
+
+def figures(out: Path) -> dict[int, float]:
+    """Returns the Dice of every validation in the log, each of which is there once."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    found = [(line["step"], line["val_Dice"]) for line in lines if "val_Dice" in line]
+    assert len(found) == len(dict(found))
+    return dict(found)
+
+
+@pytest.mark.parametrize(("how", "save_every"), [("stopped", 4), ("stopped", 100), ("killed", 4)])
+def test_a_run_that_ends_inside_a_validation_repeats_it(
+    every_step: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, save_every: int
+) -> None:
+    """Its step is saved before it. When it is asked to stop, no further batch is scored."""
+    import medisee.training.validation as validation
+
+    section = {"steps": 6, "val_every": 4, "save_every": save_every, "accumulation": 1}
+    config = configured(every_step, train={**section, "out": str(tmp_path / "broken")})
+    scored: list[int] = []
+    original = validation._scores
+
+    def scores(*arguments: Any, **more: Any) -> Any:
+        scored.append(len(scored))
+        if how == "killed":
+            raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGHUP)
+        return original(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(validation, "_scores", scores)
+        with pytest.raises(Stopped if how == "stopped" else KeyboardInterrupt):
+            train(config)
+    assert scored == [0]
+    states = [folder.name for folder in saved_folders(tmp_path / "broken")]
+    assert states == ["last-00000004"] and not (tmp_path / "broken" / "checkpoint").exists()
+    train(config, resume=True)
+    whole = configured(every_step, train={**section, "out": str(tmp_path / "whole")})
+    train(whole)
+    assert sorted(figures(tmp_path / "whole")) == [4, 6]
+    assert figures(tmp_path / "broken") == pytest.approx(figures(tmp_path / "whole"), abs=1e-6)
+    assert losses(tmp_path / "broken") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
+    kept = [json.loads((tmp_path / name / "checkpoint" / "config.json").read_text()) for name in ("broken", "whole")]
+    assert kept[0]["run"]["step"] == kept[1]["run"]["step"]
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGHUP", 129), ("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_before_the_first_step_ends_with_a_sentence_and_leaves_nothing(
+    every_step: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    code: int,
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**every_step, "train": {**every_step["train"], "out": str(tmp_path / "run")}}))
+    ask = getattr(signal, name)
+    monkeypatch.setattr("medisee.train.build_model", lambda *_: os.kill(os.getpid(), ask) or time.sleep(5))
+    assert exit_code(main, ["--config", str(path)]) == code
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "interrupted" in line]
+    assert name == "SIGINT" or f"interrupted by {name}; nothing is half-written" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", [["scripts/train.py"], ["-m", "medisee", "train"]], ids=["script", "medisee"])
+@pytest.mark.parametrize(("name", "code"), [("SIGHUP", 129), ("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_during_the_imports_ends_with_a_sentence(
+    tmp_path: Path, command: list[str], name: str, code: int
+) -> None:
+    (tmp_path / "torch.py").write_text(
+        f"import os, signal, time\nos.kill(os.getpid(), signal.{name})\ntime.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"}
+    words = [sys.executable, *command, "--config", "configs/demo.yaml"]
+    done = subprocess.run(words, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert "interrupted" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_request_during_the_preparation_is_heeded(
+    every_step: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launchers turn signals into the file, and may do so before the first step."""
+    import medisee.train
+
+    original = medisee.train.build_model
+
+    def build(*arguments: Any) -> MediSee:
+        (tmp_path / "stop").touch()
+        return original(*arguments)
+
+    monkeypatch.setattr("medisee.train.build_model", build)
+    with pytest.raises(Stopped, match="stopped after step 1"):
+        train(configured(every_step, train={"out": str(tmp_path)}))
+    assert damage(tmp_path / "last-00000001") is None
+
+
+def test_a_disk_that_cannot_hold_a_state_is_told_before_the_first_step(
+    every_step: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_100_000))
+    monkeypatch.setattr("medisee.train._steps", lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(InputError, match=r"train\.out .*: .* are needed, 1 MB are free"):
+        train(configured(every_step, train={"out": str(tmp_path / "run")}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_ctrl_c_twice_ends_at_once(every_step: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,28 +394,53 @@ def test_ctrl_c_twice_ends_at_once(every_step: Run, tmp_path: Path, monkeypatch:
 
 def test_a_request_that_is_older_than_the_run_is_not_heeded(every_step: Run, tmp_path: Path) -> None:
     (tmp_path / "stop").touch()
+    (tmp_path / ".lock").touch()  # of a run that was killed
     train(configured(every_step, train={"out": str(tmp_path), "steps": 2}))
     assert sorted(losses(tmp_path)) == [1, 2]
 
 
-def test_sigterm_to_a_group_with_loader_processes(every_step: Run, tmp_path: Path) -> None:
-    """What SLURM and terminals do. The loader processes must outlive the signal, or the step could not end."""
-    data = {**every_step["data"], "workers": 1}
-    long = {**every_step["train"], "out": str(tmp_path / "run"), "steps": 100_000, "save_every": 100_000}
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump({**every_step, "data": {**data, "val": None}, "train": long}))
-    command = [sys.executable, "-m", "medisee.train", "--config", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+def test_a_signal_to_a_group_with_loader_processes(every_step: Run, tmp_path: Path) -> None:
+    """What SLURM, terminals and a lost connection do. The loader processes must outlive the signal, or the step could not end.
+
+    The second run's terminal goes, so that it can neither write there nor be seen any more.
+    """
+    data = {**every_step["data"], "workers": 1, "val": None}
+    runs: list[tuple[Path, subprocess.Popen[Any]]] = []
+    terminal, side = os.openpty()
+    for name in ("signal", "hangup"):
+        section = {**every_step["train"], "out": str(tmp_path / name), "steps": 100_000, "save_every": 100_000}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**every_step, "data": data, "train": section}))
+        command = [sys.executable, "-m", "medisee.train", "--config", str(path)]
+        streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        if name == "hangup":
+            # Linux gives a session's leader the terminal that it opens.
+            code = "import os, sys; os.open(os.ttyname(1), os.O_RDWR); os.execv(sys.executable, sys.argv[1:])"
+            command = [sys.executable, "-c", code, *command]
+            streams = {"stdin": side, "stdout": side, "stderr": side}
+        runs.append((tmp_path / name, subprocess.Popen(command, start_new_session=True, **streams)))
+    (first, signalled), (second, lost) = runs
     try:
-        while process.poll() is None and not logged(tmp_path / "run"):
+        while any(process.poll() is None and not logged(out) for out, process in runs):
             time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGTERM)
-        output, errors = process.communicate(timeout=300)
+            drain(terminal)
+        os.killpg(signalled.pid, signal.SIGTERM)
+        os.close(side)
+        os.close(terminal)  # the kernel sends SIGHUP
+        output, errors = signalled.communicate(timeout=300)
+        assert lost.wait(timeout=300) == 129
     finally:
-        process.kill()
-    assert process.returncode == 143, errors[-2000:]
+        signalled.kill()
+        lost.kill()
+    assert signalled.returncode == 143, errors[-2000:]
     assert b"which is saved in" in output and b"Traceback" not in errors
-    assert damage(saved_folders(tmp_path / "run")[-1]) is None
+    assert [damage(saved_folders(out)[-1]) for out in (first, second)] == [None, None]
+
+
+def drain(terminal: int) -> None:
+    """Reads what a terminal shows, or its writers would wait."""
+    while select.select([terminal], [], [], 0)[0]:
+        os.read(terminal, 1 << 16)
 
 
 def logged(out: Path) -> list[int]:
@@ -239,6 +475,22 @@ def test_a_log_line_that_a_kill_cut_off_is_dropped(every_step: Run, tmp_path: Pa
         log.write('{"step": 9, "tot')
     train(config, resume=True)
     assert sorted(losses(tmp_path)) == list(range(1, 9))
+
+
+def test_damaged_lines_of_the_log_are_named_and_left_out(
+    every_step: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configured(every_step, data={"val": None}, train={"out": str(tmp_path), "steps": 2, "save_every": 1})
+    train(config)
+    shutil.rmtree(tmp_path / "last-00000002")
+    with (tmp_path / "log.jsonl").open("ab") as log:
+        log.write(b"\x00\x00\n[3]\n" + b'{"step": "2"}\n{"total": 1.0}\n{"step": NaN}\n\xff\n' + b"[" * 99_999 + b"\n")
+    train(config, resume=True)
+    assert (
+        f"warning: {tmp_path / 'log.jsonl'}: damaged, and left out: line 3, 4, 5, 6, 7, 8, 9."
+        in capsys.readouterr().err
+    )
+    assert sorted(losses(tmp_path)) == [1, 2]
 
 
 def test_dropout_is_the_same_after_resuming(every_step: Run, tmp_path: Path) -> None:
@@ -323,26 +575,19 @@ def test_a_full_disk_ends_with_a_sentence(every_step: Run, tmp_path: Path, monke
 
 
 def test_two_ranks_with_half_the_batch_equal_one(tiny_config: Run, tmp_path: Path) -> None:
-    section = {**tiny_config["train"], "steps": 20, "log_every": 1, "save_every": 20, "warmup": 3, "zero_stage": 2}
-    one = {**tiny_config, "train": {**section, "batch_size": 2, "out": str(tmp_path / "one")}}
+    """Under DeepSpeed's own launcher; `test_optimization.py` starts its ranks itself."""
+    section = {"steps": 4, "log_every": 1, "save_every": 4, "warmup": 2, "zero_stage": 2, "dtype": "bfloat16"}
+    one = {**tiny_config, "train": {**tiny_config["train"], **section, "batch_size": 2, "out": str(tmp_path / "one")}}
     train(config_from(one, where="test"))
-    two = {**tiny_config, "train": {**section, "batch_size": 1, "out": str(tmp_path / "two")}}
+    two = {**tiny_config, "train": {**one["train"], "batch_size": 1, "out": str(tmp_path / "two")}}
     _deepspeed(two, tmp_path / "two.yaml")
-    expected, found = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert sorted(found) == list(range(1, 21))
-    assert found == pytest.approx(expected, rel=1e-4)
-
-
-def test_two_ranks_in_bf16(tiny_config: Run, tmp_path: Path) -> None:
-    section = {"steps": 6, "log_every": 1, "batch_size": 1, "dtype": "bfloat16", "zero_stage": 2, "save_every": 3}
-    run = {**tiny_config, "train": {**tiny_config["train"], **section, "out": str(tmp_path / "two")}}
-    _deepspeed(run, tmp_path / "two.yaml")
-    assert len(losses(tmp_path / "two")) == 6
+    assert sorted(losses(tmp_path / "two")) == [1, 2, 3, 4]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-4)
     assert (tmp_path / "two" / "checkpoint" / "model.safetensors").exists()
-    _deepspeed(run, tmp_path / "two.yaml", "--resume")
+    assert damage(tmp_path / "two" / "last-00000004") is None
 
 
-def _deepspeed(run: Run, path: Path, *arguments: str) -> None:
+def _deepspeed(run: Run, path: Path) -> None:
     path.write_text(yaml.safe_dump(run))
     launcher = Path(sys.executable).with_name("deepspeed")
     script = Path(__file__).parents[1] / "scripts" / "train.py"
@@ -353,7 +598,7 @@ def _deepspeed(run: Run, path: Path, *arguments: str) -> None:
     # Into a file and in a separate session: ranks that hang would outlive the launcher and hold a pipe open for ever.
     with path.with_suffix(".txt").open("w") as output:
         process = subprocess.Popen(
-            [*command, "--config", str(path), *arguments],
+            [*command, "--config", str(path)],
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -6,6 +6,10 @@ import asyncio
 import json
 import os
 import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -15,6 +19,7 @@ from typing import Any
 import aiohttp
 import httpx2
 import openai
+from tqdm import tqdm
 
 from data_gen.core.calls import Reply, Request, Status
 from data_gen.core.pictures import with_pixels
@@ -28,10 +33,19 @@ _NO_KEY = "none"  # what a server without a key is sent
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between two sends of one request; doubles from send to send
 _LONGEST_PAUSE = 600.0  # seconds; a server that asks for more is down
 _LONGEST_MESSAGE = 300  # characters of a server's message
+BLOCKED = "the server's content filter blocked it"
+_MOST_USAGE = 2**40  # tokens; a server that counts more counts wrong
+# The two names of the most tokens of an answer, of which each server knows at least one.
+_LIMITS = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+_UNSUPPORTED = re.compile(r"unsupported|not support|unrecogni|unknown|unexpected|extra|not (?:permitted|allowed)", re.I)
 
 
 class Unreachable(Exception):
     """No answer after all sends: the server or the network is at fault, not the request."""
+
+
+class NotAccepted(Unreachable):
+    """The server does not take the request; the fault may be the request's, the settings' or the server's."""
 
 
 class NoCompletion(Exception):
@@ -47,6 +61,7 @@ class Server:
     concurrency: int = 64  # most requests under way at once
     timeout: float = 120.0  # seconds to wait for an answer
     sends: int = 8  # how often a request is sent when the server or the network fails
+    max_tokens: int | None = None  # of every answer; None leaves each stage its own
 
 
 def is_same(first: str | None, second: str | None) -> bool:
@@ -93,6 +108,34 @@ def client_for(server: Server, key: str, *, retries: int = 0, patience: int = 2)
     return openai.AsyncOpenAI(api_key=key, base_url=server.base_url or OPENAI, max_retries=retries, http_client=http)
 
 
+class Parameters:
+    """The parameters of requests in the form that one server takes.
+
+    The ledger knows a request by its own parameters, so the form may change from run to run.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self._most = server.max_tokens
+        self._names: dict[str, str] = {}  # what is sent instead of a parameter; empty: nothing
+
+    def apply(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the body as it is sent."""
+        made = {self._names.get(name, name): value for name, value in body.items()}
+        made.pop("", None)
+        return made | ({name: self._most for name in _LIMITS if name in made} if self._most else {})
+
+    def learn(self, message: str, sent: Mapping[str, Any]) -> bool:
+        """Returns whether a server's message is about a parameter of `sent` that it will not be sent again."""
+        named = [name for name in (*_LIMITS, "temperature", "reasoning_effort") if re.search(rf"\b{name}\b", message)]
+        name = next((name for name in named if name in sent), None)
+        if name is None or name in self._names.values() or not _UNSUPPORTED.search(message):
+            return False
+        if name not in self._names:
+            other = self._names[name] = _LIMITS.get(name, "")
+            tqdm.write(f"the server takes no {name}: " + (f"sent as {other}" if other else "left out"), file=sys.stderr)
+        return True
+
+
 class Client:
     """Sends requests to one server, within the rate and the money that all calls share."""
 
@@ -102,6 +145,9 @@ class Client:
         self._rate, self._money = rate, money
         self._key = api_key(server)
         self._client = client_for(server, self._key)
+        self._parameters = Parameters(server)
+        self._answered: Counter[str] = Counter()  # answers by stage
+        self._not_accepted: dict[str, int] = {}  # by the request's key: what `_answered` was at the first refusal
         self._free = asyncio.Semaphore(server.concurrency)
 
     async def close(self) -> None:
@@ -111,16 +157,29 @@ class Client:
     async def send(self, request: Request) -> Reply:
         """Sends a request until it is answered, at most `Server.sends` times, then raises Unreachable.
 
-        StopRun: no request can succeed (key, model, address, schema), or the money does not suffice.
+        NotAccepted: the server does not take it. When the server has answered others of the stage in the meantime, the
+        fault is this request's, and the reply says so. StopRun: no request can succeed (key, model, address, schema),
+        or the money does not suffice.
         """
-        body, size, why = with_pixels(request.body, self._root), size_of(request.body), ""
+        body, sends, why = with_pixels(request.body, self._root), 0, ""
         async with self._free:
-            for sends in range(1, self._server.sends + 1):
-                if sends > 1:
-                    wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (sends - 2))
+            while sends < self._server.sends:
+                if sends:
+                    wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (sends - 1))
                     await asyncio.sleep(wait * random.uniform(0.75, 1.25))
-                reply, why = await self._send(body, size)
+                sent = self._parameters.apply(body)
+                try:
+                    reply, why = await self._send(sent, size_of(self._parameters.apply(request.body)))
+                except NotAccepted as error:
+                    if self._parameters.learn(str(error), sent):
+                        continue
+                    answered = self._answered[request.stage]
+                    if answered <= self._not_accepted.setdefault(request.key, answered):
+                        raise
+                    reply = rejected(str(error))
+                sends += 1
                 if reply:
+                    self._answered[request.stage] += reply.status != "rejected"
                     return replace(reply, sends=sends)
         raise Unreachable(why)
 
@@ -147,7 +206,7 @@ class Client:
             content: Any = error.body
             message = (content.get("message") if isinstance(content, dict) else None) or error.message
             why = redacted(f"status {error.status_code}: {message}", self._server, self._key)
-            reply = rejection(error.status_code, error.code, why, self._server)
+            reply = rejection(error.status_code, str(error.code or ""), why, self._server)
             if reply is None:
                 seconds = retry_after(error.response.headers)
                 if seconds > _LONGEST_PAUSE:
@@ -195,12 +254,13 @@ def is_lasting(status: int) -> bool:
     return 400 <= status < 500 and status not in (408, 409, 425, 429)
 
 
-def rejection(status: int, code: str | None, why: str, server: Server) -> Reply | None:
-    """Returns the final reply to a request that failed; None when it can be sent again, StopRun when none can succeed.
+def rejection(status: int, code: str, why: str, server: Server) -> Reply | None:
+    """Returns the final reply to a request whose content the server's filter blocks, None when it can be sent again.
 
-    `code` is that of OpenAI's error object, `why` the server's message (see `redacted`).
+    NotAccepted when sending it again does not help, StopRun when no request can succeed. `code` is that of OpenAI's
+    error object, `why` the server's message (see `redacted`).
     """
-    if code == "insufficient_quota":
+    if code == "insufficient_quota" or status == 402:
         raise StopRun("stopped: the account's quota is used up; add credit or wait, then run again to continue.")
     if not is_lasting(status):
         return None
@@ -208,9 +268,14 @@ def rejection(status: int, code: str | None, why: str, server: Server) -> Reply 
         what = f"{server.key_name}, the model's name and the server's address"
         raise StopRun(f"stopped: the server answers {why}; check {what}, then run again.")
     if code == "content_filter" or "content management policy" in why:
-        return Reply(status="rejected", text="", why="the server's content filter blocked it")
+        return Reply(status="rejected", text="", why=BLOCKED)
     if any(word in why for word in ("response_format", "json_schema", "guided", "grammar")):
         raise StopRun(f"stopped: the server takes no strict schema ({why}); run with --schema json_object or none.")
+    raise NotAccepted(why)
+
+
+def rejected(why: str) -> Reply:
+    """Returns the final reply to a request that the server does not accept though it accepts others."""
     return Reply(status="rejected", text="", why=f"the server does not accept the request ({why})")
 
 
@@ -223,24 +288,27 @@ def from_json(text: bytes | str) -> Any:
 
 
 def reply_from(completion: Any, price: Price, *, batch: bool = False) -> Reply:
-    """Reads a chat completion; NoCompletion when it is not one."""
+    """Reads a chat completion; NoCompletion when it is not one. A model's thoughts in fields of their own are ignored."""
     try:
         choice = completion["choices"][0]
         message = choice["message"]
         text, refusal, finish = message.get("content"), message.get("refusal"), choice.get("finish_reason")
+        if isinstance(text, list):  # of parts, which may be thoughts
+            text = "".join(part["text"] for part in text if part.get("type") == "text")
         usage = completion.get("usage") or {}
-        tokens_in, tokens_out = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-        cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+        given = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        tokens_in, tokens_out = (min(max(int(count or 0), 0), _MOST_USAGE) for count in given)
+        cached = min(max(int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0), 0), tokens_in)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise NoCompletion(f"the answer is not a chat completion ({type(error).__name__}: {error})") from error
     status: Status = "ok"
     why = ""
-    if refusal:
+    if refusal or finish == "refusal":
         status, why = "refused", "the model refused to answer"
     elif finish == "content_filter":
-        status, why = "filtered", "the server's content filter blocked it"
+        status, why = "filtered", BLOCKED
     elif finish == "length":
-        status, why = "truncated", "the answer was cut off at the most tokens allowed"
+        status, why = "truncated", "the answer was cut off at the most tokens allowed; raise --max-tokens"
     elif not isinstance(text, str):
         status, why = "malformed", "the answer holds no text"
     return Reply(

@@ -12,12 +12,12 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data_gen.core.names import SIDES
 from data_gen.core.schemas import reasons
 from medisee.foundation.errors import InputError
+from medisee.foundation.yaml_files import parse_yaml
 from medisee.records.records import Perspective
 from medisee.sources.query_bank import Pool, load_bank
 
@@ -90,8 +90,8 @@ def load_knowledge(folder: Path = ATLAS) -> Mapping[str, Facts]:
     facts: dict[str, Facts] = {}
     for path in sorted(folder.glob("*.yaml")):
         try:
-            content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            content: Any = parse_yaml(path.read_bytes())
+        except (OSError, ValueError) as error:
             problems.append(f"{path}: cannot be read ({error}); expected entries of categories; correct the file.")
             continue
         if not isinstance(content, dict):

@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
-from pydantic import ConfigDict, with_config
+from pydantic import AfterValidator, ConfigDict, with_config
 
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import sha256
@@ -27,12 +27,23 @@ Verdict = Literal["accept", "reject", "edit"]
 TEMPLATES: tuple[Template, ...] = ("first", "second")
 
 
+def _shares(box: Box) -> Box:
+    if not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+        raise ValueError(f"the box {list(box)} is not inside the image")
+    return box
+
+
+Shares = Annotated[Box, AfterValidator(_shares)]
+"""(x0, y0, x1, y1) as fractions of an image's width and height, in [0, 1]."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entity:  # a labelled object of an image
     category: str
-    box: Box  # (x0, y0, x1, y1) as fractions of the width and height, in [0, 1]
+    box: Shares
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
     """One image with its one target: the unit of work."""
@@ -46,7 +57,7 @@ class Item:
     source: str  # the data set that the image comes from
     case: str  # the patient or volume
     category: str  # the target's class name
-    box: Box  # the target's (x0, y0, x1, y1) as fractions of the width and height
+    box: Shares  # the target's
     entities: tuple[Entity, ...]  # all labelled objects of the image, including the target
     width: int  # of the image, in pixels
     height: int
@@ -54,6 +65,7 @@ class Item:
     mask_sha256: str = ""  # of the mask file; empty for an RLE too
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
     """One question-answer pair about an item's target."""
@@ -63,8 +75,8 @@ class Pair:
     template: Template  # the prompt that it comes from
     perspective: Perspective  # what the question reasons from
     length: Length  # of the question's description: short is 5-15 words, long 10-20
-    question: str  # describes the target without its name
-    answer: str  # names the target and explains
+    question: Text  # describes the target without its name
+    answer: Text  # names the target and explains
     turn: int = 0  # position in a conversation, from 1 on; 0 for a single question
     conversation: str | None = None  # the id that the turns of a conversation share
     author: str  # the model's name, or "offline"

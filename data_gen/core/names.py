@@ -16,10 +16,10 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from medisee.foundation.errors import InputError
+from medisee.foundation.yaml_files import parse_yaml
 
 NAMES_FILE = Path(__file__).with_name("names.yaml")
 SIDES = ("left", "right")
@@ -198,8 +198,8 @@ def read_names(path: Path) -> str:
 
 def _parse(source: str, text: str, problems: list[str]) -> dict[str, Entry]:
     try:
-        content: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        content: Any = parse_yaml(text)
+    except ValueError as error:
         problems.append(f"{source}: cannot be read ({error}); expected a table of names; correct it.")
         return {}
     if not isinstance(content, dict):

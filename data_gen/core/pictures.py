@@ -17,15 +17,13 @@ from PIL import Image
 
 from data_gen.core.calls import IMAGE_PREFIX
 from data_gen.core.items import Item
+from medisee.evaluation.drawing import PREDICTION, contour
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import inside, sha256
 from medisee.records.images import read_image
-from medisee.records.manifest import read_mask
-from medisee.records.masks import decode_mask
+from medisee.records.masks import check_size, decode_mask, read_mask
 
-_COLOR = (230, 159, 0)
 _FILL = 90  # of 255: the image below must stay visible
-_LINE = 2
 _SHORTEST_SIDE_SHOWN = 640
 
 
@@ -47,16 +45,11 @@ def item_mask(item: Item, root: Path) -> NDArray[np.bool_]:
     where, size = f"item {item.id!r}", (item.height, item.width)
     if isinstance(item.mask, str):
         path, named = inside(root, item.mask, where), f"{where}: mask {item.mask!r}"
-        mask = read_mask(path, named, root, size)
+        mask = read_mask(path, named, size)
         _check_content(path, item.mask_sha256, named)
         return mask
-    mask = decode_mask(item.mask)
-    if mask.shape != size:
-        raise InputError(
-            f"{where}: its mask is {mask.shape[1]} x {mask.shape[0]} (width x height); expected the image's "
-            f"{item.width} x {item.height}; start a new ledger from a correct manifest."
-        )
-    return mask
+    check_size(item.mask.size, size, f"{where}: mask (RLE)")
+    return decode_mask(item.mask)
 
 
 def _check_content(path: Path, expected: str, where: str) -> None:
@@ -77,14 +70,10 @@ def mask_png(item: Item, root: Path) -> bytes:
     mask = item_mask(item, root)
     scale = max(1, math.ceil(_SHORTEST_SIDE_SHOWN / max(mask.shape)))
     large = mask.repeat(scale, axis=0).repeat(scale, axis=1)
-    inner = np.pad(large, _LINE)
-    for _ in range(_LINE):
-        shifted = [np.roll(inner, step, axis) for axis in (0, 1) for step in (1, -1)]
-        inner = np.logical_and.reduce([inner, *shifted])
     picture_hw4 = np.zeros((*large.shape, 4), np.uint8)
-    picture_hw4[..., :3] = _COLOR
+    picture_hw4[..., :3] = PREDICTION
     picture_hw4[large, 3] = _FILL
-    picture_hw4[large & ~inner[_LINE:-_LINE, _LINE:-_LINE], 3] = 255
+    picture_hw4[contour(large), 3] = 255
     return _png(picture_hw4)
 
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from data_gen.core.schemas import reasons
 from medisee.foundation.errors import InputError, nearest
+from medisee.foundation.yaml_files import parse_yaml
 
 FILE = Path(__file__).with_name("prices.yaml")
 CHARACTERS = 3.8
@@ -85,11 +85,11 @@ def load_prices(extra: Path | None = None) -> dict[str, Price]:
     prices: dict[str, Price] = {}
     for path in filter(None, (FILE, extra)):
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = parse_yaml(path.read_bytes())
             prices |= TypeAdapter(dict[str, Price]).validate_python(content)
         except ValidationError as error:
             raise InputError(f"{path}: {reason}; expected {form}; correct it." for reason in reasons(error)) from error
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError) as error:
             raise InputError(f"{path}: not a readable price table ({error}); expected {form}; correct it.") from error
     return prices
 

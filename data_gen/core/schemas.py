@@ -6,14 +6,23 @@ Schemas define the shape only (servers differ in what they support beyond it); t
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from medisee.foundation.json_files import parse_json
+
 Stage = Literal["caption", "describe", "revise", "transform", "converse"]
 Cell = Literal["attribute-short", "attribute-long", "location-short", "location-long"]
 Mode = Literal["strict", "json_object", "none"]
+
+_FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL | re.IGNORECASE)
+_TAG = r"(?:think(?:ing)?|thoughts?|reasoning)"
+# Up to the last end of thoughts: some chat formats open them in the prompt.
+_UNOPENED = re.compile(rf"^.*(?:</{_TAG}>|\[/THINK\]|<\|channel\|>final<\|message\|>)", re.DOTALL | re.IGNORECASE)
+_THOUGHTS = re.compile(rf"^\s*(?:<{_TAG}>|\[THINK\]|<\|channel\|>analysis).*", re.DOTALL | re.IGNORECASE)
 
 CELLS: tuple[Cell, ...] = get_args(Cell)
 
@@ -108,20 +117,26 @@ def response_format(stage: Stage, mode: Mode) -> dict[str, Any] | None:
 def read_answer(stage: Stage, text: str, mode: Mode = "strict") -> BaseModel:
     """Reads a stage's answer from the text of a reply; ValueError gives the first reason why it is not one.
 
-    With mode "none" the server may wrap its JSON in words or a fenced block, so the outermost braces are taken, and a
-    caption may be plain text.
+    The JSON may be a fenced block. With mode "none" it may also stand among words, and a caption may be plain text.
     """
     text = text.strip()
-    if mode == "none":
-        start, end = text.find("{"), text.rfind("}")
-        if start >= 0 and end > start:
-            text = text[start : end + 1]
-        elif stage == "caption" and text:
-            text = json.dumps({"caption": text})
+    if fenced := _FENCED.fullmatch(text):
+        text = fenced[1]
+    if mode == "none" and (among := re.search(r"\{.*\}", text, re.DOTALL)):
+        text = among[0]
+    elif mode == "none" and stage == "caption" and text:
+        return Caption(caption=text)
     try:
-        return ANSWERS[stage].model_validate_json(text)
+        return ANSWERS[stage].model_validate_json(json.dumps(parse_json(text)))
     except ValidationError as error:
         raise ValueError(reasons(error)[0]) from error
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from error
+
+
+def without_thoughts(text: str) -> str:
+    """Returns an answer without the thoughts that some models write before it; empty where they never end."""
+    return _THOUGHTS.sub("", _UNOPENED.sub("", text, count=1), count=1)
 
 
 def reasons(error: ValidationError) -> list[str]:

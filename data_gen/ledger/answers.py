@@ -64,8 +64,11 @@ class Answers:
         ((form, prompt),) = self._store.read(
             "SELECT forms.content, prompt FROM requests JOIN forms ON forms.id = form WHERE key=?", key
         )
-        shared = json.loads(form)
-        return {**shared, "messages": [*shared["messages"], *json.loads(prompt)]}
+        try:
+            shared = json.loads(form)
+            return {**shared, "messages": [*shared["messages"], *json.loads(prompt)]}
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise self._store.damaged(f"request {key}: {error!r}") from error
 
     def find(self, key: str) -> Answer | None:
         """Returns the first good answer to a request, on which all later ones build; else the last attempt's."""
@@ -77,8 +80,9 @@ class Answers:
         if not rows:
             return None
         attempt, verdict, *reply = rows[0]
-        faults = None if verdict is None else tuple(Fault(*each) for each in json.loads(verdict))
-        return Answer(Reply(**dict(zip(_REPLY, reply, strict=True))), attempt, faults)
+        listed = [] if verdict is None else self._store.json(list[tuple[str, str, str]], verdict)
+        faults = None if verdict is None else tuple(Fault(*each) for each in listed)
+        return Answer(self._store.typed(Reply, dict(zip(_REPLY, reply, strict=True))), attempt, faults)
 
     def attempts(self, key: str) -> int:
         """Returns how often a request was answered."""
@@ -91,7 +95,7 @@ class Answers:
     def stage(self, key: str) -> Stage | None:
         """Returns the stage of a request; None when there is no such request."""
         rows = self._store.read("SELECT stage FROM requests WHERE key=?", key)
-        return rows[0][0] if rows else None
+        return self._store.typed(Stage, rows[0][0]) if rows else None
 
     def start_batch(self, token: str, requests: int) -> None:
         """Stores a batch before it is submitted, so that one whose id was never stored can be found again."""
@@ -127,12 +131,12 @@ class Answers:
 
     def counts(self) -> list[Count]:
         """Returns the requests of each stage to each model, ordered by stage and model."""
-        rows = self._store.read(
+        return self._store.rows(
+            Count,
             "SELECT stage, model, count(DISTINCT requests.key), count(attempt), "
             "count(CASE status WHEN 'ok' THEN 1 END), coalesce(sum(usage_in), 0), coalesce(sum(usage_out), 0), total(price) "
-            "FROM requests LEFT JOIN answers USING(key) GROUP BY 1, 2 ORDER BY 1, 2"
+            "FROM requests LEFT JOIN answers USING(key) GROUP BY 1, 2 ORDER BY 1, 2",
         )
-        return [Count(*row) for row in rows]
 
     def faults(self) -> dict[str, int]:
         """Returns how often each rule was broken in an answer, including faults that were corrected later."""
@@ -140,7 +144,7 @@ class Answers:
             "SELECT json_extract(each.value, '$[1]'), count(*) FROM answers, json_each(answers.verdict) AS each "
             "WHERE verdict IS NOT NULL GROUP BY 1 ORDER BY 1"
         )
-        return dict(self._store.read(query))
+        return self._store.typed(dict[str, int], dict(self._store.read(query)))
 
 
 def _row(key: str, answer: Answer) -> tuple[Any, ...]:

@@ -16,21 +16,30 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, astuple
 from pathlib import Path
-from typing import Any
-
-from pydantic import TypeAdapter
+from typing import Any, TypeVar
 
 from data_gen.core.calls import canonical
 from data_gen.core.items import Decision, Drop, Item, Pair
 from data_gen.core.names import Names, load_names
 from data_gen.ledger.answers import Answers
-from data_gen.ledger.store import Store
+from data_gen.ledger.store import DAMAGED, Store
 from medisee.foundation.errors import InputError
 
 VERSION = 1
 _TABLES = Path(__file__).with_name("ledger.sql")
 _DECISION = "pair, reviewer, verdict, reason, question, answer"
-_ITEM = TypeAdapter(Item)
+Noun = TypeVar("Noun", Item, Pair)
+# What no run writes; foreign keys and the file's own structure are checked too.
+_WRONG = (
+    "SELECT 'pair ' || id FROM pairs WHERE state NOT IN ('new', 'kept', 'duplicate') "
+    "OR json_extract(content, '$.item') NOT IN (SELECT id FROM items)",
+    "SELECT 'answer ' || key FROM answers WHERE attempt < 1 OR typeof(attempt) != 'integer' OR typeof(price) != 'real'",
+    "SELECT 'batch ' || token FROM batches WHERE status NOT IN ('begun', 'submitted', 'collected', 'failed', 'abandoned')",
+    "SELECT 'row of ' || \"table\" FROM pragma_foreign_key_check",
+    # SQLite 3.40 finds NULLs in `drops` that are not there: its key has the columns in another order.
+    "SELECT quick_check FROM sqlite_master, pragma_quick_check(name) "
+    "WHERE type = 'table' AND name != 'drops' AND quick_check != 'ok'",
+)
 
 
 class Ledger:
@@ -39,6 +48,7 @@ class Ledger:
     def __init__(self, path: Path | str, *, create: bool = False) -> None:
         """Opens a ledger; `create` makes a missing file."""
         self.path = Path(path)
+        self._is_new = create and not self.path.exists()
         if not create and not self.path.is_file():
             raise InputError(
                 f"{path}: no such ledger; expected one made by `python -m data_gen run`; correct the path."
@@ -47,18 +57,22 @@ class Ledger:
             if create:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             self._store = Store(self.path, lambda connection: _prepare(connection, self.path))
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, UnicodeDecodeError) as error:
             raise InputError(
-                f"{self.path}: not a ledger ({error}); expected an SQLite file made by `python -m data_gen run`; "
-                "correct the path."
+                f"{self.path}: not a ledger, or a damaged one ({error}); expected an SQLite file made by `python -m "
+                f"data_gen run`; correct the path, or {DAMAGED}."
             ) from error
         self.answers = Answers(self._store)
 
     def __enter__(self) -> Ledger:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Closes the file; one that was made for a run which was refused before it drew its items is removed."""
+        is_empty = kind is not None and self._is_new and not self._store.read("SELECT 1 FROM items LIMIT 1")
         self._store.close()
+        if is_empty:
+            self.path.unlink(missing_ok=True)
 
     def _fact(self, name: str) -> str | None:
         rows = self._store.read("SELECT value FROM facts WHERE name=?", name)
@@ -89,7 +103,7 @@ class Ledger:
 
     def settings(self) -> dict[str, Any]:
         """Returns the settings that all runs of this ledger share; empty before the first run."""
-        return json.loads(self._fact("settings") or "{}")
+        return self._store.json(dict[str, Any], self._fact("settings") or "{}")
 
     def keep_names(self, text: str | None) -> None:
         """Stores the further names of categories that a run was given, so that every command knows them."""
@@ -105,6 +119,8 @@ class Ledger:
         relative = self._fact("root")
         if relative is None:
             raise InputError(f"{self.path}: holds no items yet; start with `python -m data_gen run`.")
+        if "\0" in relative:
+            raise self._store.damaged("the folder of the images")
         return Path(os.path.normpath(self.path.resolve().parent / relative))
 
     def add_items(self, items: Iterable[Item], root: Path, *, complete: bool) -> None:
@@ -138,21 +154,28 @@ class Ledger:
 
     def item(self, identity: str) -> Item:
         """Returns the item with an id that the ledger has."""
-        return _item(self._store.read("SELECT content FROM items WHERE id=?", identity)[0][0])
+        return self._read(Item, identity, self._store.read("SELECT content FROM items WHERE id=?", identity)[0][0])
 
     def items(self) -> list[Item]:
         """Returns all items in the order of their ids."""
-        return [_item(content) for (content,) in self._store.read("SELECT content FROM items ORDER BY id")]
+        return [self._read(Item, *row) for row in self._store.read("SELECT id, content FROM items ORDER BY id")]
 
     def open_items(self, style: str, limit: int | None = None) -> Iterator[Item]:
         """Yields those of the first `limit` items that have no outcome in a style, in the order of the manifest."""
-        for _, content in self._store.pages(
-            "SELECT number, content FROM items WHERE number > ? AND (? IS NULL OR number <= ?) AND NOT EXISTS "
+        for _, identity, content in self._store.pages(
+            "SELECT number, id, content FROM items WHERE number > ? AND (? IS NULL OR number <= ?) AND NOT EXISTS "
             "(SELECT 1 FROM outcomes WHERE item = items.id AND style = ?) ORDER BY number",
             0,
             *(limit, limit, style),
         ):
-            yield _item(content)
+            yield self._read(Item, identity, content)
+
+    def _read(self, noun: type[Noun], identity: str, content: str) -> Noun:
+        """Reads an item or a pair, whose id is that of its row."""
+        value = self._store.json(noun, content)
+        if value.id != identity:
+            raise self._store.damaged(f"{identity!r} and {value.id!r} are in one row")
+        return value
 
     def finish(self, item: str, style: str, pairs: list[Pair], drops: list[Drop]) -> Future[None]:
         """Stores the outcome of an item, once; the future is done when it is on the disk."""
@@ -167,8 +190,8 @@ class Ledger:
 
     def pairs(self) -> list[Pair]:
         """Returns the pairs that are not duplicates, in the order of their ids."""
-        rows = self._store.read("SELECT content FROM pairs WHERE state IN ('new', 'kept') ORDER BY id")
-        return [Pair(**json.loads(content)) for (content,) in rows]
+        rows = self._store.read("SELECT id, content FROM pairs WHERE state IN ('new', 'kept') ORDER BY id")
+        return [self._read(Pair, *row) for row in rows]
 
     def pairs_in(self, state: str) -> Iterator[Pair]:
         """Yields the pairs in a state, in the order of their ids.
@@ -176,8 +199,13 @@ class Ledger:
         "new" has not been compared with the others, "kept" has been and stays, "duplicate" repeats another pair.
         """
         query = "SELECT id, content FROM pairs WHERE id > ? AND state=? ORDER BY id"
-        for _, content in self._store.pages(query, "", state):
-            yield Pair(**json.loads(content))
+        for row in self._store.pages(query, "", state):
+            yield self._read(Pair, *row)
+
+    def has_pairs(self, style: str) -> bool:
+        """Returns whether there is a pair in a style."""
+        query = "SELECT 1 FROM pairs WHERE state IN ('new', 'kept') AND (json_extract(content, '$.conversation') IS NULL) = ?"
+        return bool(self._store.read(f"{query} LIMIT 1", style == "single"))
 
     def count_pairs(self) -> dict[str, int]:
         """Returns the number of "new", "kept" and "duplicate" pairs; see `pairs_in`."""
@@ -202,10 +230,8 @@ class Ledger:
 
     def drops(self) -> list[Drop]:
         """Returns what was dropped and why, in the order of items, stages and pairs."""
-        rows = self._store.read(
-            "SELECT item, stage, rule, reason, pair FROM drops ORDER BY item, stage, pair, rule, reason"
-        )
-        return [Drop(*row) for row in rows]
+        query = "SELECT item, stage, rule, reason, pair FROM drops ORDER BY item, stage, pair, rule, reason"
+        return self._store.rows(Drop, query)
 
     def decide(self, decision: Decision) -> None:
         """Stores a reviewer's decision; it is on the disk when this returns."""
@@ -232,11 +258,11 @@ class Ledger:
 
     def decisions(self) -> list[Decision]:
         """Returns each reviewer's latest valid decision about each pair, ordered by pair and reviewer."""
-        rows = self._store.read(
+        return self._store.rows(
+            Decision,
             f"SELECT {_DECISION} FROM decisions WHERE number IN (SELECT max(number) FROM decisions "
-            "WHERE undone IS NULL GROUP BY pair, reviewer) ORDER BY pair, reviewer"
+            "WHERE undone IS NULL GROUP BY pair, reviewer) ORDER BY pair, reviewer",
         )
-        return [Decision(*row) for row in rows]
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
@@ -245,6 +271,9 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     found = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
     tables = _TABLES.read_text(encoding="utf-8")
     if version == VERSION and found.issuperset(re.findall(r"CREATE TABLE (\w+)", tables)):
+        for query in _WRONG:
+            if row := connection.execute(f"{query} LIMIT 1").fetchone():
+                raise sqlite3.DatabaseError(str(row[0]))
         return
     if version or found:
         raise InputError(
@@ -256,7 +285,3 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
 
 def _dump(value: Item | Pair) -> str:
     return json.dumps(asdict(value), ensure_ascii=True)
-
-
-def _item(content: str) -> Item:
-    return _ITEM.validate_python(json.loads(content))

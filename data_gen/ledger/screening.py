@@ -5,7 +5,8 @@ The rules, the same for one reviewer and for many:
 - one rejection leaves it out, whatever others decide;
 - an edit takes precedence over an accept; different edits of the same pair leave it out;
 - a conversation is kept or left out as a whole: its turns refer to each other, and the last one asks for the target;
-- of two pairs of an item with the same question after all edits, the first is kept.
+- of two pairs of an item with the same question after all edits, the first is kept;
+- a refusal in words or a text with a special token, which older ledgers may hold, is left out.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from itertools import combinations
 from typing import Literal, get_args
 
 from data_gen.core.items import Decision, Pair
+from data_gen.rules.checks import check_text
 
-Outcome = Literal["unscreened", "accepted", "edited", "rejected", "disagreed", "cut", "repeated"]
+Outcome = Literal["unscreened", "accepted", "edited", "rejected", "disagreed", "cut", "repeated", "unusable"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 KEPT: tuple[Outcome, ...] = ("unscreened", "accepted", "edited")
 
@@ -66,16 +68,16 @@ def screen(pairs: Sequence[Pair], decisions: Iterable[Decision], *, screened_onl
 def _judge(pair: Pair, decisions: Sequence[Decision]) -> Screened:
     verdicts = {decision.verdict for decision in decisions}
     edits = {(one.question.strip(), one.answer.strip()) for one in decisions if one.verdict == "edit"}
-    if not verdicts:
-        return Screened(pair, "unscreened")
     if "reject" in verdicts:
         return Screened(pair, "rejected")
     if len(edits) > 1:
         return Screened(pair, "disagreed")
     if edits:
         question, answer = edits.pop()
-        return Screened(replace(pair, question=question, answer=answer), "edited")
-    return Screened(pair, "accepted")
+        pair = replace(pair, question=question, answer=answer)
+    if any(check_text(pair.question)) or any(check_text(pair.answer)):
+        return Screened(pair, "unusable")
+    return Screened(pair, "edited" if "edit" in verdicts else "accepted" if verdicts else "unscreened")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,15 +9,27 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeAlias
 
-from medisee.foundation.errors import InputError
+from pydantic import TypeAdapter, ValidationError
+
+from data_gen.core.schemas import reasons
+from medisee.foundation.errors import InputError, first_line
+from medisee.foundation.json_files import parse_json
 
 Operation: TypeAlias = Callable[[sqlite3.Connection], Any]
 _Job: TypeAlias = tuple[Operation, "Future[Any]"]
+DAMAGED = "restore a copy, or save what is left with `sqlite3 OLD .recover | sqlite3 NEW`"
 BUSY_SECONDS = 60.0  # another process, such as a review page beside a run, may hold the lock for a moment
+
+
+@cache
+def _adapter(noun: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(noun)
 
 
 class Store:
@@ -43,8 +55,34 @@ class Store:
 
     def read(self, query: str, *values: Any) -> list[Any]:
         """Returns the rows of a query."""
-        with self._lock:
-            return self._reader.execute(query, values).fetchall()
+        try:
+            with self._lock:
+                return self._reader.execute(query, values).fetchall()
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            raise self.damaged(error) from error
+
+    def damaged(self, reason: object) -> InputError:
+        """Returns the error of a file that holds what no run writes."""
+        return InputError(f"{self.path}: the ledger cannot be read ({reason}); {DAMAGED}.")
+
+    def rows(self, noun: Any, query: str, *values: Any) -> list[Any]:
+        """Returns the rows of a query as `noun`, whose fields are the columns."""
+        names = [field.name for field in fields(noun)]
+        return [self.typed(noun, dict(zip(names, row, strict=False))) for row in self.read(query, *values)]
+
+    def json(self, noun: Any, text: Any) -> Any:
+        """Reads a JSON text of the file as `noun`."""
+        try:
+            return self.typed(noun, parse_json(text))
+        except (TypeError, ValueError) as error:
+            raise self.damaged(first_line(error)) from error
+
+    def typed(self, noun: Any, value: Any) -> Any:
+        """Returns a value of the file as `noun`."""
+        try:
+            return _adapter(noun).validate_python(value)
+        except ValidationError as error:
+            raise self.damaged(reasons(error)[0]) from error
 
     def pages(self, query: str, start: str | int, *values: Any) -> Iterator[Any]:
         """Yields the rows of a query page by page, so that memory stays flat.

@@ -15,9 +15,10 @@ from pydantic import BaseModel
 from data_gen.authors.client import Unreachable
 from data_gen.core.calls import Answer, Fault, Reply, Request
 from data_gen.core.prompts import ask_again
-from data_gen.core.schemas import Mode, Stage, read_answer
+from data_gen.core.schemas import Mode, Stage, read_answer, without_thoughts
 from data_gen.ledger.answers import Answers
 from data_gen.ledger.limits import ErrorBudget, StopRun
+from data_gen.rules.refusals import refuses
 
 Check: TypeAlias = Callable[[BaseModel], list[Fault]]
 
@@ -100,7 +101,7 @@ class Asker:
             is_new = True
         answered = await read_stored(self._answers, request, found, check)
         if is_new:
-            count_reply(self._budget, found.reply)
+            count_answer(self._budget, found)
         return answered
 
 
@@ -109,25 +110,33 @@ def is_final(answer: Answer, attempts: int) -> bool:
     return answer.reply.status in ("ok", "rejected") or answer.attempt >= attempts
 
 
-def count_reply(budget: ErrorBudget, reply: Reply) -> None:
-    """Counts a final reply as good or bad."""
-    if reply.status == "ok":
+def count_answer(budget: ErrorBudget, answer: Answer) -> None:
+    """Counts a final answer as good or bad; a rejection is about its own request only."""
+    reply, faults = answer.reply, answer.verdict or ()
+    if reply.status == "ok" and faults and all(fault.rule == "refused" for fault in faults):
+        budget.bad(f"refused: {faults[0].reason}")
+    elif reply.status == "ok":
         budget.good()
-    else:
+    elif reply.status != "rejected":
         budget.bad(f"{reply.status}: {reply.why}")
 
 
 def judge(stage: Stage, mode: Mode, reply: Reply, *, attempt: int, check: Check | None) -> Answer:
     """Reads a reply as the stage's answer and applies the rules; without `check` the verdict stays open."""
-    value = None
-    if reply.status == "ok":
-        try:
-            value = read_answer(stage, reply.text, mode)
-        except ValueError as error:
-            reply = replace(reply, status="malformed", why=f"the answer does not have the form asked for ({error})")
+    reply, value = _read(stage, mode, replace(reply, text=without_thoughts(reply.text)))
     if value is None:
         return Answer(reply, attempt, (Fault("", reply.status, reply.why),))
     return Answer(reply, attempt, None if check is None else tuple(check(value)))
+
+
+def _read(stage: Stage, mode: Mode, reply: Reply) -> tuple[Reply, BaseModel | None]:
+    """Returns a reply with its answer, or with the reason why there is none."""
+    try:
+        return reply, read_answer(stage, reply.text, mode) if reply.status == "ok" else None
+    except ValueError as error:
+        if refuses(reply.text):
+            return replace(reply, status="refused", why="the model refused to answer"), None
+        return replace(reply, status="malformed", why=f"the answer does not have the form asked for ({error})"), None
 
 
 async def read_stored(answers: Answers, request: Request, answer: Answer, check: Check) -> Answered:
@@ -135,10 +144,11 @@ async def read_stored(answers: Answers, request: Request, answer: Answer, check:
     if answer.verdict is None:
         answer = judge(request.stage, request.mode, answer.reply, attempt=answer.attempt, check=check)
         await asyncio.wrap_future(answers.store(request.key, answer))
-    reply, faults = answer.reply, answer.verdict or ()
-    if reply.status != "ok":
-        return Answered(None, reply.text, faults, again=reply.status not in ("refused", "filtered", "rejected"))
-    return Answered(read_answer(request.stage, reply.text, request.mode), reply.text, faults)
+    reply, value = _read(request.stage, request.mode, answer.reply)
+    if value is not None:
+        return Answered(value, reply.text, answer.verdict or ())
+    again = reply.status not in ("refused", "filtered", "rejected")
+    return Answered(None, reply.text, (Fault("", reply.status, reply.why),), again)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,18 +20,19 @@ import openai
 from tqdm import tqdm
 
 from data_gen.authors import client
-from data_gen.authors.client import NoCompletion, Server
+from data_gen.authors.client import BLOCKED, NoCompletion, NotAccepted, Parameters, Server, rejected
 from data_gen.core.calls import Answer, Request
 from data_gen.core.pictures import with_pixels
 from data_gen.core.prices import Price, size_of
 from data_gen.core.schemas import Mode
 from data_gen.ledger.answers import Answers
 from data_gen.ledger.limits import ErrorBudget, MoneyBudget, StopRun
-from data_gen.pipeline.asking import Answered, Check, Pending, count_reply, is_final, judge, read_stored
+from data_gen.pipeline.asking import Answered, Check, Pending, count_answer, is_final, judge, read_stored
 
 ENDPOINT = "/v1/chat/completions"
 MOST_REQUESTS = 20_000  # of one batch; OpenAI takes 50,000 and 200 MB
 MOST_BYTES = 90_000_000
+CORRECT = "correct the settings or the server, then run again"
 _ENDED = ("completed", "expired", "cancelled", "failed")
 _TOKEN = "medisee"
 _MOMENT = 5.0  # seconds after which a batch that was just created is listed for sure
@@ -85,6 +86,7 @@ class BatchServer:
 
     def __post_init__(self) -> None:
         self._key = client.api_key(self.server)
+        self._parameters = Parameters(self.server)
         self._client = client.client_for(self.server, self._key, retries=self.server.sends, patience=20)
 
     async def close(self) -> None:
@@ -94,7 +96,7 @@ class BatchServer:
     async def submit(self, keys: list[str]) -> None:
         """Sends a wave as one or more batches."""
         for key in keys:
-            most = size_of(self.answers.body(key)).most(self.price, batch=True)
+            most = size_of(self._parameters.apply(self.answers.body(key))).most(self.price, batch=True)
             self.money.hold(most)
             self._held += most
         with tempfile.TemporaryDirectory(prefix="data_gen-") as folder:
@@ -134,7 +136,7 @@ class BatchServer:
 
     def _lines(self, keys: list[str]) -> Iterator[bytes]:
         for key in keys:
-            body = with_pixels(self.answers.body(key), self.root)
+            body = self._parameters.apply(with_pixels(self.answers.body(key), self.root))
             line = {"custom_id": key, "method": "POST", "url": ENDPOINT, "body": body}
             yield json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
@@ -190,6 +192,12 @@ class BatchServer:
                     empty.append(str(error))
                 except StopRun as error:
                     stops.append(error)
+        refused = [answer.reply.why for answer in found.values() if answer.reply.status == "rejected"]
+        why = next((why for why in refused if why != BLOCKED), None)
+        if why and len(refused) == len(found):
+            # Where others are answered the fault is the request's; here it may be the settings' or the server's.
+            found.clear()
+            stops.append(StopRun(f"stopped: {why}; {CORRECT}."))
         for answer in found.values():
             self.money.release(0, answer.reply.price)
         self.answers.collect_batch(token, list(found.items()))
@@ -200,7 +208,7 @@ class BatchServer:
         # Keys are hashes: in their order good and bad are mixed, while the server puts all bad ones at the end.
         for _, answer in sorted(found.items()):
             if is_final(answer, self.attempts):
-                count_reply(self.budget, answer.reply)
+                count_answer(self.budget, answer)
         return len(found)
 
     def _answer(self, text: str) -> tuple[str, Answer]:
@@ -218,7 +226,10 @@ class BatchServer:
         if isinstance(status, int) and status >= 400:
             code, message = _error(body)
             why = self._redacted(f"status {status}: {message}")
-            reply = client.rejection(status, code, why, self.server)
+            try:
+                reply = client.rejection(status, code, why, self.server)
+            except NotAccepted:
+                reply = None if self._parameters.learn(why, self.answers.body(key)) else rejected(why)
             if reply is None:
                 raise NoCompletion(why)
         reply = reply or client.reply_from(body, self.price, batch=True)

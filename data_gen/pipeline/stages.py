@@ -32,6 +32,7 @@ from data_gen.core.schemas import (
 )
 from data_gen.pipeline.asking import Ask, Validated, ask_until_valid
 from data_gen.rules import checks as rules
+from data_gen.rules.refusals import refuses
 from medisee.records.records import LENGTHS, PERSPECTIVES
 
 CAPTION_WORDS = 80
@@ -61,15 +62,17 @@ async def make(item: Item, recipe: Recipe, ask: Ask) -> Outcome:
 
 async def _caption(item: Item, recipe: Recipe, ask: Ask, drops: list[Drop]) -> str:
     """Returns the caption; empty when there is none. An item without a caption still has its labels."""
-    if item.record in recipe.captions:
-        return recipe.captions[item.record]
-    if recipe.captioner is None:
-        return ""
+    given = recipe.captions.get(item.record, "")
+    if given or recipe.captioner is None:
+        refused = _judge_refusal("", given)
+        drops += [Drop(item.id, "caption", fault.rule, fault.reason) for fault in refused]
+        return "" if refused else given
 
     def judge(value: BaseModel, _: dict[str, Any]) -> list[Fault]:
         text = cast(Caption, value).caption
         hedges = sorted({found.group().lower() for found in _HEDGES.finditer(text)})
-        faults = [Fault("", "uncertain", f'leave out "{hedge}": say only what is certain') for hedge in hedges]
+        faults = _judge_refusal("", text)
+        faults += [Fault("", "uncertain", f'leave out "{hedge}": say only what is certain') for hedge in hedges]
         words = len(text.split())
         if not 1 <= words <= CAPTION_WORDS:
             faults.append(Fault("", "words", f"the caption has {words} words; write 1 to {CAPTION_WORDS}"))
@@ -84,7 +87,8 @@ async def _caption(item: Item, recipe: Recipe, ask: Ask, drops: list[Drop]) -> s
         again=recipe.again,
     )
     drops += [Drop(item.id, "caption", fault.rule, fault.reason) for fault in found.faults[:1]]
-    return found.parts.get("caption", "")
+    caption = found.parts.get("caption", "")
+    return "" if refuses(caption) else caption  # which an older ledger may have as a good answer
 
 
 async def _one_pass(item: Item, recipe: Recipe, ask: Ask, fields: dict[str, Any]) -> Outcome:
@@ -143,20 +147,23 @@ async def _revise(item: Item, recipe: Recipe, ask: Ask, fields: dict[str, Any]) 
     def texts(value: BaseModel) -> dict[str, str]:
         revisions = cast(Revisions, value).descriptions
         for revision in revisions:
-            if not text_of(revision):
-                removed.setdefault(revision.cell, revision.reason or "the evaluator gave no reason")
+            if not text_of(revision) and revision.reason and not refuses(revision.reason):
+                removed.setdefault(revision.cell, revision.reason)
         return {revision.cell: text_of(revision) for revision in revisions}
 
     def judge(value: BaseModel, good: dict[str, Any]) -> list[Fault]:
         revisions = cast(Revisions, value).descriptions
         if faults := _judge_cells([revision.cell for revision in revisions], list(before)):
             return faults
+        removing = [each for each in revisions if each.cell not in good and not text_of(each)]
+        faults = [fault for each in removing for fault in _judge_refusal(each.cell, each.reason)]
         left = {**{revision.cell: text_of(revision) for revision in revisions}, **good}
-        return _judge_descriptions({cell: text for cell, text in left.items() if text}, good, item, recipe)
+        return faults + _judge_descriptions({cell: text for cell, text in left.items() if text}, good, item, recipe)
 
     request = request_of("revise", fields, recipe, item)
     found = await ask_until_valid(request, list(before), judge, texts, ask=ask, again=recipe.again)
-    faults = [Fault(cell, "removed", removed[cell]) for cell, text in found.parts.items() if not text]
+    reasons = {cell: removed.get(cell, "the evaluator gave no reason") for cell in found.parts}
+    faults = [Fault(cell, "removed", reasons[cell]) for cell, text in found.parts.items() if not text]
     return Validated({cell: text for cell, text in found.parts.items() if text}, (*faults, *found.faults))
 
 
@@ -180,6 +187,10 @@ async def _transform(item: Item, recipe: Recipe, ask: Ask, fields: dict[str, Any
 
     request = request_of("transform", fields, recipe, item)
     return await ask_until_valid(request, cells, judge, parts, ask=ask, again=recipe.again)
+
+
+def _judge_refusal(cell: str, text: str) -> list[Fault]:
+    return [Fault(cell, "refused", "the text refuses to answer; write what is asked for")] if refuses(text) else []
 
 
 def _judge_cells(found: list[Any], wanted: list[str]) -> list[Fault]:

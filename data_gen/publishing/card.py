@@ -29,6 +29,7 @@ _OUTCOMES = {
     "disagreed": "edited differently by two reviewers, left out",
     "cut": "turn of a conversation of which another turn was left out, left out",
     "repeated": "asks the same as another pair of the image, left out",
+    "unusable": "a refusal in words, or holds a special token, left out",
 }
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 

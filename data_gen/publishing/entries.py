@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import PurePosixPath
 from data_gen.core.items import Item, Pair
 from data_gen.ledger.screening import Screened
 from data_gen.publishing.splits import Split, split_items
+from medisee.foundation.files import safe_name
 from medisee.records.masks import Box
 from medisee.records.records import Record, Target, Turn
 from medisee.sources.mlmr_sd import Question, worded
@@ -31,7 +31,8 @@ class Entry:
     @property
     def image(self) -> str:
         """The image's path in the data set."""
-        return f"images/{self.name}{PurePosixPath(self.item.image).suffix.lower()}"
+        suffix = PurePosixPath(self.item.image).suffix.lower()
+        return f"images/{self.name}{suffix if re.fullmatch(r'[.][a-z0-9]{1,8}', suffix) else ''}"
 
     @property
     def mask(self) -> str:
@@ -101,13 +102,6 @@ def questions_of(pairs: Iterable[Pair], category: str, *, image: str = "", mask:
 
 
 def _names(items: Iterable[Item]) -> dict[str, str]:
-    """Makes file names of the records' ids; where two would be the same, or a name too long, a hash tells them apart."""
-    names: dict[str, str] = {}
+    """Makes file names of the records' ids."""
     taken: set[str] = set()
-    for item in items:
-        name = re.sub(r"[^\w.-]", "_", item.record, flags=re.ASCII).lstrip(".") or "image"
-        if name.casefold() in taken or len(name) > 150:
-            name = f"{name[:150]}-{hashlib.sha256(item.id.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
-        taken.add(name.casefold())
-        names[item.id] = name
-    return names
+    return {item.id: safe_name(item.record, taken, only_ascii=True) for item in items}

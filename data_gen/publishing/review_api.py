@@ -28,6 +28,7 @@ from starlette.routing import Route
 
 from data_gen.publishing.review_session import Refused, ReviewSession
 from medisee.foundation.errors import InputError
+from medisee.foundation.json_files import parse_json
 
 ADDRESS = "127.0.0.1"
 MOST_BYTES = 64 * 1024  # of a request's body: an edited pair is a few hundred bytes
@@ -150,8 +151,8 @@ async def _body(request: Request) -> Any:
     if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, error="expected application/json")
     try:
-        return json.loads((await request.body()).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        return parse_json(await request.body())
+    except ValueError as error:
         raise Refused(400, error=f"not JSON: {error}") from error
 
 

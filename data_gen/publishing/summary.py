@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from data_gen.core.items import Drop, Item, Pair
 from data_gen.core.recipe import OFFLINE
@@ -17,6 +16,7 @@ from data_gen.ledger.screening import Screening, agreements
 from data_gen.publishing.entries import Entry
 from data_gen.publishing.splits import SPLITS
 from medisee.foundation.errors import InputError, first_line
+from medisee.foundation.yaml_files import parse_yaml
 from medisee.sources.sa_med2d_index import parse_name
 
 SOURCES_FILE = Path(__file__).with_name("sources.yaml")
@@ -39,9 +39,9 @@ def read_sources(*extra: Path) -> dict[str, ImageSource]:
     problems: list[str] = []
     for path in (SOURCES_FILE, *extra):
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            content = parse_yaml(path.read_bytes()) or {}
             found |= {str(key): ImageSource.model_validate(value) for key, value in content.items()}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, ValidationError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             form = "'<source>: {name: ..., url: ..., licence: ...}'"
             problems.append(f"{path}: cannot be used ({first_line(error)}); expected YAML with lines {form}.")
     if problems:

@@ -15,11 +15,18 @@ from itertools import product
 from data_gen.core.items import Item
 from data_gen.core.names import Mention, Names, Word, words
 from data_gen.rules.positions import claims, contradiction
+from data_gen.rules.refusals import refuses
+from medisee.records.prompts import CANDIDATE_TOKENS
 from medisee.records.records import Length
 
 TEXT_WORDS: dict[Length, tuple[int, int]] = {"short": (5, 15), "long": (10, 20)}
 ANSWER_WORDS = (8, 25)
 TURN_WORDS = (2, 40)
+_LONGEST_WORD = 15  # characters with the space, on average: a text that is much longer does not fit into training
+# Tokens of chat formats and of our answers; in a question or an explanation they would be read as such.
+_SPECIAL = re.compile(
+    "|".join((*map(re.escape, CANDIDATE_TOKENS), r"\[TGT\d+\]", r"\[/?INST\]", r"</?[a-z]\w*>", r"<\|.*?\|>"))
+)
 
 _NUMBER = r"-?\d*[.,]?\d+"
 # Words before a list of numbers that are not positions: "areas 1, 2 and 3".
@@ -119,6 +126,7 @@ class Breach:
 def check_description(text: str, length: Length, item: Item, names: Names) -> list[Breach]:
     """Returns the rules that a description of the item's target breaks."""
     breaches = [
+        *check_text(text),
         *_words(text, "the description", *TEXT_WORDS[length]),
         *_before_answer(text, item, names),
         *_names_other(text, item, names, _IS_ABOUT_OTHER, "is about"),
@@ -131,6 +139,8 @@ def check_description(text: str, length: Length, item: Item, names: Names) -> li
 def check_pair(question: str, answer: str, length: Length, item: Item, names: Names) -> list[Breach]:
     """Returns the rules that a question about the item's target or its answer breaks."""
     return [
+        *check_text(question),
+        *check_text(answer),
         *_words(question, "the question", *TEXT_WORDS[length]),
         *_before_answer(question, item, names),
         *_is_asked(question),
@@ -143,11 +153,21 @@ def check_pair(question: str, answer: str, length: Length, item: Item, names: Na
 def check_turn(question: str, answer: str, item: Item, names: Names) -> list[Breach]:
     """Returns the rules that a turn before a conversation's last one breaks; it must not give the target away."""
     return [
+        *check_text(question),
+        *check_text(answer),
         *_words(question, "the question", *TURN_WORDS),
         *_words(answer, "the answer", *TURN_WORDS),
         *_is_asked(question),
         *_before_answer(f"{question} {answer}", item, names),
     ]
+
+
+def check_text(text: str) -> Iterator[Breach]:
+    """Yields the rules that keep a text from being one for people and for training, whatever it is about."""
+    if refuses(text):
+        yield Breach("refused", "the text refuses to answer; write what is asked for")
+    if found := _SPECIAL.search(text):
+        yield Breach("special_token", f'"{found.group()}" is a special token of language models; write words only')
 
 
 def check_same_target(short: str, long: str, item: Item, names: Names) -> list[Breach]:
@@ -186,6 +206,8 @@ def _words(text: str, what: str, least: int, most: int) -> Iterator[Breach]:
     count = count_words(text)
     if not least <= count <= most:
         yield Breach("words", f"{what} has {count} words; write {least} to {most}")
+    elif len(text) > _LONGEST_WORD * most:
+        yield Breach("words", f"{what} has {len(text)} characters; write at most {_LONGEST_WORD * most}")
 
 
 def _before_answer(text: str, item: Item, names: Names) -> Iterator[Breach]:

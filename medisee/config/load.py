@@ -1,11 +1,13 @@
 """Reads a run's configuration from YAML.
 
-A file may name a `base: other.yaml` and hold only the difference. Dotted overrides (`train.lr=1e-4`) win over files.
+A file may name a `base: other.yaml` and hold only the difference. Dotted overrides (`train.lr=1e-4`) win over files; two
+that contradict each other are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +17,8 @@ from pydantic import ValidationError
 
 from medisee.config.model import Section
 from medisee.config.run import Config, merge
-from medisee.foundation.errors import InputError, first_line, nearest
+from medisee.foundation.errors import InputError, nearest, shortened
+from medisee.foundation.yaml_files import parse_yaml
 
 _FOLLOWS_COMPAT = {  # old keys that `compat` replaces, with their value under each `compat`
     ("loss", "degenerate_giou"): {"finite": "none", "constant": "release"},
@@ -27,20 +30,39 @@ _FOLLOWS_COMPAT = {  # old keys that `compat` replaces, with their value under e
 
 def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML run with its bases and applies dotted overrides."""
-    values = _read(Path(path), ()) if path is not None else {}
+    values = _read(Path(os.path.expanduser(path)), ()) if path is not None else {}
+    said: dict[tuple[str, ...], tuple[Any, str]] = {}
     for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise InputError(f"override {override!r}: expected key=value, for example train.lr=1e-4.")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"override {override!r}: the value is not valid YAML; quote it.") from error
-        nested: Any = _numbers(value)
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
-        values = merge(values, _with_new_names(nested))
+        nested = _nested(override)
+        for place, value in _leaves(nested):
+            for other, (their, first) in said.items():
+                least = min(len(place), len(other))
+                if place[:least] == other[:least] and (place != other or value != their):
+                    raise InputError(
+                        f"overrides {first!r:.100} and {override!r:.100} contradict each other; leave one out."
+                    )
+            said[place] = (value, override)
+        values = merge(values, nested)
     return config_from(values, where=str(path) if path is not None else "overrides")
+
+
+def _nested(override: str) -> dict[str, Any]:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"override {override!r:.100}: expected key=value, for example train.lr=1e-4.")
+    try:
+        nested = _numbers(parse_yaml(text))
+    except ValueError as error:
+        raise InputError(f"override {override!r:.100}: the value is not valid YAML ({error}); quote it.") from error
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    return _with_new_names(nested)
+
+
+def _leaves(values: Mapping[Any, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in values.items():
+        own = (*place, str(key))
+        yield from _leaves(value, own) if isinstance(value, Mapping) and value else [(own, value)]
 
 
 def config_from(values: Mapping[str, Any], where: str) -> Config:
@@ -49,7 +71,13 @@ def config_from(values: Mapping[str, Any], where: str) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise InputError([*problems, *(_explain(problem, where) for problem in error.errors())]) from error
+        # A value of several possible types has a problem for each; the last one is told.
+        told = {
+            _location(problem): _explain(problem, where)
+            for problem in error.errors()
+            if problem["type"] != "too_short" or not problem["input"]  # else its items have problems
+        }
+        raise InputError(shortened([*problems, *told.values()], where, most=10)) from error
     if problems:
         raise InputError(problems)
     return config
@@ -84,12 +112,12 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise InputError(f"{path}: `base` leads back to this file; remove the circle.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_bytes())
     except OSError as error:
         fix = f"correct `base` in {seen[-1]}" if seen else "give an existing YAML file"
         raise InputError(f"{path}: cannot read the configuration ({error.strerror}); {fix}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML ({first_line(error)}); fix the file.") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not valid YAML ({error}); fix the file.") from error
     if not isinstance(values, dict):
         raise InputError(
             f"{path}: expected a mapping of sections (model, loss, data, train, eval), found {type(values).__name__}."
@@ -98,7 +126,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     values = _with_new_names(_numbers(values))
     if base is None:
         return values
-    return merge(_read(path.parent / str(base), (*seen, path.resolve())), values)
+    if not isinstance(base, str) or not base.strip() or "\0" in base:
+        raise InputError(f"{path}: base = {base!r:.80}: expected the path of another YAML file; correct it.")
+    return merge(_read(path.parent / os.path.expanduser(base), (*seen, path.resolve())), values)
 
 
 def _numbers(values: Any) -> Any:
@@ -111,17 +141,26 @@ def _numbers(values: Any) -> Any:
     return values
 
 
+def _location(problem: Any) -> str:
+    # Without the names that pydantic gives to the types of a union.
+    union = ("bool", "int", "str", "constrained-", "function-")
+    return ".".join(str(part) for part in problem["loc"] if not str(part).startswith(union))
+
+
 def _explain(problem: Any, where: str) -> str:
-    location = ".".join(str(part) for part in problem["loc"])
+    location, value, reason = _location(problem), problem.get("input"), problem["msg"]
     if problem["type"] == "extra_forbidden":
         known = _known(problem["loc"][:-1])
         hint = nearest(str(problem["loc"][-1]), known)
         return f"{where}: unknown key {location!r}; known here: {', '.join(known)}.{hint}"
-    if problem["type"] == "value_error" and isinstance(problem.get("input"), Mapping):
-        # Settings that exclude each other: the input would be their whole section.
-        error = problem["ctx"]["error"]
-        return f"{where}: {location}: {error}; fix the value." if location else f"{where}: {error}."
-    return f"{where}: {location or 'configuration'} = {problem.get('input')!r}: {problem['msg']}; fix the value."
+    if problem["type"] == "value_error":
+        reason = str(problem["ctx"]["error"])
+        if isinstance(value, Mapping):
+            # Settings that exclude each other: the input would be their whole section.
+            return f"{where}: {location}: {reason}; fix the value." if location else f"{where}: {reason}."
+    if problem["type"] == "string_type" and isinstance(value, bool | int | float):
+        reason += ", in quotes where YAML would read a number, yes or no"
+    return f"{where}: {location or 'configuration'} = {value!r:.80}: {reason}; fix the value."
 
 
 def _known(location: Sequence[Any]) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from medisee.config.model import Model, Section
+from medisee.config.model import Count, Model, PathText, Section, Share
 
 RELEASE: dict[str, Any] = {  # defaults under `compat: release`; each can still be set alone
     "model": {
@@ -23,6 +24,8 @@ RELEASE: dict[str, Any] = {  # defaults under `compat: release`; each can still 
 
 MaskResolution = Literal["original", "decoder"] | int  # see `Loss.mask_resolution`
 LEAST_MASK_SIDE = 32
+Weight = Annotated[float, Field(ge=0, le=1_000_000)]
+Steps = Annotated[int, Field(ge=0, le=1_000_000_000)]
 
 
 def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,25 +40,25 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 class Loss(Section):
     """Weights of L_end (equation 4), of L_sim (fine-tuning), and of our additions, which are 0 in the paper's run."""
 
-    text: float = 1.0
+    text: Weight = 1.0
     """L_txt: cross-entropy on the answer."""
-    bce: float = 2.0
+    bce: Weight = 2.0
     """Lambda_bce."""
-    dice: float = 0.5
+    dice: Weight = 0.5
     """Lambda_dice."""
-    box: float = 1.0
+    box: Weight = 1.0
     """Factor on L_bbox (release: 2.0)."""
-    l1: float = 1.0
+    l1: Weight = 1.0
     """Lambda_L1, on normalised xyxy."""
-    giou: float = 1.0
+    giou: Weight = 1.0
     """Lambda_giou."""
-    similarity: float = 0.0
-    """Cross-entropy between sim(h_img, h_seg) and the true mask on the image tokens. Not in the paper."""
-    js: float = Field(default=0.0, ge=0)
-    """L_sim: Jensen-Shannon divergence of sim(h_img, h_seg) between an implicit query and a query that names its class
-    (the paper: 2.0 in fine-tuning, 0 before it)."""
-    mse: float = Field(default=0.0, ge=0)
-    """L_sim: mean squared difference of the same maps (the paper: 1.0 in fine-tuning, 0 before it)."""
+    similarity: Weight = 0.0
+    """Cross-entropy between sim(h_img, h_seg) and the true mask on the image tokens."""
+    js: Weight = 0.0
+    """L_sim: Jensen-Shannon divergence of sim(h_img, h_seg) between an implicit query and a query that names its
+    class."""
+    mse: Weight = 0.0
+    """L_sim: mean squared difference of the same maps."""
     mask_resolution: MaskResolution = "original"
     """Where the mask loss is computed. `original`: at the image's size (release). A number such as 512: the same, with
     larger images scaled down to that longer side. `decoder`: at the mask decoder's output size, which is cheaper."""
@@ -70,17 +73,25 @@ class Loss(Section):
             f"expected original, decoder, or the most pixels of an image's longer side ({LEAST_MASK_SIDE} or more)"
         )
 
+    @model_validator(mode="after")
+    def _check(self) -> Loss:
+        if not any(
+            (self.text, self.bce, self.dice, self.box * (self.l1 + self.giou), self.similarity, self.js, self.mse)
+        ):
+            raise ValueError("all weights are 0, so nothing would be learnt")
+        return self
+
 
 class Source(Section):
     """One manifest of a training mixture."""
 
-    records: str
+    records: PathText
     """JSONL manifest."""
-    root: str | None = None
+    root: PathText | None = None
     """Folder that its paths are relative to; null: the manifest's folder."""
-    weight: int = Field(default=1, ge=1)
-    """Share in the mixture (the paper: 7 for SA-Med2D-20M, 3 for MLMR-SD)."""
-    from_step: int = Field(default=0, ge=0)
+    weight: int = Field(default=1, ge=1, le=100_000)
+    """Share in the mixture."""
+    from_step: Steps = 0
     """First optimizer step that draws from this source; at least one source starts at 0."""
 
 
@@ -89,28 +100,28 @@ class Data(Section):
 
     train: tuple[Source, ...] = ()
     """Training manifests."""
-    val: str | None = None
+    val: PathText | None = None
     """Manifest on which the best checkpoint is chosen."""
-    test: str | None = None
+    test: PathText | None = None
     """Manifest that replaces `val` under `select: test`; training uses it for nothing else."""
     select: Literal["val", "test"] = "val"
     """What the best checkpoint is chosen on. `test` makes the test scores optimistic (release)."""
-    root: str | None = None
+    root: PathText | None = None
     """Folder that the paths of `val` and `test` are relative to; null: the manifest's folder."""
-    categories: str | None = None
+    categories: PathText | None = None
     """JSON file {category: [names that count as naming it]}; null: the category's own name only."""
-    targets_per_image: int = Field(default=3, ge=1)
-    """Targets drawn per image, at most (release: 3)."""
-    word_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the question's words that training leaves out (the paper: 0)."""
-    workers: int = Field(default=0, ge=0)
+    targets_per_image: Count = 3
+    """Targets drawn per image, at most."""
+    word_dropout: Share = 0.0
+    """Share of the question's words that training leaves out."""
+    workers: int = Field(default=0, ge=0, le=1024)
     """Loader processes."""
-    cache: str | None = None
+    cache: PathText | None = None
     """Folder for the frozen encoder's features; null: the encoder runs at every step."""
     cache_dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Precision in which cached features are computed; they are stored in float16."""
     skip_corrupt: bool = False
-    """Whether training reports and replaces records whose image or mask cannot be read; false: it stops."""
+    """Whether training counts and leaves out records that it cannot use (image, mask, box, words); false: it stops."""
 
     @model_validator(mode="after")
     def _check(self) -> Data:
@@ -129,38 +140,38 @@ class Data(Section):
 class Train(Section):
     """Optimisation (paper, section 5.1)."""
 
-    out: str = "runs/medisee"
+    out: PathText = "runs/medisee"
     """Folder that the run writes to."""
-    init: str | None = None
+    init: PathText | None = None
     """Checkpoint folder or hub id whose weights and tokenizer the run starts from, for fine-tuning; its model section
     must be the same. null: the published weights, or random ones."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of weights, data order and noise."""
-    steps: int = Field(default=1500, ge=1)
-    """Optimizer steps (paper: 10 epochs of 150)."""
-    batch_size: int = Field(default=15, ge=1)
+    steps: Count = 1500
+    """Optimizer steps."""
+    batch_size: Count = 15
     """Images per micro-batch on each rank."""
-    accumulation: int = Field(default=10, ge=1)
+    accumulation: Count = 10
     """Micro-batches per optimizer step, all with the same weight (as in the release)."""
-    global_batch: int | None = Field(default=None, ge=1)
-    """Images per optimizer step over all ranks, which sets `accumulation`. null: ranks x batch_size x accumulation (the
-    paper: 4 x 15 x 10)."""
-    lr: float = Field(default=3e-4, gt=0)
+    global_batch: Count | None = None
+    """Images per optimizer step over all ranks, which sets `accumulation`. null: ranks x batch_size x
+    accumulation."""
+    lr: float = Field(default=3e-4, gt=0, le=10)
     """Peak learning rate of AdamW."""
-    lr_mask_decoder: float | None = None
+    lr_mask_decoder: float | None = Field(default=None, gt=0, le=10)
     """Peak learning rate of the mask decoder; null: `lr`."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Share, Share] = (0.9, 0.95)
     """AdamW's betas."""
-    weight_decay: float = 0.0
+    weight_decay: float = Field(default=0.0, ge=0, le=100)
     """AdamW's weight decay."""
-    warmup: int = Field(default=100, ge=0)
+    warmup: Steps = 100
     """Steps of linear warm-up; a linear decay to 0 at `steps` follows (DeepSpeed's WarmupDecayLR)."""
-    clip: float = 1.0
+    clip: float = Field(default=1.0, gt=0, le=1_000_000_000)
     """Limit of the gradient's norm."""
     dtype: Literal["float32", "bfloat16", "auto"] = "bfloat16"
     """Compute precision; geometry, losses and optimizer state are always float32. `auto`: bfloat16 where the device is
     faster in it (GPUs since Ampere, CPUs with AMX or AVX512_BF16), float32 elsewhere."""
-    recompute_layers: bool | Annotated[int, Field(ge=0)] = False
+    recompute_layers: bool | Annotated[int, Field(ge=0, le=1_000)] = False
     """Activation checkpointing in the language model. true: in all layers (a third more arithmetic). A number N: in the
     first N. The paper's run needs it on 48 GB; see --plan."""
     unpadded: bool = False
@@ -175,25 +186,25 @@ class Train(Section):
     """What DeepSpeed keeps in CPU memory. `optimizer`: its state (ZeRO 1 to 3). `parameters`: weights too (ZeRO 3)."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """DeepSpeed settings that override ours, such as {zero_optimization: {overlap_comm: true}}."""
-    mask_from: int = Field(default=0, ge=0)
-    """Last step that trains text and boxes only, without the mask decoder (the paper: 0)."""
-    coarse_masks_until: int = Field(default=0, ge=0)
-    """Last step at which the mask decoder reads features of half the side, at a quarter of the cost (the paper: 0)."""
-    masks_per_image: int | None = Field(default=None, ge=1)
-    """Targets per image whose masks are decoded and learned, drawn at random each time; null: all (the paper)."""
+    mask_from: Steps = 0
+    """Last step that trains text and boxes only, without the mask decoder."""
+    coarse_masks_until: Steps = 0
+    """Last step at which the mask decoder reads features of half the side, at a quarter of the cost."""
+    masks_per_image: Count | None = None
+    """Targets per image whose masks are decoded and learned, drawn at random each time; null: all."""
     true_box: float = Field(default=0.0, ge=0, le=1)
-    """Probability that the true box prompts the mask decoder, linearly falling to 0 at `true_box_until` (paper: 0)."""
-    true_box_until: int = 0
+    """Probability that the true box prompts the mask decoder, linearly falling to 0 at `true_box_until`."""
+    true_box_until: Steps = 0
     """Step at which `true_box` has fallen to 0."""
-    log_every: int = Field(default=10, ge=1)
+    log_every: Count = 10
     """Steps between log lines."""
-    save_every: int = Field(default=500, ge=1)
+    save_every: Count = 500
     """Steps between the states saved for --resume."""
-    keep_last: int = Field(default=2, ge=1)
+    keep_last: Count = 2
     """Saved states to keep; an older one serves if the newest is damaged."""
-    val_every: int = Field(default=500, ge=1)
+    val_every: Count = 500
     """Steps between validations."""
-    val_limit: int | None = None
+    val_limit: Count | None = None
     """Images of `val` that choose the best checkpoint; null: all."""
 
     @model_validator(mode="after")
@@ -204,6 +215,12 @@ class Train(Section):
         for name in ("unpadded", "compile_layers"):
             if getattr(self, name) and self.zero_stage == 3:
                 raise ValueError(f"{name} needs zero_stage 2 or less")
+        if self.true_box and not self.true_box_until:
+            raise ValueError("true_box has no effect without true_box_until")
+        try:
+            json.dumps(self.deepspeed, allow_nan=False)
+        except ValueError as error:
+            raise ValueError("deepspeed holds a number that is not finite") from error
         return self
 
 
@@ -212,12 +229,22 @@ class Eval(Section):
 
     forced_answer: str = "It is {candidates}."
     """Answer given to the model in forced decoding; {candidates} becomes the list of candidate tokens."""
-    max_new_tokens: int = 64
+    max_new_tokens: int = Field(default=64, ge=1, le=16_384)
     """Longest generated answer, tokens."""
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: Count = 8
     """Images per forward pass."""
-    resamples: int = 1000
+    resamples: int = Field(default=1000, ge=1, le=1_000_000)
     """Bootstrap resamples of the 95% intervals."""
+
+    @field_validator("forced_answer")
+    @classmethod
+    def _check_answer(cls, value: str) -> str:
+        try:
+            if len({value.format(candidates=mark) for mark in "ab"}) == 2:
+                return value
+        except (LookupError, ValueError, AttributeError):
+            pass
+        raise ValueError("expected a text with {candidates} and no other braces")
 
 
 class Config(Section):
@@ -243,6 +270,11 @@ class Config(Section):
         if self.data.cache is not None and self.model.seg_head.lora is not None:
             raise ValueError(
                 "data.cache needs a frozen encoder, but model.seg_head.lora lets it learn; remove one of them"
+            )
+        if self.train.coarse_masks_until and self.model.seg_head.grid % 2:
+            raise ValueError(
+                f"train.coarse_masks_until halves the seg head's grid, which is odd ({self.model.seg_head.grid}); "
+                "change model.seg_head.size by 16"
             )
         if self.release and "text" not in self.model.prompts:
             raise ValueError("compat release needs text in model.prompts; add it, or set compat: none")

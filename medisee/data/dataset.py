@@ -18,6 +18,7 @@ from medisee.config import Config
 from medisee.data.features import FeatureCache
 from medisee.data.mixture import Draw, Mixture
 from medisee.foundation.errors import InputError
+from medisee.foundation.signals import ENDING
 from medisee.models.processing import Batch, Example, MediSeeProcessor, Query
 from medisee.records.images import read_image
 from medisee.records.manifest import Manifest
@@ -25,7 +26,7 @@ from medisee.records.masks import mask_box
 from medisee.records.prompts import class_answer, class_question
 from medisee.records.records import QA, Record, Target
 
-ATTEMPTS = 32  # unreadable records in a row that end a run with `data.skip_corrupt`
+ATTEMPTS = 32  # unusable records in a row that end a run with `data.skip_corrupt`
 
 
 def record_example(
@@ -63,8 +64,16 @@ def asked_questions(target: Target, category: str, rng: random.Random) -> tuple[
 class TrainingData(Dataset[Example]):
     """The mixture as examples, indexed by a `Draw` and its optimizer step."""
 
-    def __init__(self, config: Config, manifests: Sequence[Manifest], cache: FeatureCache | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        manifests: Sequence[Manifest],
+        cache: FeatureCache | None,
+        processor: MediSeeProcessor | None = None,
+    ) -> None:
+        """`processor`: with `data.skip_corrupt` it also looks at the words before a record is taken."""
         self.config, self.manifests, self.cache = config, manifests, cache
+        self.processor = processor if config.data.skip_corrupt else None
         self.skipped: list[str] = []  # what was wrong with replaced records, one entry per record
 
     def __getitem__(self, item: tuple[Draw, int]) -> Example:  # type: ignore[override]
@@ -73,7 +82,10 @@ class TrainingData(Dataset[Example]):
         manifest = self.manifests[draw.source]
         for attempt in range(ATTEMPTS):
             try:
-                return self._example(draw, step)
+                example = self._example(draw, step)
+                if self.processor is not None:
+                    self.processor.count_tokens(example.queries)
+                return example
             except InputError as error:
                 if not self.config.data.skip_corrupt:
                     raise
@@ -218,7 +230,7 @@ def training_batches(
         unseeded=config.release,
     )
     loader = DataLoader(
-        MicroBatchReader(TrainingData(config, manifests, cache), processor),
+        MicroBatchReader(TrainingData(config, manifests, cache, processor), processor),
         sampler=MicroBatches(mixture, config, first_step, rank, world),
         batch_size=None,
         num_workers=config.data.workers,
@@ -230,5 +242,5 @@ def training_batches(
 
 def leave_to_parent(_: int = 0) -> None:
     """Makes a loader process ignore signals to the whole process group, since its parent still needs batches."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (*ENDING, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import atomic_path, sha256
+from medisee.foundation.output import check_output
 from medisee.models.processing import MediSeeProcessor
 from medisee.models.seg_head import SamHead
 from medisee.records.images import read_image
@@ -39,9 +40,10 @@ class FeatureCache:
         self._rows: dict[str, tuple[str, int]] = {}
         self._keys: dict[Path, str] = {}
         for shard in folder.glob("*.safetensors"):
-            with suppress(SafetensorError), safe_open(str(shard), framework="pt") as handle:
+            with suppress(OSError, SafetensorError), safe_open(str(shard), framework="pt") as handle:
                 keys = (handle.metadata() or {}).get(KEYS, "").split()
-                self._rows |= {key: (shard.name, row) for row, key in enumerate(keys)}
+                if handle.get_slice("features").get_shape()[0] == len(keys):
+                    self._rows |= {key: (shard.name, row) for row, key in enumerate(keys)}
 
     def __contains__(self, image: Path) -> bool:
         return self._key(image) in self._rows
@@ -106,6 +108,7 @@ def fill_cache(
     if not missing:
         return cache
     size = 2 * len(missing) * head.spec.channels * head.spec.grid**2
+    check_output(folder, option="data.cache", need=size)
     print(f"features: {len(missing)} images to encode once, {size / 2**20:.0f} MiB in {cache.folder}", flush=True)
     device = next(head.parameters()).device
     # A copy: rounding the model's own weights to 16 bit and back would change them.

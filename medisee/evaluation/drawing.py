@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import unicodedata
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, features
 
 from medisee.records.masks import Box
 
@@ -27,6 +29,8 @@ _PAPER: Color = (255, 255, 255)
 _INK: Color = (30, 30, 30)
 _MARGIN = 10
 _GAP = 4
+_TEXT_SIZE = 14
+_ELSEWHERE = "(no font here has these letters; prediction.json has the words)"
 
 
 def overlay(
@@ -55,10 +59,10 @@ def overlay(
     if mask is not None:
         large = _enlarged(mask, image, scale)
         canvas[large] = np.rint((1 - _FILL) * canvas[large] + _FILL * np.array(PREDICTION))
-        canvas[_contour(large)] = PREDICTION
+        canvas[contour(large)] = PREDICTION
     # The dashes of the truth come last: where both lines agree, both colours show.
     if truth is not None:
-        canvas[_contour(_enlarged(truth, image, scale)) & _dashes(canvas.shape[:2])] = TRUTH
+        canvas[contour(_enlarged(truth, image, scale)) & _dashes(canvas.shape[:2])] = TRUTH
     if box is not None:
         canvas[_frame(box, scale, canvas.shape[:2])] = PREDICTION
     if truth_box is not None:
@@ -74,7 +78,7 @@ def _enlarged(mask: NDArray[np.bool_], image: NDArray[np.uint8], scale: int) -> 
     return mask.astype(np.bool_).repeat(scale, axis=0).repeat(scale, axis=1)
 
 
-def _contour(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def contour(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Returns the outermost `_LINE` pixels of the mask, also along the image's border."""
     inner = np.pad(mask, _LINE)
     for _ in range(_LINE):
@@ -104,10 +108,11 @@ def _dashes(shape: tuple[int, ...]) -> NDArray[np.bool_]:
 
 
 def _with_legend(picture: Image.Image, swatches: list[tuple[str, Color]], legend: str) -> Image.Image:
-    font = _font()
     width = max(picture.width, _NARROWEST_LEGEND)
-    lines = _wrap(legend, font, width - 2 * _MARGIN)
-    pitch = font.size * 1.4
+    readable = [_readable(paragraph) for paragraph in legend.strip().splitlines()]
+    lines = [(line, font) for text, font in readable for line in _wrap(text, font, width - 2 * _MARGIN)]
+    _, font = _readable("")
+    pitch = _TEXT_SIZE * 1.4
     height = round((bool(swatches) + len(lines)) * pitch + 2 * _MARGIN + _GAP) if swatches or lines else 0
     page = Image.new("RGB", (width, picture.height + height), _PAPER)
     page.paste(picture, ((width - picture.width) // 2, 0))
@@ -118,33 +123,55 @@ def _with_legend(picture: Image.Image, swatches: list[tuple[str, Color]], legend
         draw.text((x + font.size + 6, y), name, fill=_INK, font=font)
         x += font.size + 6 + font.getlength(name) + 2 * _MARGIN
     y += pitch + _GAP if swatches else 0
-    for line in lines:
+    for line, font in lines:
         draw.text((_MARGIN, y), line, fill=_INK, font=font)
         y += pitch
     return page
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+def _wrap(paragraph: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
     """Breaks text at spaces, and words that are too long for a line anywhere."""
     lines: list[str] = []
-    for paragraph in text.strip().splitlines():
-        line = ""
-        for word in paragraph.split():
-            if line and font.getlength(f"{line} {word}") > width:
-                lines.append(line)
-                line = ""
-            line = f"{line} {word}".lstrip()
-            while font.getlength(line) > width:
-                fits = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or font.getlength(line[:n]) <= width)
-                lines.append(line[:fits])
-                line = line[fits:]
-        lines.append(line)
-    return lines
+    line = ""
+    for word in paragraph.split():
+        if line and font.getlength(f"{line} {word}") > width:
+            lines.append(line)
+            line = ""
+        line = f"{line} {word}".lstrip()
+        while font.getlength(line) > width:
+            fits = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or font.getlength(line[:n]) <= width)
+            lines.append(line[:fits])
+            line = line[fits:]
+    return [*lines, line]
+
+
+def _readable(text: str) -> tuple[str, ImageFont.FreeTypeFont]:
+    """Returns a text and a font that has its letters; where there is none, a text that says where the words are."""
+    shown = (letter for letter in text if not letter.isspace() and unicodedata.category(letter) != "Cf")
+    font = _font(frozenset(shown))
+    return (text, font) if font else (_ELSEWHERE, _readable(_ELSEWHERE)[1])
 
 
 @cache
-def _font() -> ImageFont.FreeTypeFont:
+def _font(letters: frozenset[str]) -> ImageFont.FreeTypeFont | None:
+    from matplotlib.ft2font import FT2Font
+
+    # From right to left, or joined to each other: Pillow needs this library for such scripts.
+    complex_script = any(unicodedata.bidirectional(c) in ("R", "AL") or "\u0900" <= c <= "\u17ff" for c in letters)
+    for path in _fonts() if features.check("raqm") or not complex_script else ():
+        try:
+            if set(map(ord, letters)) <= FT2Font(path).get_charmap().keys():
+                return ImageFont.truetype(path, _TEXT_SIZE)
+        except (OSError, RuntimeError):  # a damaged font, or one of bitmaps in another size
+            continue
+    return None
+
+
+def _fonts() -> Iterator[str]:
     # Pillow's own font has ASCII only; answers contain dashes, accents and Greek letters.
     import matplotlib
 
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), 14)
+    yield str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+    from matplotlib import font_manager  # slow when first imported
+
+    yield from sorted(font_manager.findSystemFonts())

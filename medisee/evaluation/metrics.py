@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medisee.foundation.errors import InputError
+from medisee.records.boxes import box_iou
 from medisee.records.masks import Box, mask_box
 
 _CHUNK = 2**22  # entries of the resampling matrix in memory at a time: 32 MB
@@ -93,20 +94,6 @@ def score(
         union=union,
         box_iou=box_iou(pred_box or mask_box(pred_mask), true_box or mask_box(true_mask)),
     )
-
-
-def box_iou(a: Box | None, b: Box | None) -> float:
-    """Returns the IoU of two half-open boxes in the same frame and unit; None if there is no box."""
-    if a is None or b is None:
-        return float(a is b)
-    if not np.isfinite([*a, *b]).all():
-        raise InputError(f"boxes {a} and {b}: expected finite coordinates; write null where there is no box.")
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    area_a, area_b = (max(box[2] - box[0], 0.0) * max(box[3] - box[1], 0.0) for box in (a, b))
-    if not (area_a and area_b):
-        return float(area_a == area_b and tuple(a) == tuple(b))
-    intersection = max(width, 0.0) * max(height, 0.0)
-    return float(intersection / (area_a + area_b - intersection))
 
 
 def summarise(

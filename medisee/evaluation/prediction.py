@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from medisee.config import Eval
+from medisee.config.model import Model
+from medisee.data.check import spread
 from medisee.data.dataset import asked_questions, record_example
 from medisee.data.features import FeatureCache
 from medisee.models.geometry import denormalise_box, logits_to_original
@@ -49,9 +51,8 @@ def all_questions(manifest: Manifest, limit: int | None = None, seed: int = 0) -
 
     A target without questions gets a class-name question, drawn by the seed.
     """
-    count = len(manifest) if limit is None else min(limit, len(manifest))
     listed = []
-    for record in (manifest[index * len(manifest) // count] for index in range(count)):
+    for record in (manifest[place] for place in spread(len(manifest), limit)):
         rng = random.Random(f"{seed}/{record.id}")
         questions = tuple((t, qa) for t in record.targets for qa in asked_questions(t, t.category, rng))
         listed.append(RecordQuestions(record, questions))
@@ -94,6 +95,11 @@ def predict(
         yield from answer_examples(model, examples, mode, settings, release=release)
 
 
+def forced_answer(settings: Eval, model: Model) -> str:
+    """Returns `settings.forced_answer` with a model's candidate tokens."""
+    return settings.forced_answer.format(candidates=candidate_text(model.candidate_tokens))
+
+
 # Not inference_mode: weights that ZeRO 3 gathers in it could not be trained afterwards.
 @torch.no_grad()
 def answer_examples(
@@ -103,7 +109,7 @@ def answer_examples(
 
     In mode `forced` every query is given `settings.forced_answer`.
     """
-    forced = settings.forced_answer.format(candidates=candidate_text(model.config.candidate_tokens))
+    forced = forced_answer(settings, model.config)
     only_asked = {"answer": forced if mode == "forced" else None, "mask": None, "box": None}
     examples = [
         replace(one, queries=tuple(replace(q, **only_asked, true_box=False, masked=True) for q in one.queries))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,13 @@ from medisee.evaluation.gallery import write_gallery
 from medisee.evaluation.metrics import Figure, Summary, summarise
 from medisee.evaluation.scoring import GROUPS, REFERENCES, Results, Scored
 from medisee.evaluation.tables import Table, to_latex, to_markdown, to_terminal
-from medisee.foundation.errors import InputError
 from medisee.foundation.files import write_json, write_text
+from medisee.foundation.output import Result
 from medisee.records.records import write_predictions
 
 FIGURES = ("Dice", "gIoU", "cIoU", "IoU", "Acc")
 FILES = ("predictions.jsonl", "scores.csv", "summary.json", "table.md", "table.tex", "gallery.html", "run.json")
+REPORT = Result("evaluation", "|".join(map(re.escape, FILES)), "summary.json", "splits")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,17 +91,6 @@ def summarise_split(results: Results, resamples: int) -> SplitSummary:
             for category in groups["by_category"]
         },
     )
-
-
-def check_out(out: Path) -> None:
-    """Refuses to replace a file, or a folder that holds anything but an earlier report."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: is a file; expected a folder for the results; choose another --out.")
-    foreign = sorted(path.name for path in out.iterdir() if path.name not in FILES) if out.exists() else []
-    if foreign:
-        raise InputError(
-            f"{out}: holds {foreign[0]!r}, which is not from an evaluation and would be lost; choose another --out."
-        )
 
 
 def write_report(folder: Path, results: Sequence[Results], summaries: Mapping[str, SplitSummary], system: str) -> None:

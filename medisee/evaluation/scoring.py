@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import count as numbers
 from itertools import repeat
 from pathlib import Path
 from typing import TypeAlias
@@ -20,8 +22,11 @@ from medisee.evaluation.metrics import Score, score
 from medisee.evaluation.prediction import Mode, QueryAnswer, RecordQuestions, all_questions, predict, shuffled_questions
 from medisee.evaluation.references import References
 from medisee.foundation.errors import InputError, nearest
+from medisee.foundation.json_files import parse_json
 from medisee.models.medisee import MediSee
+from medisee.records.boxes import form_of_boxes
 from medisee.records.images import read_image
+from medisee.records.jsonl import LineWriter
 from medisee.records.manifest import Manifest
 from medisee.records.masks import decode_mask, encode_mask
 from medisee.records.records import QA, Prediction, Record, Target, read_predictions
@@ -82,8 +87,8 @@ class Split:
 
     @property
     def name(self) -> str:
-        """The manifest's file name without its suffix."""
-        return self.manifest.path.stem
+        """The manifest's title."""
+        return title(self.manifest.path)
 
     @property
     def cases(self) -> list[Case]:
@@ -91,14 +96,20 @@ class Split:
         return [Case(one.record, target, qa) for one in self.asked for target, qa in one.questions]
 
 
-def open_splits(paths: Sequence[Path], root: Path | None, limit: int | None) -> list[Split]:
-    """Opens the manifests and checks every file that they name; names and record ids must differ between them."""
+def title(path: Path) -> str:
+    """Returns a file's name without its suffix, as reports show it: bytes that are not UTF-8 become "?"."""
+    return path.stem.encode("utf-8", "replace").decode("utf-8")
+
+
+def open_splits(paths: Sequence[Path], root: Path | None, limit: int | None, *, files: bool = True) -> list[Split]:
+    """Opens the manifests and, if `files`, checks all that they name; names and record ids must differ between them."""
     problems: list[str] = []
     splits: list[Split] = []
     for path in paths:
         try:
             manifest = Manifest(path, root)
-            manifest.check_files()
+            if files:
+                manifest.check_files()
             splits.append(_split(manifest, limit))
         except InputError as error:
             problems.extend(error.problems)
@@ -145,6 +156,8 @@ def answers_from_file(path: Path, splits: Sequence[Split]) -> list[Answers]:
             where = f"record {prediction.record!r}, target {prediction.target!r}, mode {prediction.mode!r}"
             problems.append(f"{where}, question {prediction.question!r}: {problem}")
         found[key] = prediction
+    if form := form_of_boxes((prediction.box, prediction.mask) for prediction in predictions if prediction.box):
+        problems.append(f"the boxes fit as {form}; expected [x0, y0, x1, y1] in pixels; convert them all.")
     if problems:
         more = [f"and {len(problems) - _MOST_PROBLEMS} more problems"] if len(problems) > _MOST_PROBLEMS else []
         raise InputError(f"{path}: {problem}" for problem in problems[:_MOST_PROBLEMS] + more)
@@ -212,6 +225,32 @@ def _prediction(case: Case, mode: str, answer: QueryAnswer) -> Prediction:
         box=answer.box,
         scores=answer.scores,
     )
+
+
+@contextmanager
+def kept_answers(out: Path) -> Iterator[Callable[[Answers], Answers]]:
+    """Yields a function that writes predictions beside `out` as they pass; the file stays only after a failure."""
+    out = out.absolute()
+    path = next(path for n in numbers(1) if not (path := out.with_name(f"{out.name}.partial{n}.jsonl")).exists())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("xb", buffering=0) as handle:
+        writer = LineWriter(handle)
+
+        def keep(answers: Answers) -> Answers:
+            for of_case in answers:
+                for prediction in (prediction for _, prediction in of_case.values() if prediction is not None):
+                    writer.write(prediction)
+                yield of_case
+
+        try:
+            yield keep
+        except BaseException:
+            if written := len(writer.offsets):
+                print(f"{path}: keeps the {written} answers so far; --predictions scores them.", file=sys.stderr)
+            else:
+                path.unlink()
+            raise
+    path.unlink()
 
 
 def answers_from_references(references: References, split: Split) -> Answers:
@@ -286,7 +325,7 @@ def read_categories(path: Path | str) -> dict[str, tuple[str, ...]]:
     path = Path(path)
     form = '{"liver": ["liver", "hepatic tissue"], ...}'
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); correct data.categories.") from error
     except ValueError as error:

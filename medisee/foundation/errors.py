@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import io
+import os
+import select
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from medisee.foundation.signals import Interrupted, interrupted_by_signals
+
+_OF_DISK = ("EACCES", "EDQUOT", "EFBIG", "EIO", "ELOOP", "ENAMETOOLONG", "ENOSPC", "ENOTDIR", "EROFS")
+"""Errors that a check before the work cannot rule out; any other is a bug of ours."""
 
 
 class InputError(Exception):
@@ -24,6 +35,18 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+@contextmanager
+def library_errors(where: Path | str, what: str, fix: str) -> Iterator[None]:
+    """Turns whatever a library raises when it reads a file of others, which may be of any type, into an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{where}: {what} ({reason}); {fix}.") from error
+
+
 def shortened(problems: Sequence[str], where: str, most: int = 8) -> list[str]:
     """Returns the first problems and how many more there are."""
     more = [f"{where}: and {len(problems) - most} more"] if len(problems) > most else []
@@ -39,15 +62,52 @@ def nearest(value: str, known: Iterable[str]) -> str:
 def exit_code(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
     """Runs a command's main and returns its exit status.
 
-    It is 0 on success, 2 for bad input, with one line per problem on stderr, and 130 after an interrupt.
+    It is 0 on success, 2 for bad input or a full disk, with one line per problem on stderr, 130 after Ctrl-C, 143 after
+    SIGTERM, 129 after SIGHUP, and 141 when the reader of stdout, such as `head`, has gone.
     """
+    _make_writable()
     try:
-        main(argv)
-    except InputError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        try:
+            with interrupted_by_signals():
+                main(argv)
+        except InputError as error:
+            for problem in error.problems:
+                print(f"error: {problem}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            if errno.errorcode.get(error.errno or 0) not in _OF_DISK:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"error: {where}{error.strerror}; mend this, or choose another place.", file=sys.stderr)
+            return 2
+        except Interrupted as error:
+            print(f"{error}; nothing is half-written: start it again.", file=sys.stderr)
+            return error.code
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise  # it was another pipe
+        # Python writes what is left once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
+
+
+def _reader_is_gone() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _make_writable() -> None:
+    """Lets stdout and stderr take any text: nowhere if they are closed, escaped if their encoding lacks a character."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

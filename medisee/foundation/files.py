@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
+import unicodedata
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,17 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from medisee.foundation.errors import InputError
+
+_LONGEST_NAME = 150  # bytes; most file systems take 255, with ending and hidden companions
 
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yields a temporary path beside `path`, for a file or a new folder, and creates missing parents.
 
-    On success it replaces `path`; on an exception it is removed.
+    On success it replaces `path`, or the folder that `path` is a link to; on an exception it is removed. An OSError that
+    names no file gets the name of `path`.
     """
     path = Path(path)
+    if path.is_symlink() and path.is_dir():
+        path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -34,6 +43,14 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         else:
             _sync(temporary)
             os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+    except SafetensorError as error:
+        if (number := re.search(r"os error (\d+)", str(error))) is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
@@ -60,7 +77,7 @@ def recover_folder(folder: Path) -> None:
     old = folder.with_name(f".{folder.name}.old")
     if old.is_dir() and not folder.exists():
         os.rename(old, folder)
-    for left in (old, *folder.parent.glob(f".{folder.name}.*.tmp")):
+    for left in (old, *folder.parent.glob(f".{glob.escape(folder.name)}.[0-9]*.tmp")):
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -81,21 +98,6 @@ def write_text(path: Path | str, text: str) -> None:
 def write_json(path: Path | str, value: Any) -> None:
     """Writes indented JSON atomically; NaN, which JSON lacks, raises a ValueError."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def is_new_or_earlier(folder: Path, file: str, key: str) -> bool:
-    """Tells whether a folder is missing, empty, or an earlier result: its JSON file `file` has the key `key`."""
-    if not folder.exists():
-        return True
-    if not folder.is_dir():
-        return False
-    try:
-        found = json.loads((folder / file).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return not any(folder.iterdir())
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and key in found
 
 
 def sha256(path: Path | str) -> str:
@@ -120,10 +122,34 @@ def _unchanged_sha256(path: str, size: int, modified_ns: int) -> str:
 
 def inside(root: Path, relative: str, where: str) -> Path:
     """Resolves a manifest's path, relative to its root folder; `where` is "file:line" for the message."""
-    path = (root / relative).resolve()
+    path = Path(os.path.realpath(root / relative))  # unlike resolve(), it raises nothing for a loop of links
     if Path(relative).is_absolute() or not path.is_relative_to(root.resolve()):
         raise InputError(f"{where}: path {relative!r} leaves the root {str(root)!r}; use a path inside it.")
     return path
+
+
+def safe_name(name: str, taken: set[str], *, only_ascii: bool = False) -> str:
+    """Returns a name from outside as the name of a file, without ending; it differs from those in `taken` and joins them.
+
+    What a file system, a shell or Windows takes for something else becomes "_"; a very long name is cut.
+    """
+    text = unicodedata.normalize("NFC", name)
+    if only_ascii:
+        kept = re.sub(r"[^\w.-]", "_", text, flags=re.ASCII)
+    else:
+        kept = "".join("_" if c in '<>:"/\\|?*' or not c.isprintable() else c for c in text)
+    kept = kept.lstrip(".- ").rstrip(". ") or "image"
+    if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", kept, re.IGNORECASE):
+        kept = f"_{kept}"
+    if len(kept.encode()) > _LONGEST_NAME:
+        cut = kept.encode()[:_LONGEST_NAME].decode(errors="ignore")
+        kept = f"{cut}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+    safe, number = kept, 1
+    while (key := unicodedata.normalize("NFC", safe.casefold())) in taken:  # some file systems ignore case
+        number += 1
+        safe = f"{kept}-{number}"
+    taken.add(key)
+    return safe
 
 
 class Fingerprints:

@@ -64,7 +64,7 @@ def boxes_to_frame(boxes_I4: Tensor, frames: list[Frame], scale: Literal["resize
     """Maps normalised xyxy boxes (I, 4) into the pixels of their images' frames, float32; see `Model.box_frame`."""
     sides = [(f.resized_width, f.resized_height) if scale == "resized" else (f.size, f.size) for f in frames]
     scale_I4 = torch.tensor([side * 2 for side in sides], dtype=torch.float32, device=boxes_I4.device)
-    return boxes_I4.float() * scale_I4
+    return boxes_I4.float() * scale_I4.reshape(-1, 4)  # there may be no target
 
 
 def token_places(frame: Frame, grid: int, over: Literal["frame", "pad", "centre_crop"]) -> Tensor:

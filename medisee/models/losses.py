@@ -124,7 +124,8 @@ def end_to_end_loss(output: Output, batch: Batch, weights: Loss, *, world: int =
     counts = torch.tensor(own, dtype=torch.float32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     if world > 1:
         torch.distributed.all_reduce(counts)
-    tokens, targets, masked, class_queries = (counts / world).unbind()
+    # At least one of each over all ranks, or what a batch without targets lacks would be 0 / 0.
+    tokens, targets, masked, class_queries = (counts.clamp(min=1) / world).unbind()
     text = text_loss(output.text_logits_NV, batch.labels_N).sum() / tokens
     boxes_I4, truth_I4 = output.boxes_I4, batch.boxes_I4
     if truth_I4 is None or batch.coverage_IT is None:
@@ -167,6 +168,8 @@ def _mask_pairs(masks_Jhh: Tensor, batch: Batch, *, decoder: bool) -> list[tuple
     # Logits and true masks: of all targets at the decoder's size, or each target alone at the size of its true mask,
     # which the processor has scaled.
     masks = [batch.masks[index] for index in batch.masked]
+    if not masks:  # still a pair, so that the mask decoder gets a gradient, which other ranks wait for
+        return [(masks_Jhh, torch.zeros_like(masks_Jhh))]
     if decoder:
         return [(masks_Jhh, F.adaptive_avg_pool2d(torch.stack(masks)[None], masks_Jhh.shape[-1])[0])]
     frames = [batch.frames[batch.image_of_target[index]] for index in batch.masked]

@@ -11,6 +11,7 @@ decoder output side, A longest written answer, P prefix length, X = I + Q.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -243,6 +244,8 @@ class MediSee(nn.Module):
 
     def candidate_states(self, batch: Batch, h_SLD: Tensor) -> tuple[Tensor, Tensor]:
         """Returns h_c of the targets (I, K, D) and, without gradient, of the class queries (Q, K, D)."""
+        if any(query.answer is None for query in batch.queries):
+            raise ValueError("a query without an answer has no candidate states")
         h_c_IKD = h_SLD[batch.sequence_of_target_I[:, None], batch.candidates_IK].to(self.head_dtype)
         class_c_QKD = h_SLD.detach()[batch.class_sequence_Q[:, None], batch.class_candidates_QK].to(self.head_dtype)
         return h_c_IKD, class_c_QKD
@@ -270,14 +273,17 @@ class MediSee(nn.Module):
     def _prompts(self, batch: Batch, h_seg_ID: Tensor, centred_I4: Tensor, *, box: bool) -> tuple[Prompts, Tensor]:
         """Returns what prompts the mask decoder for the J targets, and their images."""
         # Gradients flow through the predicted box into the box decoder; the true box prompts where the batch says so.
-        # The release rounds the box before its corners and its place are computed: three roundings, not one.
-        dtype = torch.bfloat16 if self.config.box_dtype == "bfloat16" else torch.float32
-        boxes_I4 = cxcywh_to_xyxy(centred_I4.to(dtype))
-        if batch.boxes_I4 is not None:
-            boxes_I4 = torch.where(batch.true_box_I[:, None], batch.boxes_I4, boxes_I4)
         image_of_mask_J = batch.image_of_target_I[batch.masked_J]
         frames = [batch.frames[batch.image_of_target[index]] for index in batch.masked]
-        boxes_J4 = boxes_to_frame(boxes_I4[batch.masked_J], frames, self.config.box_frame).to(dtype)
+        place = partial(boxes_to_frame, frames=frames, scale=self.config.box_frame)
+        centred_J4 = centred_I4[batch.masked_J]
+        if self.config.box_dtype == "bfloat16":  # all that follows is rounded, also in the prompt encoder
+            boxes_J4 = cxcywh_to_xyxy(place(centred_J4).bfloat16())
+        else:
+            boxes_J4 = place(cxcywh_to_xyxy(centred_J4))
+        if batch.boxes_I4 is not None:
+            true_J4 = place(batch.boxes_I4[batch.masked_J]).to(boxes_J4.dtype)
+            boxes_J4 = torch.where(batch.true_box_I[batch.masked_J, None], true_J4, boxes_J4)
         prompts = Prompts(
             text=self.text_projection(h_seg_ID[batch.masked_J]) if "text" in self.config.prompts else None,
             boxes=boxes_J4 if box and "box" in self.config.prompts else None,

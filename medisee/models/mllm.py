@@ -184,7 +184,7 @@ def _llava_config(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg: SegHead
         hidden_size=_seg_token_width(config, seg) if seg_tokens else config.vision_hidden,
         intermediate_size=4 if seg_tokens else config.vision_intermediate or 4 * config.vision_hidden,
         num_hidden_layers=1 if seg_tokens else config.vision_layers,
-        num_attention_heads=1 if seg_tokens else config.vision_heads or max(1, config.vision_hidden // 64),
+        num_attention_heads=1 if seg_tokens else config.vision_head_count,
         image_size=config.vision_size,
         patch_size=config.vision_patch,
     )
@@ -199,8 +199,6 @@ def _llava_config(config: Mllm, tokenizer: PreTrainedTokenizerBase, seg: SegHead
 
 
 def _seg_token_width(config: Mllm, seg: SegHeadSpec) -> int:
-    if seg.grid % config.image_grid:
-        raise InputError(f"model.mllm.image_grid = {config.image_grid}: must divide the seg head's grid of {seg.grid}.")
     return seg.channels * (seg.grid // config.image_grid) ** 2 + 4 * POSITION_FREQUENCIES
 
 

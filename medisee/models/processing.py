@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -22,9 +23,10 @@ from medisee.foundation.errors import InputError
 from medisee.models.geometry import Frame, bounded_mask, fit, mask_to_frame, normalise_box, square_of, to_frame
 from medisee.models.packing import pack
 from medisee.models.seg_head import SegHeadSpec
+from medisee.models.text_encoder import TextEncoder
 from medisee.records.masks import mask_box
 from medisee.records.prompts import CANDIDATE_TOKENS, FORCED_ANSWER, candidate_text
-from medisee.records.records import Turn
+from medisee.records.records import Turn, without_image_mark
 from medisee.weights.tokenizer import IMAGE_TOKEN, answer_end, token_id
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -118,10 +120,11 @@ class MediSeeProcessor:
         self.image_id = token_id(tokenizer, IMAGE_TOKEN)
         self.end_id = token_id(tokenizer, str(tokenizer.eos_token))
         self.pad_id = token_id(tokenizer, str(tokenizer.pad_token))
-        self.answer_end = answer_end(tokenizer)
         self.image_tokens = config.mllm.image_token_count
         self.image_grid = int(self.image_tokens**0.5)
-        before = [token_id(tokenizer, str(tokenizer.bos_token)), *self._ids("[INST] ")]
+        self._encode = TextEncoder(tokenizer, (*config.candidate_tokens, IMAGE_TOKEN))
+        self._open, self._close, self._end = map(self._encode.parse, ("[INST] ", " [/INST]", answer_end(tokenizer)))
+        before = [token_id(tokenizer, str(tokenizer.bos_token)), *self._encode(*self._open)]
         self.image_start = len(before)
         self.prefix = before + [self.image_id] * self.image_tokens
 
@@ -172,14 +175,7 @@ class MediSeeProcessor:
         if not packed:
             rows = [(index, (query,)) for index, queries in rows for query in queries]
         own_ids = [[self._tokens(query) for query in own] for _, own in rows]
-        class_ids = [
-            [
-                self._tokens(replace(query, question=query.class_query, answer=FORCED_ANSWER, history=()))
-                for query in own
-                if query.class_query is not None
-            ]
-            for _, own in rows
-        ]
+        class_ids = [[self._tokens(query) for query in map(_class_query, own) if query is not None] for _, own in rows]
         packed_ids = [[ids for ids, _ in (*own, *behind)] for own, behind in zip(own_ids, class_ids, strict=True)]
         sequences = pack([self.prefix] * len(rows), packed_ids, self.pad_id, multiple=self.config.mllm.pad_to)
         supervised, labels, candidates, class_candidates = [], [], [], []
@@ -213,50 +209,69 @@ class MediSeeProcessor:
             segments_SL=sequences.segments_SL,
             lengths=sequences.lengths,
             image_of_sequence_S=torch.tensor([index for index, _ in rows]),
-            sequence_of_target_I=torch.tensor([row for row, (_, own) in enumerate(rows) for _ in own]),
-            image_of_target_I=torch.tensor(image_of_target),
+            sequence_of_target_I=torch.tensor(
+                [row for row, (_, own) in enumerate(rows) for _ in own], dtype=torch.long
+            ),
+            image_of_target_I=torch.tensor(image_of_target, dtype=torch.long),
             image_of_target=tuple(image_of_target),
-            candidates_IK=torch.tensor(candidates),
-            supervised_N2=torch.tensor(supervised).reshape(-1, 2),
+            candidates_IK=torch.tensor(candidates, dtype=torch.long).reshape(-1, len(self.candidate_ids)),
+            supervised_N2=torch.tensor(supervised, dtype=torch.long).reshape(-1, 2),
             labels_N=torch.tensor(labels, dtype=torch.long),
             boxes_I4=boxes_I4,
             masks=masks,
             coverage_IT=coverage_IT,
-            true_box_I=torch.tensor([query.true_box for query in queries]),
+            true_box_I=torch.tensor([query.true_box for query in queries], dtype=torch.bool),
             masked_J=_indices(query.masked for query in queries),
             class_candidates_QK=torch.tensor(class_candidates, dtype=torch.long).reshape(-1, len(self.candidate_ids)),
             class_sequence_Q=torch.tensor([row for row, own in enumerate(class_ids) for _ in own], dtype=torch.long),
             target_of_class_query_Q=_indices(query.class_query is not None for query in queries),
         )
 
+    def count_tokens(self, queries: Iterable[Query]) -> int:
+        """Returns the tokens of the longest query with its answer; InputError for one that a batch cannot hold."""
+        wanted = (one for query in queries for one in (query, _class_query(query)) if one is not None)
+        return max((self.image_start + len(self._tokens(one)[0]) for one in wanted), default=0)
+
     def prompt_ids(self, question: str) -> list[int]:
         """Tokenises what follows the image, up to the answer."""
-        return self._ids(f"\n{question.strip()} [/INST]")
+        return self._encode("\n", *self._question(question))
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+    def _question(self, text: str) -> list[str | int]:
+        return [without_image_mark(text).strip(), *self._close]
+
+    def _answer(self, text: str) -> list[str | int]:
+        return [" ", *self._encode.parse(self.answer_text(text), self.config.candidate_tokens), *self._end]
 
     def _tokens(self, query: Query) -> tuple[list[int], int]:
         """Returns the tokens behind the image, and where the answer starts in them."""
         where = f"record {query.record!r}, target {query.target!r}"
-        if not query.question.strip():
+        if not without_image_mark(query.question).strip():
             raise InputError(f"{where}: the query has no text; ask something.")
         # Each earlier turn is written as if it were the one to learn.
-        turns = [f"{turn.question.strip()} [/INST] {self.answer_text(turn.answer)}" for turn in query.history]
-        text = "\n" + f"{self.answer_end}[INST] ".join([*turns, f"{query.question.strip()} [/INST]"])
-        ids = prompt = self._ids(text)
-        if query.answer is not None:
-            # As one text: what precedes a token decides how its space is encoded.
-            ids = self._ids(f"{text} {self.answer_text(query.answer)}{self.answer_end}")
+        earlier = [(*self._question(turn.question), *self._answer(turn.answer), *self._open) for turn in query.history]
+        pieces = ["\n", *chain.from_iterable(earlier), *self._question(query.question)]
+        try:
+            ids = prompt = self._encode(*pieces)
+            if query.answer is not None:
+                # As one text: what precedes a token decides how its space is encoded.
+                ids = self._encode(*pieces, *self._answer(query.answer))
+        except ValueError as error:
+            raise InputError(f"{where}: {error}") from error
         if ids[: len(prompt)] != prompt:
             raise InputError(
                 f"{where}: the tokenizer merges the end of the question with the start of the answer; change the answer's first letter."
             )
+        named = zip(self.config.candidate_tokens, self.candidate_ids, strict=True)
+        lacking = [token for token, number in named if number not in ids[len(prompt) :]]
+        if query.answer is not None and lacking:
+            # Its place would be -1, which is the padding.
+            raise InputError(
+                f"{where}: the answer {query.answer[:80]!r} lacks {' and '.join(lacking)}; write "
+                f"{candidate_text(CANDIDATE_TOKENS)!r} in it."
+            )
         length = self.image_start + len(ids)
         if length > MAX_TOKENS:
             raise InputError(f"{where}: the text has {length} tokens; expected at most {MAX_TOKENS}; shorten it.")
-        if self.image_id in ids:
-            raise InputError(f"{where}: the text holds {IMAGE_TOKEN!r}, which is reserved for the image; remove it.")
         return ids, len(prompt)
 
     def _truth(
@@ -280,7 +295,9 @@ class MediSeeProcessor:
             else:
                 masks.append(inside if resolution == "decoder" else torch.from_numpy(mask).float())
             coverage.append(self._token_coverage(mask, inside))
-        return torch.tensor(boxes, dtype=torch.float32), tuple(masks), torch.stack(coverage)
+        boxes_I4 = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+        # A batch may have no target at all.
+        return boxes_I4, tuple(masks), torch.stack(coverage) if coverage else torch.zeros(0, self.image_tokens)
 
     def _token_coverage(self, mask: np.ndarray, inside: Tensor) -> Tensor:
         # The seg head's image tokens divide its frame; a vision tower's divide the padded square or the centre.
@@ -293,6 +310,12 @@ class MediSeeProcessor:
                 mask = mask[top : top + side, left : left + side]
             inside = torch.from_numpy(mask).float()
         return F.adaptive_avg_pool2d(inside[None], self.image_grid).flatten()
+
+
+def _class_query(query: Query) -> Query | None:
+    if query.class_query is None:
+        return None
+    return replace(query, question=query.class_query, answer=FORCED_ANSWER, history=())
 
 
 def _indices(chosen: Iterable[bool]) -> Tensor:

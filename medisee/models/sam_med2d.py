@@ -15,7 +15,6 @@ from segment_anything.modeling.image_encoder import Block, window_partition, win
 from torch import Tensor, nn
 
 from medisee.config.model import SegHeadConfig
-from medisee.foundation.errors import InputError
 from medisee.models.image_encoder import image_encoder
 from medisee.models.seg_head import SamHead, assemble, vit_sizes
 
@@ -77,14 +76,14 @@ class _NoOptimizer:
 
 def sam_med2d_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
     """Builds SAM-Med2D; `weights=False` leaves it random, for a checkpoint that is loaded next."""
-    if config.size % 32:
-        raise InputError(
-            f"model.seg_head.size = {config.size}: SAM-Med2D needs a multiple of 32; it was trained at 256."
-        )
     sizes = vit_sizes(config)
-    encoder = image_encoder(sizes, config.size)
-    for index, block in enumerate(encoder.blocks):
-        encoder.blocks[index] = AdaptedBlock(block, sizes.width)  # type: ignore[arg-type]
+
+    def encoder() -> nn.Module:
+        plain = image_encoder(sizes, config.size)
+        for index, block in enumerate(plain.blocks):
+            plain.blocks[index] = AdaptedBlock(block, sizes.width)  # type: ignore[arg-type]
+        return plain
+
     optimizers: list[Any] = [(_NoOptimizer, f"torch.optim.{name}") for name in ("adam.Adam", "adamw.AdamW")]
     with torch.serialization.safe_globals([*optimizers, (lambda *_: {}, "collections.defaultdict"), dict]):
-        return assemble(encoder, config, weights=weights, part="model")
+        return assemble(encoder, config, weights=weights)

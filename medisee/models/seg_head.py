@@ -6,6 +6,7 @@ h low-resolution mask side (4 G), U channels of the enlarged states (C / 8).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +19,11 @@ from torch.nn import functional as F
 
 from medisee.config.model import SamSizes, SegHeadConfig
 from medisee.foundation.errors import InputError, shortened
-from medisee.models.image_encoder import PATCH, image_encoder
+from medisee.models.image_encoder import image_encoder
 from medisee.weights.sam_format import is_transformers, read_weights, transformers_name, weights_file, without_tied
+from medisee.weights.shards import facts_of, misfits
+
+_FIX = "check model.seg_head.vit and size"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,7 @@ class Prompts:
     """What prompts the mask decoder for each of I targets, in this order: box corners, text."""
 
     text: Tensor | None = None  # projected h_seg (I, C)
-    boxes: Tensor | None = None  # xyxy in frame pixels (I, 4)
+    boxes: Tensor | None = None  # xyxy in frame pixels (I, 4), float32 or bfloat16
 
 
 class SamHead(nn.Module):
@@ -111,9 +115,10 @@ class SamHead(nn.Module):
     def _sparse(self, prompts: Prompts) -> Tensor:
         parts = []
         if prompts.boxes is not None:
-            # Autocast would round coordinates to bfloat16, which moves a box by pixels.
+            # Autocast would round coordinates to bfloat16, which moves a box by pixels. Boxes that are rounded already
+            # (`Model.box_dtype`) stay so until their position is encoded.
             with torch.autocast(prompts.boxes.device.type, enabled=False):
-                parts.append(self.prompt_encoder(points=None, boxes=prompts.boxes.float(), masks=None)[0])
+                parts.append(self.prompt_encoder(points=None, boxes=prompts.boxes, masks=None)[0])
         if prompts.text is not None:
             parts.append(prompts.text[:, None].to(parts[0].dtype if parts else prompts.text.dtype))
         if not parts:
@@ -163,48 +168,42 @@ def vit_sizes(config: SegHeadConfig) -> SamSizes:
 
 def sam_head(config: SegHeadConfig, *, weights: bool = True) -> SamHead:
     """Builds SAM or MedSAM; `weights=False` leaves it random, for a checkpoint that is loaded next."""
-    if config.size % PATCH:
-        raise InputError(f"model.seg_head.size = {config.size}: SAM's patches are 16 pixels; use a multiple of 16.")
-    return assemble(image_encoder(vit_sizes(config), config.size), config, weights=weights)
+    return assemble(lambda: image_encoder(vit_sizes(config), config.size), config, weights=weights)
 
 
-def assemble(encoder: nn.Module, config: SegHeadConfig, *, weights: bool, part: str | None = None) -> SamHead:
+def assemble(encoder: Callable[[], nn.Module], config: SegHeadConfig, *, weights: bool) -> SamHead:
     """Joins a ViT with patches of 16 pixels and SAM's decoder, then loads `checkpoint` and adds LoRA as configured."""
-    sizes, grid = vit_sizes(config), config.size // PATCH
+    sizes, grid = vit_sizes(config), config.grid
     spec = SegHeadSpec(config.size, config.resize, config.pixels, sizes.channels, grid)
-    head = SamHead(encoder, *sam_parts(sizes, grid, config.size), spec)
-    if weights and config.checkpoint is not None:
-        load_weights(head, config.checkpoint, part)
+
+    def build() -> SamHead:
+        return SamHead(encoder(), *sam_parts(sizes, grid, config.size), spec)
+
+    head = with_weights(build, config.checkpoint, sizes.depth) if weights and config.checkpoint else build()
     if (lora := config.lora) is not None:
         adapters = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=["qkv"])
         inject_adapter_in_model(adapters, head.image_encoder)
     return head
 
 
-def load_weights(head: SamHead, source: str | Path, part: str | None = None) -> None:
-    """Loads published weights strictly, without running code from the file; `part`: the key that may hold them.
+def with_weights(build: Callable[[], SamHead], source: str | Path, depth: int = 1) -> SamHead:
+    """Builds a head of `depth` blocks with published weights, strictly and without running code from the file.
 
-    `source` (see `weights_file`) has segment_anything's names, or is a whole transformers SamModel.
+    `source` (see `weights_file`) has segment_anything's names, or is a whole transformers SamModel. Its tensors are
+    compared with the head's before memory is taken; what does not fit is named as in the file.
     """
     path = weights_file(source)
-    state = read_weights(path)
-    if isinstance(state, dict) and part in state:
-        state = state[part]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path}: expected a flat state dict of tensors, found {type(state).__name__}.")
-    own = head.state_dict()
+    state, begin = read_weights(path)
+    if depth > len(state):
+        raise InputError(f"{path}: holds {len(state)} tensors, too few for {depth} blocks; {_FIX}.")
+    with torch.device("meta"):
+        own = facts_of(build().state_dict())
     names = dict(zip(own, own, strict=True))
     if is_transformers(state):
         state, names = without_tied(state, path), {name: transformers_name(name) for name in own}
-    known = dict.fromkeys(names.values())
-    problems = [f"{path}: missing tensor {published}" for published in known if published not in state]
-    problems += [f"{path}: left-over tensor {published}" for published in state if published not in known]
-    problems += [
-        f"{path}: {published} has shape {tuple(state[published].shape)}, expected {tuple(own[name].shape)}; "
-        "check model.seg_head.vit and size"
-        for name, published in names.items()
-        if published in state and state[published].shape != own[name].shape
-    ]
-    if problems:
+    expected = {begin + published: own[name] for name, published in names.items()}
+    if problems := misfits(expected, facts_of({begin + name: value for name, value in state.items()}), path, _FIX):
         raise InputError(shortened(problems, str(path)))
+    head = build()
     head.load_state_dict({name: state[published] for name, published in names.items()})
+    return head

@@ -13,15 +13,17 @@ import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from torch import nn
-from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from medisee.config.model import LanguageSize, Mllm, Model
 from medisee.foundation.errors import InputError
 from medisee.foundation.hardware import to_training_precision
+from medisee.foundation.json_files import read_json
 from medisee.models.medisee import MediSee
 from medisee.weights.gguf import find_gguf, gguf_folder
+from medisee.weights.llava import llava_settings
 from medisee.weights.llava_format import is_original
-from medisee.weights.shards import CONFIG, read_json
+from medisee.weights.shards import CONFIG
 from medisee.weights.tokenizer import IMAGE_TOKEN, SPECIAL, add_candidate_tokens
 
 VOCABULARY = 32000  # tokens of Mistral's, Llama's and Vicuna's tokenizers
@@ -157,14 +159,11 @@ def _described(config: Mllm) -> _Described:
     path = (gguf_folder(config) if here else Path(config.source)) / CONFIG
     if not path.is_file():
         return _Described(config.model_copy(update={**changes, "size": LanguageSize()}), VOCABULARY, 0, dtype)
-    settings = read_json(path)
+    settings = read_json(path, "the settings of a LLaVA")
     text = settings
     if not is_original(settings):
-        try:
-            llava: Any = AutoConfig.from_pretrained(path.parent)
-            text, vision = llava.text_config.to_dict(), llava.vision_config
-        except (OSError, ValueError, AttributeError, KeyError) as error:
-            raise InputError(f"{path}: does not describe a transformers Llava ({error}); fetch it again.") from error
+        llava = llava_settings(path.parent)
+        text, vision = llava.text_config.to_dict(), llava.vision_config
         changes |= {
             "vision_hidden": vision.hidden_size,
             "vision_layers": vision.num_hidden_layers,
@@ -173,13 +172,16 @@ def _described(config: Mllm) -> _Described:
             "vision_heads": vision.num_attention_heads,
             "vision_intermediate": vision.intermediate_size,
         }
-    changes["size"] = LanguageSize(
-        hidden=text["hidden_size"],
-        layers=text["num_hidden_layers"],
-        heads=text["num_attention_heads"],
-        kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
-        intermediate=text["intermediate_size"],
-    )
+    try:
+        changes["size"] = LanguageSize(
+            hidden=text["hidden_size"],
+            layers=text["num_hidden_layers"],
+            heads=text["num_attention_heads"],
+            kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
+            intermediate=text["intermediate_size"],
+        )
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path}: its sizes fit no language model ({error!r:.200}); fetch it again.") from error
     if config.dtype == "auto" and "float32" in (settings.get("dtype"), settings.get("torch_dtype")):
         dtype = torch.float32
     rows = text["vocab_size"]

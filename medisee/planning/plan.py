@@ -45,8 +45,9 @@ from medisee.planning.workload import (
     training_workload,
 )
 from medisee.training.optimization import describe_batch, split_batch
+from medisee.weights.checkpoints import read_description
 from medisee.weights.missing import Missing, missing_files, missing_weights
-from medisee.weights.shards import CONFIG, read_json
+from medisee.weights.shards import CONFIG
 
 GPU, GPUS = "a6000", 4  # what is planned for unless the command line says otherwise
 UTILISATION = 0.35
@@ -226,13 +227,7 @@ def plan_inference(config: Config, *, gpu: str = GPU) -> InferencePlan:
 
 def checkpoint_config(folder: Path) -> Config:
     """Returns the configuration of a checkpoint's model."""
-    path = folder / CONFIG
-    content = read_json(path) if path.is_file() else {}
-    if "model" not in content:
-        raise InputError(
-            f"--checkpoint {folder}: holds no checkpoint; give the folder that training wrote, or --config."
-        )
-    return config_from({"model": content["model"]}, where=str(path))
+    return config_from({"model": read_description(folder).model}, where=str(folder / CONFIG))
 
 
 def _stored(model: MediSee, config: Config) -> dict[int, float]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, TypeVar, get_args, get_type_hints
+from typing import IO, Annotated, Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
 from pydantic import AfterValidator, Strict, TypeAdapter, ValidationError, ValidationInfo, WrapValidator
@@ -18,11 +18,13 @@ from pydantic_core import ErrorDetails
 
 from medisee.foundation.errors import InputError, nearest
 from medisee.foundation.files import atomic_path, inside
+from medisee.foundation.json_files import parse_json
 
 T = TypeVar("T")
 
 
-def _not_blank(text: str) -> str:
+def not_blank(text: str) -> str:
+    """Refuses a text of white space alone."""
     if not text.strip():
         raise ValueError("expected a text that is not empty; fill it in")
     return text
@@ -38,7 +40,7 @@ def _inside_root(path: str, info: ValidationInfo) -> str:
     return path
 
 
-Text = Annotated[str, Strict(), AfterValidator(_not_blank)]
+Text = Annotated[str, Strict(), AfterValidator(not_blank)]
 """A string that holds more than white space."""
 FilePath = Annotated[Text, AfterValidator(_inside_root)]
 """A path relative to the manifest's root."""
@@ -74,16 +76,11 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 def read_line(noun: type[T], line: Line, problems: list[str], root: Path | None = None) -> T | None:
     """Reads a line as a dataclass; see `read_object`."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
     try:
-        value = json.loads(line.content.decode("utf-8-sig"), parse_constant=refuse)
+        return read_object(noun, parse_json(line.content), line.where, problems, root)
     except (ValueError, RecursionError) as error:
         problems.append(f"{line.where}: not JSON ({error}); expected one object per line; correct or remove it.")
         return None
-    return read_object(noun, value, line.where, problems, root)
 
 
 def read_object(noun: type[T], value: Any, where: str, problems: list[str], root: Path | None = None) -> T | None:
@@ -165,15 +162,14 @@ def _listed(names: Iterable[str]) -> str:
 class LineWriter:
     """Writes dataclasses as JSON Lines into an open file; `offsets` has the first byte of each line so far."""
 
-    def __init__(self, handle: BinaryIO, omit_empty: Collection[str]) -> None:
+    def __init__(self, handle: IO[bytes], omit_empty: Collection[str] = ()) -> None:
         self.offsets = array("q")
         self._handle, self._omit, self._end = handle, frozenset(omit_empty), 0
         self._encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=self._plain).encode
 
     def write(self, value: Any) -> None:
-        """Adds a line; ValueError for a number that is NaN or infinite."""
-        # A lone surrogate has no UTF-8 form; backslashreplace writes it as \udXXX, which is its JSON escape.
-        line = self._encode(value).encode("utf-8", "backslashreplace") + b"\n"
+        """Adds a line; ValueError for what no reader would take: NaN, infinite numbers and lone surrogates."""
+        line = self._encode(value).encode("utf-8") + b"\n"
         self.offsets.append(self._end)
         self._end += len(line)
         self._handle.write(line)

@@ -6,25 +6,23 @@ import mmap
 import operator
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
 
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import Fingerprints, fingerprint, inside
+from medisee.records.boxes import box_problem
+from medisee.records.images import VOLUMES, image_size
 from medisee.records.jsonl import Line, read_line, read_lines
-from medisee.records.masks import MaskFiles, Rle, decode_mask
+from medisee.records.masks import MaskFiles, Rle, check_size, decode_mask, read_mask
 from medisee.records.offsets import file_stamp, keep_offsets, kept_offsets
 from medisee.records.records import Record, Target
 
-_NOT_PILLOWS = (".dcm", ".dicom", ".ima", ".nii", ".nii.gz")
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _HELD = 256  # records read before their pages are released: each may have brought 64 KiB into this process
 
 
@@ -121,19 +119,15 @@ class Manifest(Sequence[Record]):
         return inside(self.root, record.image, self._where(record))
 
     def image_size(self, record: Record) -> tuple[int, int] | None:
-        """Returns an image's (height, width) from its header, with the EXIF orientation applied.
+        """Returns an image's (height, width) as it is shown, from its header.
 
         None for DICOM and NIfTI, which Pillow does not read.
         """
         path = self.image_path(record)
         where = f"{self._where(record)}: image {record.image!r}"
-        if path.name.lower().endswith(_NOT_PILLOWS):
-            if not path.is_file():
-                raise InputError(_missing(where, self.root))
+        if path.name.lower().endswith(tuple(VOLUMES)) and path.is_file():
             return None
-        with _open_image(path, where, self.root) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
-            return (image.width, image.height) if turned else (image.height, image.width)
+        return image_size(path, where)
 
     def mask(self, record: Record, target: Target) -> NDArray[np.bool_]:
         """Returns the mask of one target; see `masks`."""
@@ -143,7 +137,7 @@ class Manifest(Sequence[Record]):
         """Returns the mask of each target, boolean (height, width) in the pixels of the original image.
 
         InputError names all problems: an image or a mask is missing or cannot be read, a mask is empty or not of the
-        image's size, or a target's box leaves the image.
+        image's size, or a target's box leaves the image or is not where its mask is.
         """
         size, masks, problems = None, [], []
         try:
@@ -152,10 +146,11 @@ class Manifest(Sequence[Record]):
             problems += error.problems
         for target in record.targets:
             where = f"{self._where(record)}, target {target.id!r}"
-            shape = size
+            shape, mask = size, None
             try:
-                masks.append(self._mask(target, where, size))
-                shape = size or masks[-1].shape
+                mask = self._mask(target, where, size)
+                masks.append(mask)
+                shape = size or mask.shape
             except InputError as error:
                 problems += error.problems
             if target.box and shape and (target.box[2] > shape[1] or target.box[3] > shape[0]):
@@ -163,6 +158,8 @@ class Manifest(Sequence[Record]):
                     f"{where}: box {list(target.box)} leaves the image; expected x1 <= {shape[1]} and y1 <= {shape[0]}; "
                     "correct it or leave it out."
                 )
+            elif target.box and mask is not None and (problem := box_problem(target.box, mask)):
+                problems.append(f"{where}: {problem}")
         if problems:
             raise InputError(problems)
         return masks
@@ -181,15 +178,16 @@ class Manifest(Sequence[Record]):
     def _mask(self, target: Target, where: str, size: tuple[int, int] | None) -> NDArray[np.bool_]:
         if isinstance(target.mask, Rle):
             where = f"{where}: mask (RLE)"
-            _check_size(target.mask.size, size, where)
+            check_size(target.mask.size, size, where)
             mask = decode_mask(target.mask)
         else:
             named = target.mask if isinstance(target.mask, MaskFiles) else MaskFiles((target.mask,))
             masks = [
-                read_mask(inside(self.root, file, where), f"{where}: mask {file!r}", self.root, size) ^ named.inverted
+                read_mask(inside(self.root, file, where), f"{where}: mask {file!r}", size, named.value) ^ named.inverted
                 for file in named.files
             ]
-            where = f"{where}: mask {', '.join(map(repr, named.files))}"
+            value = f" (value {named.value})" if named.value else ""
+            where = f"{where}: mask {', '.join(map(repr, named.files))}{value}"
             if any(mask.shape != masks[0].shape for mask in masks):
                 raise InputError(f"{where} is in files of several sizes; expected one size; make them again.")
             mask = np.logical_or.reduce(masks)
@@ -199,45 +197,3 @@ class Manifest(Sequence[Record]):
 
     def _where(self, record: Record) -> str:
         return f"{self.path}: record {record.id!r}"
-
-
-def read_mask(path: Path, where: str, root: Path, size: tuple[int, int] | None) -> NDArray[np.bool_]:
-    """Reads a mask image (height, width): foreground is any value > 0, an alpha channel is ignored.
-
-    `where` (what the mask is) and `root` are for messages; `size` is the (height, width) that it must have, None takes
-    any.
-    """
-    with _open_image(path, where, root) as image:
-        _check_size((image.height, image.width), size, where)
-        pixels = np.asarray(image)
-        # An opaque alpha channel is 255 everywhere: it says nothing about the foreground.
-        if image.mode in ("LA", "PA", "RGBA"):
-            pixels = pixels[..., :-1]
-    foreground: NDArray[np.bool_] = np.greater(pixels, 0)
-    return np.logical_or.reduce(foreground, axis=-1) if foreground.ndim == 3 else foreground
-
-
-@contextmanager
-def _open_image(path: Path, where: str, root: Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as image:
-            yield image
-    except FileNotFoundError as error:
-        raise InputError(_missing(where, root)) from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where} cannot be read ({error}); expected an image file; make it again.") from error
-
-
-def _check_size(found: tuple[int, int], expected: tuple[int, int] | None, where: str) -> None:
-    if expected and found != expected:
-        raise InputError(
-            f"{where} is {found[1]} x {found[0]} (width x height); expected the image's {expected[1]} x {expected[0]}; "
-            "make it again from this image."
-        )
-
-
-def _missing(where: str, root: Path) -> str:
-    return (
-        f"{where} does not exist; expected it under the root {str(root)!r}; correct the path, or name the root (--root, or "
-        "data.root in a configuration)."
-    )

@@ -1,22 +1,32 @@
-"""Masks: COCO run-length encoding and back, masks of several files, and the box around a mask."""
+"""Masks: the one reader of mask images, COCO's forms of a mask, and the box around a mask."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageFilter
 from pycocotools import mask as coco
-from pydantic import AfterValidator, StrictBool, StrictInt
+from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictInt
 
 from medisee.foundation.errors import InputError
+from medisee.records.images import decoded, deep_values, open_picture, shown_size, split_alpha
 from medisee.records.jsonl import FilePath, Text, null_means
 
 Box: TypeAlias = tuple[float, float, float, float]
 """(x0, y0, x1, y1) in pixels of the original image; half-open: the pixel at x=3, y=4 is (3, 4, 4, 5)."""
 
 _MOST_PIXELS = 2**31  # pycocotools counts in 32 bits
+_LONGEST_OUTLINE = 2**22  # of a polygon, pixels
+_LEAST_RANGE = 64  # highest value of a JPEG mask; it does not keep small ones
+_RIM = 5  # pixels: within them, a JPEG mask goes from one value to the other
+_STRAYS = 0.01  # of the foreground may be otherwise: thin strips at the image's border do
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +45,11 @@ def _not_empty(files: tuple[str, ...]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class MaskFiles:
-    """A mask in several image files: the foreground of any of `files`; their background where `inverted`."""
+    """A mask in image files: the pixels of `value` in any of `files`, or of any value but 0; all others if `inverted`."""
 
     files: Annotated[tuple[FilePath, ...], AfterValidator(_not_empty)]
     inverted: Annotated[StrictBool, null_means(False)] = False
+    value: Annotated[StrictInt, Field(ge=1)] | None = None  # of a label map
 
 
 def encode_mask(mask: NDArray[np.bool_]) -> Rle:
@@ -100,6 +111,136 @@ def _runs(counts: str) -> NDArray[np.int64] | None:
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
     return runs
+
+
+def _compressed(mask: Any) -> Any:
+    """Returns a mask's JSON value with COCO's other two forms, integer counts and polygons, as a compressed string."""
+    if isinstance(mask, list):
+        raise ValueError('expected an object; write polygons as {"size": [height, width], "segmentation": [[...]]}')
+    if isinstance(mask, dict) and isinstance(counts := mask.get("counts"), list):
+        if not counts or not all(type(count) is int and 0 <= count < _MOST_PIXELS for count in counts):
+            raise ValueError("expected counts of whole numbers, 0 or more; correct them")
+        packed: Any = coco.frPyObjects({"size": [1, 1], "counts": counts}, 1, 1)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return {**mask, "counts": packed["counts"].decode("ascii")}
+    if not isinstance(mask, dict) or "segmentation" not in mask:
+        return mask
+    size, polygons = mask.get("size"), mask["segmentation"]
+    if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and 0 < side < 2**16 for side in size)):
+        raise ValueError('expected polygons with "size": [height, width] of the image; add it')
+    # pycocotools takes four numbers for a box, reads an odd one past the end, and takes memory for each outline's pixel.
+    if not (isinstance(polygons, list) and polygons and all(map(_is_polygon, polygons))):
+        raise ValueError("expected polygons [[x0, y0, x1, y1, ...], ...] of three points or more; correct them")
+    for polygon in polygons:
+        points = np.array(polygon, np.float64).reshape(-1, 2)
+        if (points < 0).any() or (points > size[::-1]).any():
+            raise ValueError(f"expected 0 <= x <= {size[1]} and 0 <= y <= {size[0]}; correct or clip the polygons")
+        if np.abs(points - np.roll(points, 1, axis=0)).sum() > _LONGEST_OUTLINE:
+            raise ValueError(f"expected outlines of at most {_LONGEST_OUTLINE} pixels; write the mask as an RLE")
+    joined: Any = coco.merge(coco.frPyObjects(polygons, *size))
+    return {"size": size, "counts": joined["counts"].decode("ascii")}
+
+
+def _is_polygon(value: Any) -> bool:
+    numbers = isinstance(value, list) and all(type(number) in (int, float) for number in value)
+    return numbers and len(value) >= 6 and len(value) % 2 == 0
+
+
+def _sound_rle(rle: Rle) -> Rle:
+    try:
+        check_rle(rle)
+    except InputError as error:
+        raise ValueError(str(error).removesuffix(".")) from error
+    return rle
+
+
+SoundRle = Annotated[Rle, BeforeValidator(_compressed), AfterValidator(_sound_rle)]
+"""An Rle, checked; in a file it may have any of COCO's forms."""
+
+
+def read_mask(path: Path, where: str, size: tuple[int, int] | None, value: int | None = None) -> NDArray[np.bool_]:
+    """Reads a mask image (height, width), turned as its orientation tag says; an alpha channel is ignored.
+
+    Foreground are the pixels of `value`; by default all that are not 0, which must have one value or colour. Of a JPEG
+    it is what lies above half of the highest value; it may have other values at the rim only.
+
+    `where` names the mask in messages; `size` is the (height, width) that it must have, None takes any.
+    """
+    if value is not None:
+        return read_label_map(path, where, size) == value
+    colours, alpha, palette, lossy = _stored(path, where, size)
+    foreground = np.logical_or.reduce([channel != 0 for channel in np.moveaxis(colours, 2, 0)])
+    found = colours[foreground]
+    if lossy and found.size:
+        return _lossy_foreground(colours, path, where)
+    if (found != found[:1]).any():
+        raise InputError(_several_values(colours, where))
+    if foreground.all() and (alpha != alpha[:1, :1]).any():
+        raise InputError(f"{where}: differs in its transparency only; save the mask in black and white.")
+    if found.size and any(palette[:3]) and not any(palette[3 * int(found[0, 0]) :][:3]):
+        raise InputError(f"{where}: its palette shows 0 bright and the other value black; save it in black and white.")
+    return foreground
+
+
+def read_label_map(path: Path, where: str, size: tuple[int, int] | None) -> NDArray[Any]:
+    """Reads the values (height, width) of a label map; see `read_mask`."""
+    colours, _, _, lossy = _stored(path, where, size)
+    if lossy or (colours != colours[..., :1]).any():
+        raise InputError(f"{where}: is a JPEG or in colour; save the label map as a grey or palette PNG.")
+    return colours[..., 0]
+
+
+def _stored(
+    path: Path, where: str, size: tuple[int, int] | None
+) -> tuple[NDArray[Any], NDArray[Any], Sequence[int], bool]:
+    """Returns colours, alpha channel and palette of a mask image, and whether its values are inexact."""
+    with open_picture(path, where, formats=None) as image:
+        check_size(shown_size(image), size, where)
+        lossy = image.format in ("JPEG", "MPO") or image.info.get("compression") == "jpeg"
+        deep = deep_values(image, path, where)
+        picture = decoded(image)
+        palette = picture.getpalette() or [0, 0, 0]
+        picture = picture.convert({"1": "L", "CMYK": "RGB", "YCbCr": "RGB"}.get(picture.mode, picture.mode))
+    return *split_alpha(np.atleast_3d(np.asarray(picture)) if deep is None else deep), palette, lossy
+
+
+def _several_values(colours: NDArray[Any], where: str) -> str:
+    is_grey = (colours == colours[..., :1]).all()
+    values = np.unique(colours.reshape(-1, colours.shape[2])[:, : 1 if is_grey else 3], axis=0)
+    listed = ", ".join("/".join(f"{number:g}" for number in value) for value in values[:6])
+    fix = 'write {"files": [...], "value": N} for one value of a label map, or save a mask per object without smoothing'
+    return (
+        f"{where}: expected 0 and one other value, found {len(values)}: {listed}{', ...' * (len(values) > 6)}; {fix}."
+    )
+
+
+def _lossy_foreground(colours: NDArray[np.uint8], path: Path, where: str) -> NDArray[np.bool_]:
+    """Returns what lies above half of the highest value, if what lies in the middle is a rim."""
+    grey = colours.max(axis=2).astype(np.int64)
+    top = grey.max()
+    ends = 4 * grey <= top, 4 * grey >= 3 * top
+    near = [np.asarray(Image.fromarray(end).convert("L").filter(ImageFilter.MaxFilter(_RIM))) > 0 for end in ends]
+    strays = np.count_nonzero(~(ends[0] | ends[1] | (near[0] & near[1])))
+    one_colour = np.ptp(colours[ends[1]], axis=0).max() <= top // 2
+    if top < _LEAST_RANGE or strays > _STRAYS * np.count_nonzero(ends[1]) or not one_colour:
+        raise InputError(
+            f"{where}: its JPEG values are not those of one bright object on black; make a PNG of the source."
+        )
+    _tell_lossy(path.parent)
+    return 2 * grey > top
+
+
+@cache
+def _tell_lossy(folder: Path) -> None:
+    print(f"warning: {folder}: JPEG masks are cut at half of their highest value; PNG is exact.", file=sys.stderr)
+
+
+def check_size(found: tuple[int, int], expected: tuple[int, int] | None, where: str) -> None:
+    """Refuses a mask whose (height, width) is not that of its image."""
+    if expected and found != expected:
+        raise InputError(
+            f"{where} is {found[1]} x {found[0]} (width x height); expected the image's {expected[1]} x {expected[0]}; "
+            "make it again from this image."
+        )
 
 
 def mask_box(mask: NDArray[np.bool_]) -> Box | None:

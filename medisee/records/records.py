@@ -5,6 +5,7 @@ Both are JSON Lines, one object per line, with the field names below as keys. `m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -19,12 +20,13 @@ from medisee.records.jsonl import (
     LineWriter,
     Text,
     line_writer,
+    not_blank,
     null_means,
     read_line,
     read_lines,
     write_lines,
 )
-from medisee.records.masks import Box, MaskFiles, Rle, check_rle
+from medisee.records.masks import Box, MaskFiles, SoundRle
 
 Perspective = Literal["attribute", "location", "class"]
 Length = Literal["short", "long"]
@@ -32,6 +34,12 @@ Split = Literal["train", "val", "test"]
 PERSPECTIVES: tuple[Perspective, ...] = ("attribute", "location")  # of questions that reason
 LENGTHS: tuple[Length, ...] = get_args(Length)
 SPLITS: tuple[Split, ...] = get_args(Split)
+_IMAGE_MARK = re.compile(r"\A\s*<image>[^\S\n]*\n|\n\s*<image>\s*\Z")
+
+
+def without_image_mark(question: str) -> str:
+    """Takes off the `<image>` on a line of its own, before or after the question, with which LLaVA's data marks images."""
+    return _IMAGE_MARK.sub("", question, count=1)
 
 
 def _is_number(value: Any) -> bool:
@@ -47,7 +55,7 @@ def _true_box(value: Any) -> Box:
     if not (_is_box(value) and 0 <= value[0] < value[2] and 0 <= value[1] < value[3]):
         raise ValueError(
             "expected [x0, y0, x1, y1] in pixels of the original image with 0 <= x0 < x1 and 0 <= y0 < y1; write it "
-            "half-open (x1 = last column + 1); a manifest may leave it out"
+            "half-open (x1 = last column + 1); COCO's [x, y, w, h] is [x, y, x + w, y + h] here; a manifest may leave it out"
         )
     return value[0], value[1], value[2], value[3]
 
@@ -57,17 +65,9 @@ def _predicted_box(value: Any) -> Box:
     if not (_is_box(value) and value[0] <= value[2] and value[1] <= value[3]):
         raise ValueError(
             "expected [x0, y0, x1, y1] in pixels of the original image with x0 <= x1 and y0 <= y1; order the corners or "
-            "write null"
+            "write null; COCO's [x, y, w, h] is [x, y, x + w, y + h] here"
         )
     return value[0], value[1], value[2], value[3]
-
-
-def _sound_rle(rle: Rle) -> Rle:
-    try:
-        check_rle(rle)
-    except InputError as error:
-        raise ValueError(str(error).removesuffix(".")) from error
-    return rle
 
 
 def _scores(value: Any) -> dict[str, float]:
@@ -91,12 +91,12 @@ def _spacing(value: Any) -> tuple[float, float]:
 
 
 Spacing = Annotated[tuple[float, float], PlainValidator(_spacing)]
+QuestionText = Annotated[StrictStr, AfterValidator(without_image_mark), AfterValidator(not_blank)]
 TrueBox = Annotated[Box, PlainValidator(_true_box)]
-SoundRle = Annotated[Rle, AfterValidator(_sound_rle)]
 TargetMask: TypeAlias = Annotated[
     Annotated[FilePath, Tag("(path)")] | Annotated[MaskFiles, Tag("(MaskFiles)")] | Annotated[SoundRle, Tag("(Rle)")],
     Discriminator(
-        lambda value: "(path)" if not isinstance(value, dict) else "(MaskFiles)" if "files" in value else "(Rle)"
+        lambda value: "(path)" if not isinstance(value, dict | list) else "(MaskFiles)" if "files" in value else "(Rle)"
     ),
 ]
 
@@ -105,7 +105,7 @@ TargetMask: TypeAlias = Annotated[
 class Turn:
     """An earlier question of a conversation and its answer."""
 
-    question: Text
+    question: QuestionText
     answer: StrictStr
 
 
@@ -113,7 +113,7 @@ class Turn:
 class QA:
     """A query about a target and its answer; `history` and `author` are left out of files where they are empty."""
 
-    question: Text
+    question: QuestionText
     answer: StrictStr
     perspective: Perspective  # what the query reasons from
     length: Length  # of the query
@@ -127,7 +127,7 @@ class Target:
 
     id: Text  # unique within its record
     category: Text  # the class name, such as "left kidney"
-    mask: TargetMask  # path of a mask image relative to the manifest's root (foreground > 0), several, or an RLE
+    mask: TargetMask  # path of a mask image relative to the manifest's root, several, or an RLE
     box: TrueBox | None = None  # pixels of the original image; None means the smallest box around the mask
     qa: tuple[QA, ...] = ()  # the queries; without any, the class-name templates are used
 
@@ -157,7 +157,7 @@ class Prediction:
 
     record: Text  # the record's id
     target: Text  # the target's id
-    question: Text  # the query as it was asked
+    question: QuestionText  # the query as it was asked
     mode: Annotated[Text, null_means("generated")] = "generated"  # or "forced" (a given answer), "shuffled", any label
     text: StrictStr  # the answer
     emitted: StrictBool  # whether the answer asked for a mask (ours: it holds the [SEG] and [BBOX] tokens)
@@ -168,7 +168,7 @@ class Prediction:
 
 def record_writer(path: Path | str) -> AbstractContextManager[LineWriter]:
     """Opens a manifest for records; it takes its place when all of them are written."""
-    return line_writer(path, omit_empty=("history", "author", "inverted", "spacing"))
+    return line_writer(path, omit_empty=("history", "author", "inverted", "value", "spacing"))
 
 
 def write_records(path: Path | str, records: Iterable[Record]) -> None:

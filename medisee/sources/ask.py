@@ -14,15 +14,18 @@ from PIL import Image
 from tqdm import tqdm
 
 from medisee.foundation.errors import InputError
-from medisee.foundation.files import atomic_path, write_json
+from medisee.foundation.files import write_json
+from medisee.foundation.output import Result, replaced_folder
 from medisee.records.images import read_image
 from medisee.records.manifest import Manifest
 from medisee.records.masks import bounded_size, encode_mask, mask_box
 from medisee.records.records import SPLITS, Record, Split
 from medisee.sources.augment import augment
-from medisee.sources.query_bank import check_settings, load_bank, write_questions
+from medisee.sources.query_bank import QUESTION_FILES, check_settings, load_bank, write_questions
 
 SUMMARY = "asked.json"
+_IMAGES = r"images/(train|val|test)_\d{6}(_a\d+)?\.png"
+RESULT = Result("data set of this command", rf"{_IMAGES}|asked\.json|{QUESTION_FILES}", SUMMARY, "bank")
 COPY_SIDE = 256  # longest side of an augmented copy, pixels: the frame of small seg heads
 LEAST_AREA = 16  # smallest target that is kept in an augmented copy, pixels
 
@@ -60,14 +63,15 @@ def prepare(
         train_questions: questions for each target of `train_reasoning.jsonl`; a held-out target has two.
     """
     numbers = {"copies": (copies, 0), "seed": (seed, 0), "train_questions": (train_questions, 1)}
-    check_settings(numbers, out, SUMMARY, "bank", "a data set of this command")
-    pools = load_bank(bank, None)
-    known = {name.casefold(): key for key, pool in pools.items() for name in (key, *pool.names)}
-    manifests = _manifests(records, root)
+    inputs = {"the manifests": records, "the root": root, "the bank": bank}
+    check_settings(numbers, out, RESULT, inputs)
     unknown: Counter[str] = Counter()
     plain: dict[Split, list[Record]] = {split: [] for split in SPLITS}
-    with atomic_path(out) as folder:
-        (folder / "images").mkdir(parents=True)
+    with replaced_folder(out, RESULT, inputs=inputs) as folder:
+        pools = load_bank(bank, None)
+        known = {name.casefold(): key for key, pool in pools.items() for name in (key, *pool.names)}
+        manifests = _manifests(records, root)
+        (folder / "images").mkdir()
         for split, manifest in manifests.items():
             for number, record in enumerate(tqdm(manifest, desc=split, unit="image", disable=None)):
                 names = {target.id: known.get(target.category.casefold()) for target in record.targets}

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import StrictInt
+from numpy.typing import NDArray
+from pydantic import StrictInt, TypeAdapter, ValidationError
 
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import inside
 from medisee.foundation.json_files import read_json
 from medisee.records.images import image_size
 from medisee.records.jsonl import Text, read_object
-from medisee.records.masks import decode_mask, encode_mask, mask_box, segmentation_rle
+from medisee.records.masks import Rle, SoundRle, check_size, decode_mask, encode_mask, mask_box
 from medisee.records.records import Record, Target
-from medisee.sources.splits import Found, Reject
+from medisee.sources.splits import Found, Reject, case_of
+
+_RLE: TypeAdapter[Rle] = TypeAdapter(SoundRle)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,16 @@ class _Annotation:
     image_id: StrictInt
     category_id: StrictInt
     segmentation: Any  # polygons, or an RLE in one of two forms
+
+
+@dataclass(frozen=True, slots=True)
+class _About:
+    """What is the same for all images."""
+
+    images: Path
+    modality: str
+    source: str
+    case: re.Pattern[str] | None
 
 
 def coco_records(
@@ -76,32 +89,23 @@ def coco_records(
         raise InputError(problems)
     for picture in pictures:
         if picture.id in shapes:
-            yield _found(picture, shapes[picture.id], annotations, images, modality, source, case)
+            yield _found(picture, shapes[picture.id], annotations, _About(images, modality, source, case))
         else:
             yield Found(None, (Reject(picture.file_name, "image without annotations", ""),))
 
 
-def _found(
-    picture: _Image,
-    shapes: dict[str, list[Any]],
-    annotations: Path,
-    images: Path,
-    modality: str,
-    source: str,
-    case: re.Pattern[str] | None,
-) -> Found:
+def _found(picture: _Image, shapes: Mapping[str, list[Any]], annotations: Path, about: _About) -> Found:
     name = picture.file_name
     try:
-        height, width = image_size(inside(images, name, str(annotations)))
+        size = image_size(inside(about.images, name, str(annotations)), name)
     except InputError as error:
         return Found(None, (Reject(name, "unreadable image", str(error)),))
     targets: list[Target] = []
     rejects: list[Reject] = []
     for category, segmentations in shapes.items():
         try:
-            masks = [decode_mask(segmentation_rle(one, (height, width))) for one in segmentations]
-            mask = np.logical_or.reduce(masks)
-        except (InputError, ValueError) as error:
+            mask = np.logical_or.reduce([_mask(one, size) for one in segmentations])
+        except InputError as error:
             rejects.append(Reject(name, "unusable mask", f"{category}: {error}"))
             continue
         if mask.any():
@@ -110,14 +114,18 @@ def _found(
             rejects.append(Reject(name, "empty mask", category))
     if not targets:
         return Found(None, (*rejects, Reject(name, "no target", "none of its masks is usable")))
-    patient = (case.search(name) if case else None) or re.fullmatch(".*", name, re.DOTALL)
-    assert patient is not None
+    case = case_of(name, about.case, about.source)
     record = Record(
-        id=name,
-        image=name,
-        modality=modality,
-        source=source,
-        case=f"{source}/{patient[patient.re.groups and 1]}",
-        targets=tuple(targets),
+        id=name, image=name, modality=about.modality, source=about.source, case=case, targets=tuple(targets)
     )
     return Found(record, tuple(rejects))
+
+
+def _mask(segmentation: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
+    value = {"size": list(size), "segmentation": segmentation} if isinstance(segmentation, list) else segmentation
+    try:
+        rle = _RLE.validate_python(value)
+    except ValidationError as error:
+        raise InputError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+    check_size(rle.size, size, "the mask")
+    return decode_mask(rle)

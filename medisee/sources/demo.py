@@ -13,15 +13,17 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from medisee.foundation.files import atomic_path, sha256, write_json
+from medisee.foundation.files import sha256, write_json
+from medisee.foundation.output import Result, replaced_folder
 from medisee.records.masks import encode_mask, mask_box
 from medisee.records.records import SPLITS, Record, Split, Target
 from medisee.sources.augment import augment
 from medisee.sources.brain import PLANES, STRUCTURES, Slice, block_number, block_of, cut, load_brain, source_files
-from medisee.sources.query_bank import check_settings, load_bank, write_questions
+from medisee.sources.query_bank import QUESTION_FILES, check_settings, load_bank, write_questions
 
 SUMMARY = "data.json"
-_OWN_KEY = "versions"  # in no other data.json
+_IMAGES = r"images/(axial|coronal|sagittal)_\d{3}(_a\d+)?\.png"
+RESULT = Result("demo data set", rf"{_IMAGES}|data\.json|{QUESTION_FILES}", SUMMARY, "versions")
 NOTE = (
     "These slices show ONE averaged brain. Held-out slices lie at least 4 mm from training slices of their plane, but "
     "they are not held-out people, and training slices of the other two planes cross them. Held-out questions use "
@@ -66,12 +68,12 @@ def prepare_demo(
     """
     numbers = {"copies": (copies, 0), "seed": (seed, 0), "limit": (limit, 1)}
     numbers |= {"train_questions": (train_questions, 1), "min_area": (min_area, 1)}
-    check_settings(numbers, out, SUMMARY, _OWN_KEY, "a demo data set")
-    files = source_files()
-    slices = _choose(cut(load_brain(*files)), limit, min_area)
+    check_settings(numbers, out, RESULT, {})
     plain: dict[Split, list[Record]] = {split: [] for split in SPLITS}
-    with atomic_path(out) as folder:
-        (folder / "images").mkdir(parents=True)
+    with replaced_folder(out, RESULT) as folder:
+        files = source_files()
+        slices = _choose(cut(load_brain(*files)), limit, min_area)
+        (folder / "images").mkdir()
         # disable=None: progress on a terminal only.
         for split, original in tqdm(slices, desc="demo slices", unit="slice", disable=None):
             for copy in range(copies + 1 if split == "train" else 1):

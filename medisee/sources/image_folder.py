@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from medisee.foundation.errors import InputError
 from medisee.records.images import image_size
-from medisee.records.manifest import read_labels, read_mask
-from medisee.records.masks import MaskFiles, encode_mask, mask_box
+from medisee.records.masks import MaskFiles, encode_mask, mask_box, read_label_map, read_mask
 from medisee.records.records import Record, Target
-from medisee.sources.splits import Found, Reject
+from medisee.sources.splits import Found, Reject, case_of
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
@@ -107,7 +106,7 @@ def _found(picture: Path, masks: Mapping[str, list[Path]], layout: Layout, *, mo
     if not masks:
         return Found(None, (Reject(image, "picture without a mask", ""),))
     try:
-        shape = image_size(picture)
+        shape = image_size(picture, image)
     except InputError as error:
         return Found(None, (Reject(image, "unreadable image", str(error)),))
     targets: list[Target] = []
@@ -125,7 +124,7 @@ def _found(picture: Path, masks: Mapping[str, list[Path]], layout: Layout, *, mo
         image=image,
         modality=modality,
         source=source,
-        case=_case(picture, layout, source),
+        case=case_of(picture.relative_to(layout.images).as_posix(), layout.case, source),
         targets=tuple(targets),
     )
     return Found(record, tuple(rejects))
@@ -135,7 +134,7 @@ def _targets(category: str, files: list[Path], layout: Layout, shape: tuple[int,
     """Makes the targets that the masks of one category, or one label map, describe."""
     names = tuple(_relative(file, layout) for file in files)
     if layout.labels is None:
-        mask = np.logical_or.reduce([read_mask(file, str(file), layout.root, shape) for file in files])
+        mask = np.logical_or.reduce([read_mask(file, str(file), shape) for file in files])
         if layout.fill:
             mask = _filled(mask)
         if not mask.any():
@@ -144,7 +143,7 @@ def _targets(category: str, files: list[Path], layout: Layout, shape: tuple[int,
         return [Target(id=category, category=category, mask=stored, box=mask_box(mask))]
     if len(files) > 1:
         raise InputError(f"{files[0]}: is one of {len(files)} label maps of a picture; expected one; narrow --pattern.")
-    values = read_labels(files[0], str(files[0]), layout.root, shape)
+    values = read_label_map(files[0], str(files[0]), shape)
     found = set(np.unique(values).tolist()) - {0}
     if unknown := sorted(found - set(layout.labels)):
         raise InputError(f"{files[0]}: has the values {unknown[:5]}, which have no name; name them with --labels.")
@@ -165,18 +164,6 @@ def _filled(outline: NDArray[np.bool_]) -> NDArray[np.bool_]:
     from scipy import ndimage  # only here: it is an extra
 
     return np.asarray(ndimage.binary_fill_holes(outline), dtype=bool)
-
-
-def _case(picture: Path, layout: Layout, source: str) -> str:
-    path = picture.relative_to(layout.images).as_posix()
-    if layout.case is None:
-        return f"{source}/{Path(path).with_suffix('').as_posix()}"
-    found = layout.case.search(path)
-    if found is None:
-        raise InputError(
-            f"{picture}: --case {layout.case.pattern!r} finds no patient in its path; correct the expression."
-        )
-    return f"{source}/{found[1] if layout.case.groups else found[0]}"
 
 
 def _relative(path: Path, layout: Layout) -> str:

@@ -8,7 +8,6 @@ form is `data/<split>-*.parquet`, one row per image, pictures included.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -21,6 +20,8 @@ from tqdm import tqdm
 
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import inside
+from medisee.foundation.json_files import parse_json
+from medisee.foundation.output import LEAST_SPACE, check_output
 from medisee.records.jsonl import Text, null_means, read_line, read_lines, read_object
 from medisee.records.prompts import reasoning_answer, reasoning_question
 from medisee.records.records import QA, SPLITS, Length, Perspective, Record, Split, Target, TrueBox, Turn, write_records
@@ -28,7 +29,7 @@ from medisee.sources.sa_med2d_index import ImageName, parse_name
 
 HUB_NAMES: dict[Split, str] = {"train": "train", "val": "validation", "test": "test"}  # of the splits
 _CLASSES = TypeAdapter(dict[str, dict[str, Text]])
-_PICTURE = re.compile(r"[\w-][\w.-]*\.(png|jpe?g|tiff?)", re.ASCII | re.IGNORECASE)
+_PICTURE = re.compile(r"[\w-][\w.-]{,200}\.(png|jpe?g|tiff?)", re.ASCII | re.IGNORECASE)
 
 
 def _answered(turn: Turn) -> Turn:
@@ -135,6 +136,7 @@ def prepare(root: Path | str, out: Path | str, *, seed: int = 0) -> dict[str, in
         The number of records in each manifest, by its name without suffix.
     """
     root, out = Path(root), Path(out)
+    check_output(out, inputs={"the root": root})
     listed = {split: found[0] for split in SPLITS if (found := _first_of(root, (".", "release"), f"{split}.json"))}
     if listed:
         read = {split: _release_records(*read_release(path, root), seed) for split, path in listed.items()}
@@ -145,6 +147,8 @@ def prepare(root: Path | str, out: Path | str, *, seed: int = 0) -> dict[str, in
             f"{root}: expected train.json, val.json or test.json ({{image: {{mask: class}}}}), there or in release/, or "
             "data/train-*.parquet; found none; name the data set's folder."
         )
+    size = sum(file.stat().st_size for files in packed.values() for file in files)
+    check_output(out, need=max(size, LEAST_SPACE))
     saved: dict[str, str] = {}
     read = {
         split: [one for file in files for one in _unpack(file, out, seed, saved)] for split, files in packed.items()
@@ -163,9 +167,10 @@ def read_release(path: Path, root: Path) -> tuple[dict[str, dict[str, str]], lis
     in them are relative to `root`.
     """
     try:
-        images = _CLASSES.validate_python(json.loads(path.read_text(encoding="utf-8")))
+        images = _CLASSES.validate_python(parse_json(path.read_bytes()))
     except ValidationError as error:
-        raise InputError(f"{path}: expected {{image: {{mask: class}}}} with texts only; correct it.") from error
+        spot = " > ".join(map(repr, error.errors()[0]["loc"])) or "the file"
+        raise InputError(f"{path}: expected {{image: {{mask: class}}}} with texts only; correct {spot}.") from error
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: not readable JSON ({error}); expected {{image: {{mask: class}}}}; correct it."

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +25,6 @@ from medisee.records.images import PERCENTILES
 from medisee.records.masks import encode_mask, mask_box
 from medisee.records.records import Record, Target
 from medisee.sources.splits import Found, Reject
-
-if TYPE_CHECKING:
-    import nibabel
 
 Plane: TypeAlias = Literal["axial", "coronal", "sagittal"]
 PLANES: tuple[Plane, ...] = get_args(Plane)
@@ -92,6 +89,19 @@ def find_pairs(root: Path) -> list[Pair]:
     if problems:
         raise InputError(problems)
     return pairs
+
+
+def parse_window(text: str) -> tuple[float, float]:
+    """Reads a window as it is written in a command: center and width, `40,400`."""
+    try:
+        center, width = (float(word) for word in text.split(","))
+    except ValueError:
+        center = width = float("nan")
+    if not (np.isfinite(center) and np.isfinite(width) and width > 0):
+        raise InputError(
+            f"--window {text!r}: expected center and width such as 40,400, with a width above 0; correct it."
+        )
+    return center, width
 
 
 def read_labels(root: Path) -> dict[int, str]:
@@ -189,7 +199,8 @@ def read_pair(
         raise InputError(f"{where}: marks nothing; expected a label; leave the volume out.")
     if not np.isfinite(values).any():
         raise InputError(f"{pair.image}: has no finite value; export it again.")
-    return values, whole, tuple(float(size) for size in image.header.get_zooms()[:3])
+    x, y, z = (float(size) for size in image.header.get_zooms()[:3])
+    return values, whole, (x, y, z)
 
 
 def slice_of(volume_XYZ: NDArray[Any], plane: Plane, place: int) -> NDArray[Any]:
@@ -212,10 +223,11 @@ def value_range(values: NDArray[np.float32], window: tuple[float, float] | None)
     return (low, high) if high > low else (float(finite.min()), max(float(finite.max()), float(finite.min()) + 1))
 
 
-def _read(path: Path, channel: int | None) -> nibabel.Nifti1Image:
+def _read(path: Path, channel: int | None) -> Any:
     """Reads a volume in RAS+ order."""
     try:
         import nibabel
+        from nibabel.filebasedimages import ImageFileError
     except ImportError as error:
         raise InputError(f"{path}: needs nibabel; install it with `pip install -e '.[medical]'`.") from error
     try:
@@ -250,7 +262,7 @@ def _read(path: Path, channel: int | None) -> nibabel.Nifti1Image:
         TypeError,
         KeyError,
         zlib.error,
-        nibabel.filebasedimages.ImageFileError,
+        ImageFileError,
     ) as error:
         raise InputError(
             f"{path}: cannot be read ({first_line(error)}); expected a NIfTI volume; copy it again."

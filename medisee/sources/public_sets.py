@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medisee.foundation.errors import InputError, nearest
+from medisee.sources.archives import fetch, unpack
 from medisee.sources.image_folder import Layout, folder_records
 from medisee.sources.nifti import Plane, Slicing, find_pairs, slice_records
 from medisee.sources.splits import Found
+
+LEAST_AREA = 16  # smallest target in a slice of a volume that is kept, pixels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +28,6 @@ class PublicSet:
     form: str = ""
     labels: dict[int, str] | None = None  # of volumes with label maps
     plane: Plane = "axial"
-    min_area: int = 0  # smallest target, pixels
     pictures: str = ""  # folder of pictures in the archive, where these are no volumes
     masks: str = ""
     pattern: str = "{stem}.*"
@@ -66,7 +68,6 @@ PUBLIC_SETS = {
         address="https://msd-for-monai.s3-us-west-2.amazonaws.com/Task04_Hippocampus.tar",
         labels={1: "anterior hippocampus", 2: "posterior hippocampus"},
         plane="sagittal",
-        min_area=16,
     ),
     "acdc": PublicSet(
         about="cine MRI of 100 hearts",
@@ -75,7 +76,6 @@ PUBLIC_SETS = {
         archive="acdc.zip",
         form="https://humanheart-project.creatis.insa-lyon.fr/database",
         labels={1: "right ventricle", 2: "myocardium", 3: "left ventricle"},
-        min_area=16,
     ),
     "btcv": PublicSet(
         about="abdominal CT of 30 people, 13 organs",
@@ -103,7 +103,6 @@ PUBLIC_SETS = {
                 start=1,
             )
         ),
-        min_area=16,
     ),
 }
 """What `medisee prepare public` knows; nobody at medisee has opened the addresses."""
@@ -119,6 +118,16 @@ def chosen(names: list[str]) -> dict[str, PublicSet]:
     return {name: PUBLIC_SETS[name] for name in names}
 
 
+def unpacked(name: str, archives: Path, folder: Path) -> str:
+    """Unpacks a set into `folder`/`name` and returns its archive's SHA-256; a missing archive is downloaded to `archives`."""
+    one, path = PUBLIC_SETS[name], archives / PUBLIC_SETS[name].archive
+    if not path.is_file() and one.address is None:
+        raise InputError(f"{path}: not there, and {name} is given away by a form only ({one.form}); save it as {path}.")
+    digest = fetch(one.address or "", path)
+    unpack(path, folder / name)
+    return digest
+
+
 def set_records(name: str, unpacked: Path, root: Path) -> Iterator[Found]:
     """Yields the Records of an unpacked set; `root` is the folder that their paths are relative to.
 
@@ -127,7 +136,7 @@ def set_records(name: str, unpacked: Path, root: Path) -> Iterator[Found]:
     one = PUBLIC_SETS[name]
     if one.labels is not None:
         window = (40.0, 400.0) if one.modality == "ct" else None
-        slicing = Slicing(plane=one.plane, window=window, min_area=one.min_area)
+        slicing = Slicing(plane=one.plane, window=window, min_area=LEAST_AREA)
         for pair in find_pairs(unpacked):
             yield from slice_records(pair, one.labels, slicing, modality=one.modality, source=name, folder=root)
         return

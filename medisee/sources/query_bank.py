@@ -13,10 +13,10 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeAlias
 
-import yaml
-
 from medisee.foundation.errors import InputError
-from medisee.foundation.files import is_new_or_earlier, write_json
+from medisee.foundation.files import write_json
+from medisee.foundation.output import Result, check_output
+from medisee.foundation.yaml_files import read_yaml
 from medisee.records.prompts import reasoning_answer, reasoning_question
 from medisee.records.records import LENGTHS, PERSPECTIVES, QA, SPLITS, Length, Perspective, Record, Split, write_records
 from medisee.sources.brain import STRUCTURES
@@ -46,10 +46,7 @@ def load_bank(path: Path = BANK_FILE, structures: Iterable[str] | None = tuple(S
 
     `structures` are their names, in order; by default the demo brain's. None takes all of the file.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a readable query bank ({error}); reinstall medisee or fix the file.") from error
+    content = read_yaml(path, "a query bank")
     entries = content.get("structures") if isinstance(content, dict) else None
     if not isinstance(entries, dict):
         raise InputError(f"{path}: expected a mapping with the key 'structures'.")
@@ -140,19 +137,28 @@ def _with_questions(
     return made
 
 
-def check_settings(numbers: Mapping[str, tuple[int | None, int]], out: Path, file: str, key: str, kind: str) -> None:
-    """Checks what a data set with questions is made of, and that its folder `out` holds nothing else.
+QUESTION_FILES = (
+    r"(train_class|train_reasoning|val|test|test_seen)\.(jsonl|offsets\.safetensors)|categories\.json|run\.json"
+)
+"""The files of a data set with questions, beside its own; a command may add run.json."""
 
-    `numbers` has the value and the least allowed value of each setting; None is not checked. Earlier results have a
-    JSON file with a key that no other data set has; `kind` is what they are called in the message.
+
+def check_settings(
+    numbers: Mapping[str, tuple[int | None, int]], out: Path, result: Result, inputs: Mapping[str, Path | None]
+) -> None:
+    """Checks what a data set with questions is made of, and its folder; see `check_output`.
+
+    `numbers` has the value and the least allowed value of each setting; None is not checked.
     """
     problems = [
         f"{name} is {value}; expected {least} or more; raise it."
         for name, (value, least) in numbers.items()
         if value is not None and value < least
     ]
-    if not is_new_or_earlier(out, file, key):
-        problems.append(f"{out}: exists and is not {kind}; expected a new or empty folder; choose another.")
+    try:
+        check_output(out, result, inputs=inputs, whole=True)
+    except InputError as error:
+        problems += error.problems
     if problems:
         raise InputError(problems)
 

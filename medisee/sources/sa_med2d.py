@@ -18,6 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from medisee.foundation.errors import InputError
+from medisee.foundation.output import check_output
 from medisee.sources.sa_med2d_index import Entry, Index
 from medisee.sources.sa_med2d_record import by_names, by_pixels
 from medisee.sources.splits import Found, Prepared, Reject, split_cases, write_split
@@ -88,6 +89,7 @@ def prepare(
         index_only: open no image and no mask; what only pixels tell is then found when a mask is used.
     """
     root, out = Path(root), Path(out)
+    check_output(out, inputs={"the root": root})
     if index_only and min_area:
         raise InputError(f"min_area={min_area}: is counted in pixels, which index_only does not read; leave one out.")
     index = Index(root, datasets)

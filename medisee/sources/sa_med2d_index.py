@@ -6,7 +6,6 @@ named `<modality>_<submodality>--<dataset>--<case>--<axis>_<slice>`, and a mask 
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator
@@ -19,6 +18,7 @@ from pydantic import StrictInt, TypeAdapter, ValidationError
 
 from medisee.foundation.errors import InputError, nearest
 from medisee.foundation.files import Fingerprints, fingerprint
+from medisee.foundation.json_files import parse_json
 from medisee.sources.splits import Reject
 
 INDEX_FILE = "SAMed2D_v1.json"
@@ -26,9 +26,9 @@ CLASSES_FILE = "SAMed2D_v1_class_mapping_id.json"
 
 _INDEX_FORM = '{"images/<stem>.png": ["masks/<stem>--<class>_<instance>.png", ...]}'
 _CLASSES_FORM = '{"<dataset>": {"<class name>": <class id>}}'
-# Names with no folder in them cannot lead out of the root.
-_IMAGE = re.compile(r"images/[^/\\\0]+\.png")
-_MASK = re.compile(r"masks/[^/\\\0]+\.png")
+# Names with no folder in them cannot lead out of the root; lone surrogates cannot be written.
+_IMAGE = re.compile(r"images/[^/\\\0\ud800-\udfff]+\.png")
+_MASK = re.compile(r"masks/[^/\\\0\ud800-\udfff]+\.png")
 _CODE = re.compile(r"([0-9]{1,9})_[0-9]+\.png")
 _UNION = -1  # the class id of all merged regions
 _PIECE = 1 << 16  # bytes that are parsed at a time
@@ -242,7 +242,7 @@ def _missing(path: Path, expected: str, error: OSError) -> str:
 def _read_classes(path: Path) -> dict[str, dict[int, list[str]]]:
     """Turns {dataset: {name: id}} into {dataset: {id: names}}; an id with two names is reported where it is used."""
     try:
-        mapping = TypeAdapter(dict[str, dict[str, StrictInt]]).validate_python(json.loads(path.read_bytes()))
+        mapping = TypeAdapter(dict[str, dict[str, StrictInt]]).validate_python(parse_json(path.read_bytes()))
     except OSError as error:
         raise InputError(_missing(path, _CLASSES_FORM, error)) from error
     except ValidationError as error:
@@ -251,7 +251,7 @@ def _read_classes(path: Path) -> dict[str, dict[int, list[str]]]:
             f"{one['input']!r:.100}; use the data set's own file."
             for one in error.errors()
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{path}: expected {_CLASSES_FORM}, found no valid JSON ({error}); unzip it again.") from error
     classes: dict[str, dict[int, list[str]]] = {dataset: {} for dataset in mapping}
     for dataset, names in mapping.items():

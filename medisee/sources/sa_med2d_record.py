@@ -6,19 +6,16 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from medisee.foundation.errors import InputError
-from medisee.records.images import read_image
-from medisee.records.manifest import read_mask
-from medisee.records.masks import MaskFiles, encode_mask, mask_box
+from medisee.records.images import image_size, read_image
+from medisee.records.masks import MaskFiles, encode_mask, mask_box, read_mask
 from medisee.records.records import Record, Target
 from medisee.sources.sa_med2d_index import Entry
 from medisee.sources.splits import Found, Reject
 
 _INVERTED = "ichallenge_adam_task2"
 _WITH_MASKS_AS_IMAGES = "Brain_PTM"
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def by_names(entry: Entry | Reject) -> Found:
@@ -42,10 +39,9 @@ def by_pixels(root: Path, min_area: int, entry: Entry | Reject) -> Found:
     if isinstance(entry, Reject):
         return Found(None, (entry,))
     try:
-        with Image.open(root / entry.image) as image:
-            shape = image.height, image.width
+        shape = image_size(root / entry.image, entry.image)
         is_mask = entry.name.dataset == _WITH_MASKS_AS_IMAGES and np.unique(read_image(root / entry.image)).size <= 2
-    except (*_UNREADABLE, InputError) as error:
+    except InputError as error:
         return Found(None, (Reject(entry.image, "unreadable image", str(error)),))
     if is_mask:
         return Found(None, (Reject(entry.image, "unusable image", "it has at most two grey values: it is a mask"),))
@@ -90,7 +86,7 @@ def _mask(files: tuple[str, ...], inverted: bool) -> str | MaskFiles:
 
 def _read_mask(root: Path, file: str, shape: tuple[int, int], *, inverted: bool) -> NDArray[np.bool_] | Reject:
     try:
-        mask = read_mask(root / file, file, root, None) ^ inverted
+        mask = read_mask(root / file, file, None) ^ inverted
     except InputError as error:
         return Reject(file, "unreadable mask", str(error))
     if mask.shape != shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from medisee.foundation.errors import InputError
+from medisee.foundation.errors import InputError, shortened
 from medisee.records.jsonl import line_writer
 from medisee.records.offsets import file_stamp, keep_offsets
 from medisee.records.records import SPLITS, Record, Split, record_writer
@@ -43,6 +44,25 @@ class Prepared:
     targets: dict[str, int]
     cases: dict[str, int]
     rejects: dict[str, int]
+
+
+def case_of(path: str, pattern: re.Pattern[str] | None, source: str) -> str:
+    """Returns the patient that a picture's path names: what `pattern` finds (its first group), else the path itself."""
+    if pattern is None:
+        return f"{source}/{path.rpartition('.')[0] or path}"
+    if (found := pattern.search(path)) is None:
+        raise InputError(f"{path}: --case {pattern.pattern!r} finds no patient in this path; correct the expression.")
+    return f"{source}/{found[1] if pattern.groups else found[0]}"
+
+
+def write_found(found: Iterable[Found], out: Path, *, val: float, test: float, seed: int) -> Prepared:
+    """Splits by case what an importer finds, and writes it; see `split_cases` and `write_split`."""
+    every = list(tqdm(found, desc="read", unit=" images", disable=None))
+    cases = [one.record.case for one in every if one.record is not None]
+    if not cases:
+        reasons = [f"{reject.file}: {reject.reason}. {reject.detail}" for one in every for reject in one.rejects]
+        raise InputError(shortened(["no image with a target that can be used", *reasons], "and", most=6))
+    return write_split(every, split_cases(cases, seed=seed, val=val, test=test), out)
 
 
 def split_cases(cases: Iterable[str], *, seed: int = 0, val: float = 0.1, test: float = 0.1) -> dict[str, Split]:

@@ -2,56 +2,156 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence, Set
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from medisee.config import Config
+from medisee.config.model import Model
+from medisee.data.check import Found, Job, Said, look, no_target, sample, scored_job, training_job, with_lines
+from medisee.foundation.errors import InputError, first_line, shortened
 from medisee.models.medisee import MediSee
 from medisee.models.mllm import load_tokenizer
+from medisee.models.processing import MediSeeProcessor, Query
+from medisee.models.seg_head import SegHeadSpec
 from medisee.records.manifest import Manifest
-from medisee.records.prompts import ANSWERS, CLASS_QUESTIONS, REQUESTS, candidate_text
+from medisee.records.prompts import ANSWERS, REQUESTS, candidate_text
+from medisee.training.ranks import Place, gather, raise_on_all_ranks
 from medisee.weights.checkpoints import check_same_model, load_checkpoint, local_checkpoint
 from medisee.weights.tokenizer import add_candidate_tokens, train_tokenizer
 
+SHOWN = 10  # problems of the records that a training prints
 
-def read_images_and_texts(
-    config: Config, manifests: Sequence[Manifest], val: Manifest | None
-) -> tuple[list[Path], set[str]]:
-    """Reads all records once, and returns the images that the feature cache needs and the texts that a tokenizer needs.
 
-    Either is empty where the run does not need it; where it needs neither, no record is read.
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What a run takes from its records before it starts: its tokenizer, the images whose features are cached (none
+    without a cache), and under `data.skip_corrupt` the ids of the records of val that cannot be scored."""
+
+    tokenizer: PreTrainedTokenizerBase
+    images: list[Path]
+    unusable: frozenset[str]
+
+
+def read_records(config: Config, manifests: Sequence[Manifest], val: Manifest | None, place: Place) -> Read:
+    """Looks at images, masks, boxes and words before the run reads them, in one pass; every rank calls it.
+
+    The files are divided among the ranks; of a manifest of more than `check.MOST` records a sample is looked at. The
+    first rank raises InputError with the first problems, or prints them under `data.skip_corrupt`.
     """
-    need_images = config.data.cache is not None
-    need_texts = config.train.init is None and config.model.mllm.source is None
-    images: list[Path] = []
-    texts: set[str] = set()
-    for manifest in (*manifests, *([val] if val and need_images else [])) if need_images or need_texts else ():
-        for record in manifest:
-            if need_images:
-                images.append(manifest.image_path(record))
-            if need_texts and manifest is not val:
-                for target in record.targets:
-                    texts |= {question.format(name=target.category) for question in CLASS_QUESTIONS}
-                    texts |= {text for qa in target.qa for text in (qa.question, qa.answer)}
-    return images, texts
+    processor = known_words(config)
+    jobs, sizes = [], []
+    wanted = [training_job(config, manifest) for manifest in manifests]
+    wanted += [scored_job(config, val, config.train.val_limit)] if val is not None else []
+    for job in wanted:
+        manifest = job.manifest
+        chosen = sample(job.places, config.train.seed)
+        if place.rank == 0 and len(chosen) < len(job.places):
+            print(f"{manifest.path}: {len(chosen):,} of {len(job.places):,} records are checked", flush=True)
+        own, images = chosen[place.rank :: place.world], config.data.cache is not None
+        places = range(len(manifest)) if images or (processor is None and manifest is not val) else own
+        jobs.append(replace(job, places=places, files=frozenset(own), images=images))
+        sizes.append(len(chosen))
+    processor, found = look_at(config, jobs, processor, workers=config.data.workers)
+    problems: list[str] = []
+    unusable: set[str] = set()
+    for job, size, one in zip(jobs, sizes, found, strict=True):
+        parts = gather((one.problems, one.counts["all", "targets"]), place)
+        own_problems = [problem for part, _ in parts for problem in part]
+        bad = {at for at, _ in own_problems}
+        if not sum(targets for _, targets in parts):
+            problems.append(no_target(job.manifest))
+        lines = with_lines(job.manifest, own_problems) if place.rank == 0 else []
+        if not config.data.skip_corrupt or len(bad) == size:
+            problems += lines
+            continue
+        if job.manifest is val:
+            unusable = {job.manifest[at].id for at in bad}
+        if lines:
+            shown = shortened(lines, str(job.manifest.path), 3)
+            print(f"{job.manifest.path}: skips {len(bad):,} of {size:,} records", *shown, sep="\n", file=sys.stderr)
+    problems = list(dict.fromkeys(problems))
+    rest = f"and {len(problems) - SHOWN} more; medisee prepare check --config lists all."
+    problems[SHOWN:] = [rest] if len(problems) > SHOWN else []
+    raise_on_all_ranks(problems, place)
+    return Read(processor.tokenizer, [image for one in found for image in one.images], frozenset(unusable))
 
 
-def build_model(config: Config, texts: Set[str]) -> MediSee:
-    """Builds the model, or loads the one that the run starts from.
+def look_at(
+    config: Config, jobs: Sequence[Job], processor: MediSeeProcessor | None, *, workers: int
+) -> tuple[MediSeeProcessor, list[Found]]:
+    """Looks at records and counts the tokens of long texts; `processor`: see `known_words`. Returns it, or a new one."""
+    every: list[Found] = []
+    for job in jobs:
+        every.append(Found())
+        for part in look(replace(job, texts=processor is None and job.answer is None), workers):
+            if processor is not None:
+                _hold_against(processor, part)
+            every[-1].add(part)
+    if processor is None:
+        texts = {text for found in every for text in found.texts}
+        processor = words_processor(config.model, build_tokenizer(config, texts))
+        for found in every:
+            _hold_against(processor, found)
+    for found in every:
+        if found.longest is not None:
+            with suppress(InputError):  # which is already among the problems
+                found.tokens = count_tokens(processor, found.longest)
+    return processor, every
 
-    A tokenizer is trained on the records' texts if the run names neither a language model nor a checkpoint.
-    """
+
+def _hold_against(processor: MediSeeProcessor, found: Found) -> None:
+    for said in found.words:
+        try:
+            count_tokens(processor, said)
+        except InputError as error:
+            found.problems += [(said.place, problem) for problem in error.problems]
+    found.words.clear()
+
+
+def count_tokens(processor: MediSeeProcessor, said: Said) -> int:
+    """Returns the tokens of a question with its answer; InputError where the model cannot read it."""
+    words = {"question": said.qa.question, "answer": said.qa.answer, "history": said.qa.history}
+    return processor.count_tokens([Query(record=said.record, target=said.target, **words)])
+
+
+def known_words(config: Config) -> MediSeeProcessor | None:
+    """Returns what counts the tokens of a run; None where its tokenizer is trained on its texts."""
+    if config.train.init is None and config.model.mllm.source is None:
+        return None
+    return words_processor(config.model, build_tokenizer(config, set()))
+
+
+def words_processor(model: Model, tokenizer: PreTrainedTokenizerBase) -> MediSeeProcessor:
+    """Returns a processor for words only, for which no seg head is built."""
+    head = model.seg_head
+    return MediSeeProcessor(model, tokenizer, SegHeadSpec(head.size, head.resize, head.pixels, channels=0, grid=0))
+
+
+def build_tokenizer(config: Config, texts: Set[str]) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of the checkpoint or language model that the run starts from, or trains one on the texts."""
     if config.train.init is not None:
         folder = local_checkpoint(config.train.init)
         check_same_model(folder, config.model)
-        return load_checkpoint(folder, MediSee)
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise InputError(f"{folder}: unreadable tokenizer ({first_line(error)}); copy it again.") from error
     if config.model.mllm.source is not None:
-        tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.model.mllm, config.model.candidate_tokens)
-    else:
-        candidates = candidate_text(config.model.candidate_tokens)
-        always = {text.format(candidates=candidates) for text in ANSWERS} | {*REQUESTS, "[INST] ", " [/INST]"}
-        tokenizer = train_tokenizer(texts | always, config.model.mllm.vocabulary)
-        add_candidate_tokens(tokenizer, config.model.candidate_tokens)
+        return load_tokenizer(config.model.mllm, config.model.candidate_tokens)
+    candidates = candidate_text(config.model.candidate_tokens)
+    always = {text.format(candidates=candidates) for text in ANSWERS} | {*REQUESTS, "[INST] ", " [/INST]"}
+    tokenizer = train_tokenizer(texts | always, config.model.mllm.vocabulary)
+    add_candidate_tokens(tokenizer, config.model.candidate_tokens)
+    return tokenizer
+
+
+def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> MediSee:
+    """Builds the model, or loads the one that the run starts from, which has the same tokenizer."""
+    if config.train.init is not None:
+        return load_checkpoint(local_checkpoint(config.train.init), MediSee)
     return MediSee(config.model, tokenizer)

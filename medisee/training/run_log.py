@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from medisee.config import Config
 from medisee.evaluation.metrics import Summary
 from medisee.foundation.files import write_json, write_text
+from medisee.foundation.json_files import parse_json
 from medisee.foundation.provenance import run_facts
 from medisee.models.losses import Terms
 from medisee.models.medisee import MediSee
@@ -114,13 +116,27 @@ class RunLog:
             self.board.close()
 
     def _kept(self, last_step: int) -> list[str]:
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
-        # A line without an end was being written when the process was killed.
-        return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+        """Returns the lines up to a step, without its validation, which is repeated; damaged lines are left out."""
+        kept, damaged = [], []
+        content = self.path.read_bytes() if self.path.exists() else b""
+        for number, line in enumerate(content.splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):
+                continue  # it was being written when the process was killed
+            try:
+                values = parse_json(line)
+                if values["step"] < last_step or (values["step"] == last_step and "total" in values):
+                    kept.append(line.decode("utf-8"))
+            except (ValueError, LookupError, TypeError):
+                damaged.append(str(number))
+        if damaged:
+            left_out = f"warning: {self.path}: damaged, and left out: line {', '.join(damaged[:10])}."
+            print(left_out, file=sys.stderr, flush=True)
+        return kept
 
     def _append(self, values: dict[str, float]) -> None:
         with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(values) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            handle.write(json.dumps(finite) + "\n")
         for name, value in values.items():
             if name not in ("step", "seconds"):
                 self.board.add_scalar(name, value, int(values["step"]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
 
@@ -14,15 +14,28 @@ from medisee.foundation.hardware import compute_dtype, is_mixed
 from medisee.models.medisee import MediSee
 from medisee.records.manifest import Manifest
 from medisee.records.masks import mask_box
+from medisee.training.interruption import StopRequest
 from medisee.training.ranks import Place, gather
 
 
-def validate(model: MediSee, val: Manifest, config: Config, *, cache: FeatureCache | None, place: Place) -> Summary:
+def validate(
+    model: MediSee,
+    val: Manifest,
+    config: Config,
+    *,
+    cache: FeatureCache | None,
+    place: Place,
+    stop: StopRequest,
+    unusable: Set[str] = frozenset(),
+) -> Summary | None:
     """Scores val; every rank calls it and gets the same summary, which is also that of a single rank.
 
-    The model is left in training mode. `val` is the test file only in runs that reproduce the release (`data.select`).
+    None if the run was asked to stop, after the batch in which it was. The model is left in training mode. `unusable` are
+    ids of records that are left out. `val` is the test file only in runs that reproduce the release (`data.select`).
     """
-    questions, size = all_questions(val, config.train.val_limit), config.eval.batch_size
+    asked, size = all_questions(val, config.train.val_limit), config.eval.batch_size
+    # A record without targets has nothing to score.
+    questions = [one for one in asked if one.questions and one.record.id not in unusable]
     # The batches of a single rank, dealt out: what shares a batch, and so is padded together, stays the same.
     parts = [questions[first : first + size] for first in range(0, len(questions), size)]
     own: dict[int, list[Score]] = {}
@@ -35,6 +48,8 @@ def validate(model: MediSee, val: Manifest, config: Config, *, cache: FeatureCac
             scores = _scores(model, val, parts[number], config=config, cache=cache)
             if number == first + place.rank:
                 own[number] = scores
+            if stop.request(place):
+                return None
     model.train()
     everyones = {number: scores for part in gather(own, place) for number, scores in part.items()}
     return summarise([one for number in sorted(everyones) for one in everyones[number]], resamples=1)

@@ -9,35 +9,55 @@ tensors are in one file, or in several with an index.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol, TypeVar
 
+import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]: of whichever library it uses
 from peft.tuners.lora import LoraLayer
 from peft.utils import TrainableTokensWrapper
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from medisee.config.load import config_from
 from medisee.config.model import PLACING, Model
-from medisee.foundation.errors import InputError, first_line, shortened
-from medisee.foundation.files import atomic_path, cached_sha256, write_json
+from medisee.foundation.errors import InputError, first_line, library_errors, shortened
+from medisee.foundation.files import cached_sha256, write_json
+from medisee.foundation.json_files import read_json
+from medisee.foundation.output import Result, check_output, replaced_folder
 from medisee.weights.gguf import gguf_file
 from medisee.weights.hub import cached_folder, fetch, is_hub_id
 from medisee.weights.model_card import CARD, model_card
 from medisee.weights.sam_format import packaged_weights, weights_file
-from medisee.weights.shards import CONFIG, SAFETENSORS, SAFETENSORS_INDEX, read_json, shard_paths, shards_digest
+from medisee.weights.shards import (
+    CONFIG,
+    SAFETENSORS,
+    SAFETENSORS_INDEX,
+    Shard,
+    check_shards,
+    facts_of,
+    misfits,
+    not_finite,
+    open_shard,
+    shard_paths,
+    shards_digest,
+)
+from medisee.weights.tokenizer import IMAGE_TOKEN, read_tokenizer, token_count
 
 WEIGHTS = SAFETENSORS
 FORMAT = 1
 
 _FIX = "give the folder that training wrote, such as runs/demo/checkpoint"
+
+
+_OWN = "use the config.json that was written with the weights"
 
 
 class SavedModel(Protocol):
@@ -55,6 +75,11 @@ class SavedModel(Protocol):
 
 _Built = TypeVar("_Built", bound=SavedModel)
 
+_FILES = r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|"
+_TOKENIZER = r"[^/]*(token|vocab|merges|spiece|sentencepiece|chat_template)[^/]*|additional_chat_templates/[^/]+"
+CHECKPOINT = Result("checkpoint", _FILES + _TOKENIZER, CONFIG, "frozen")
+"""The files of a checkpoint folder."""
+
 
 @dataclass(frozen=True, slots=True)
 class FrozenBase:
@@ -64,13 +89,24 @@ class FrozenBase:
         prefix: the model's tensors that come from it.
         source: file name or hub id.
         revision: hub revision, None for a file.
-        sha256: of a file, or what `shards_digest` returns for a folder; None for a hub id that is not in the cache.
+        sha256: of a file, or what `shards_digest` returns for a folder; None for a hub id that is not in the cache, and
+            for folders in checkpoints of earlier versions.
     """
 
     prefix: str
     source: str
-    revision: str | None
-    sha256: str | None
+    revision: str | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A checkpoint's config.json: the model's configuration, the frozen bases, facts about the run."""
+
+    format: int
+    model: dict[str, Any]
+    frozen: tuple[FrozenBase, ...] = ()
+    run: dict[str, Any] | None = None
 
 
 def _has_published_head(config: Model) -> bool:
@@ -119,39 +155,42 @@ def save_checkpoint(model: SavedModel, folder: Path, extra: dict[str, Any] | Non
     Raises:
         InputError: the folder holds something else, which would be lost.
     """
-    check_replaceable(folder)
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
-        model.tokenizer.save_pretrained(temporary)
-        state = {name: value.detach().cpu().contiguous() for name, value in trained_state(model).items()}
-        save_file(state, str(temporary / WEIGHTS), metadata={"format": "pt"})
-        write_description(temporary, model.config, extra or {})
+    with replaced_folder(folder, CHECKPOINT, option="") as temporary:
+        write_checkpoint(model, temporary, extra)
+
+
+def write_checkpoint(
+    model: SavedModel, folder: Path, extra: dict[str, Any] | None = None, weights: Mapping[str, Tensor] | None = None
+) -> list[Path]:
+    """Writes a checkpoint's files into an existing folder and returns their paths.
+
+    `weights` are `trained_state(model)`, each contiguous and on the CPU, where the caller has gathered them already.
+    """
+    state = trained_state(model) if weights is None else weights
+    files = [folder / Path(name).name for name in model.tokenizer.save_pretrained(folder) if Path(name).exists()]
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in state.items()},
+        str(folder / WEIGHTS),
+        metadata={"format": "pt"},
+    )
+    write_description(folder, model.config, extra or {})
+    return sorted({*files, folder / WEIGHTS, folder / CONFIG})
 
 
 def check_replaceable(folder: Path) -> None:
-    """Checks that writing a checkpoint here loses nothing else.
-
-    Raises:
-        InputError: the path is a file, or a folder that holds something other than a checkpoint.
-    """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    try:
-        read_description(folder)
-    except InputError as error:
-        raise InputError(f"{folder}: holds no checkpoint, but other files; name a new or empty folder.") from error
+    """Checks that writing a checkpoint here loses nothing else."""
+    check_output(folder, CHECKPOINT, option="", whole=True)
 
 
 def write_description(folder: Path, config: Model, run: dict[str, Any]) -> None:
     """Writes a checkpoint's config.json: the model's configuration, its frozen bases, facts about the run."""
-    bases = [asdict(base) for base in frozen_bases(config)]
-    model = config.model_dump(mode="json")
-    write_json(folder / CONFIG, {"format": FORMAT, "model": model, "frozen": bases, "run": run})
+    content = Description(FORMAT, config.model_dump(mode="json"), tuple(frozen_bases(config)), run)
+    write_json(folder / CONFIG, asdict(content))
 
 
 def load_checkpoint(
     folder: Path,
-    build: Callable[[Model, PreTrainedTokenizerBase], _Built],
+    build: Callable[..., _Built],
     *,
     bits: int | None = None,
     device_map: str | None = None,
@@ -160,7 +199,7 @@ def load_checkpoint(
 
     Args:
         folder: a folder written by `save_checkpoint`.
-        build: MediSee, or a function that builds one.
+        build: MediSee, or a function that takes its arguments and builds one.
         bits: replaces the checkpoint's `Mllm.bits`; None keeps it.
         device_map: replaces the checkpoint's `Mllm.device_map`; None keeps it.
 
@@ -168,32 +207,68 @@ def load_checkpoint(
         InputError: no checkpoint, foreign or truncated files, another frozen base, missing, left-over or misshapen
             tensors; bits or a device map for a checkpoint that holds all of its language model.
     """
-    content = read_description(folder)
-    config = _placed(_model_of(content, folder), folder, {"bits": bits, "device_map": device_map})
+    description = read_description(folder)
+    config = _placed(_model_of(description, folder), folder, {"bits": bits, "device_map": device_map})
+    saved = {base.prefix: base for base in description.frozen}
     for base in frozen_bases(config):
-        # Checkpoints of earlier versions have no SHA-256 for a folder.
-        saved = next((entry for entry in content.get("frozen", []) if entry.get("prefix") == base.prefix), {})
-        if None not in (saved.get("sha256"), base.sha256) and saved["sha256"] != base.sha256:
+        old = saved.get(base.prefix, base)
+        if None not in (old.sha256, base.sha256) and old.sha256 != base.sha256:
             raise InputError(
-                f"{folder / CONFIG}: was trained on {saved.get('source')} with SHA-256 {saved['sha256']}, "
-                f"but {base.source} here has {base.sha256}; install the same weights."
+                f"{folder / CONFIG}: was trained on {old.source} with SHA-256 {old.sha256}, but {base.source} here has "
+                f"{base.sha256}; install the same weights."
             )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        paths = shard_paths(folder) if (folder / SAFETENSORS_INDEX).exists() else [folder / WEIGHTS]
-        state = {name: value for path in paths for name, value in load_file(path).items()}
-    except FileNotFoundError as error:
-        raise InputError(f"{folder / WEIGHTS}: missing; copy the whole checkpoint folder.") from error
-    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-        raise InputError(f"{folder}: unreadable checkpoint ({first_line(error)}); copy it again.") from error
-    if unknown := [token for token in config.candidate_tokens if token not in tokenizer.get_vocab()]:
-        raise InputError(
-            f"{folder / CONFIG}: candidate_tokens {', '.join(unknown)} are not in the checkpoint's tokenizer; "
-            "use the config.json that was written with it."
-        )
-    model = build(config, tokenizer)
-    load_trained(model, state, folder / WEIGHTS)
+    tokenizer = _tokenizer(config, folder)
+    paths = shard_paths(folder) if (folder / SAFETENSORS_INDEX).exists() else [folder / WEIGHTS]
+    with ExitStack() as stack:
+        shards = [stack.enter_context(open_shard(path)) for path in paths]
+        if len(paths) > 1:
+            check_shards(folder)
+        if config.mllm.source is None:  # else the published model is compared with its own config.json first
+            _check_fit(config, tokenizer, shards, build, folder)
+        model = build(config, tokenizer)
+        load_trained(model, {name: one.read(name) for one in shards for name in one.tensors}, folder / WEIGHTS)
     return model
+
+
+def _tokenizer(config: Model, folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer = read_tokenizer(folder)
+    known = tokenizer.get_vocab()
+    if unknown := [token for token in config.candidate_tokens if token not in known]:
+        raise InputError(
+            f"{folder / CONFIG}: candidate_tokens {', '.join(unknown)} are not in the checkpoint's tokenizer; {_OWN}."
+        )
+    needed = {
+        "<image>": IMAGE_TOKEN,
+        "beginning": tokenizer.bos_token,
+        "end": tokenizer.eos_token,
+        "padding": tokenizer.pad_token,
+    }
+    if lacking := [name for name, token in needed.items() if token not in known]:
+        raise InputError(f"{folder}: its tokenizer has no token for {', '.join(lacking)}; copy the tokenizer again.")
+    if token_count(tokenizer) > len(tokenizer):
+        raise InputError(f"{folder}: its tokenizer leaves out ids; copy the tokenizer again.")
+    return tokenizer
+
+
+def _check_fit(
+    config: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    shards: Sequence[Shard],
+    build: Callable[..., SavedModel],
+    folder: Path,
+) -> None:
+    """Compares a checkpoint's tensors with its config.json before memory is taken for what that describes."""
+    found = {name: facts for shard in shards for name, facts in shard.tensors.items()}
+    sizes, mllm = config.seg_head.sizes, config.mllm
+    towers = mllm.vision_layers if mllm.image_tokens == "vision_tower" else 0
+    layers = max(mllm.size.layers, towers, sizes.depth if sizes and not _has_published_head(config) else 0)
+    with library_errors(folder / CONFIG, "does not describe the model of these weights", _OWN):
+        if layers > len(found):
+            raise ValueError(f"{layers:,} layers, but the weights are {len(found)} tensors")
+        with torch.device("meta"):
+            own = facts_of(trained_state(build(config, tokenizer, weights=False)))
+    if problems := misfits(own, found, folder / WEIGHTS, _OWN):
+        raise InputError(shortened(problems, str(folder / WEIGHTS)))
 
 
 def _placed(config: Model, folder: Path, chosen: dict[str, Any]) -> Model:
@@ -211,8 +286,8 @@ def _placed(config: Model, folder: Path, chosen: dict[str, Any]) -> Model:
     return config_from({"model": config.model_dump() | {"mllm": mllm}}, where=where).model
 
 
-def _model_of(content: dict[str, Any], folder: Path) -> Model:
-    return config_from({"model": content["model"]}, where=str(folder / CONFIG)).model
+def _model_of(description: Description, folder: Path) -> Model:
+    return config_from({"model": description.model}, where=str(folder / CONFIG)).model
 
 
 def check_same_model(folder: Path, config: Model) -> None:
@@ -288,29 +363,25 @@ def push_checkpoint(model: SavedModel, hub_id: str, *, private: bool | None, tok
 
 def load_trained(model: SavedModel, state: dict[str, Tensor], where: Path) -> None:
     """Loads trained tensors, read from the file `where`, strictly."""
-    own = trained_state(model)
-    problems = [f"{where}: missing tensor {name}; it was saved from another model" for name in own if name not in state]
-    problems += [
-        f"{where}: left-over tensor {name}; the config is not that of this checkpoint"
-        for name in state
-        if name not in own
-    ]
-    problems += [
-        f"{where}: {name} has shape {tuple(state[name].shape)}, the config says {tuple(value.shape)}; use its config"
-        for name, value in own.items()
-        if name in state and value.shape != state[name].shape
-    ]
+    problems = misfits(facts_of(trained_state(model)), facts_of(state), where, _OWN) or not_finite(state.items(), where)
     if problems:
         raise InputError(shortened(problems, str(where)))
     model.load_state_dict(state, strict=False)
 
 
-def read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> Description:
     """Returns what `write_description` wrote."""
     path = folder / CONFIG
     if not path.is_file():
+        inner = [folder / "checkpoint", *sorted(folder.glob("last-*"), reverse=True)]
+        if found := next((one for one in inner if (one / CONFIG).is_file()), None):
+            raise InputError(f"{folder}: the folder of a run, not a checkpoint; give {found}.")
         raise InputError(f"{path}: no checkpoint here; {_FIX}.")
-    content = read_json(path)
+    content = read_json(path, "a checkpoint's config.json")
     if content.get("format") != FORMAT or "model" not in content:
         raise InputError(f"{path}: not a medisee checkpoint of format {FORMAT}; {_FIX}.")
-    return content
+    try:
+        return TypeAdapter(Description).validate_python(content)
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        raise InputError(f"{path}: {key}: {error.errors()[0]['msg']}; copy the checkpoint again.") from error

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import struct
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPVisionConfig,
@@ -28,10 +29,10 @@ from transformers import (
 )
 
 from medisee.config.model import PACKAGE, Mllm
-from medisee.foundation.errors import InputError, first_line
+from medisee.foundation.errors import InputError, library_errors
 from medisee.foundation.files import atomic_path, cached_sha256
-from medisee.weights.llava_convert import convert_once
-from medisee.weights.shards import some
+from medisee.weights.llava_convert import convert_once, described_model
+from medisee.weights.shards import TensorFacts, not_finite, some
 
 FORMAT = 1
 
@@ -107,21 +108,38 @@ def _convert(path: Path, target: Path) -> None:
         tokenizer.save_pretrained(temporary)
 
 
+def _tensors(path: Path) -> list[TensorFacts]:
+    """Reads the headers of a file's tensors; gguf alone would not notice that a length leads past the end."""
+    from gguf import GGUFReader
+
+    class Reader(GGUFReader):
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            values = super()._get(offset, dtype, count, override_order)
+            if len(values) != count:
+                raise ValueError("the file is cut, or a length in it is wrong")
+            return values
+
+    # Quantized or not, all tensors become float32.
+    return [TensorFacts(tuple(map(int, one.shape)), torch.float32) for one in Reader(path).tensors]
+
+
 def _read(path: Path) -> tuple[PreTrainedTokenizerBase, Any]:
     # By default, newer versions of transformers may keep the weights in the file's 4 bits.
     kind = getattr(transformers, "GgufConfig", None)
     unpacked = {"quantization_config": kind(dequantize=True)} if kind is not None else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    file: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(f"{path}: reading it needs the package gguf; run pip install -e '.[laptop]'.")
+    with library_errors(path, "not a language model that transformers can read", "fetch the file again"):
+        held = _tensors(path)
+        settings = AutoConfig.from_pretrained(path.parent, **file)
+        described_model(lambda: AutoModelForCausalLM.from_config(settings), settings, held, path)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **file)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True, **unpacked
+            path.parent, **file, dtype=torch.float32, output_loading_info=True, **unpacked
         )
-    except ImportError as error:
-        raise InputError(f"{path}: reading it needs the package gguf; run pip install -e '.[laptop]'.") from error
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, struct.error) as error:
-        raise InputError(f"{path}: not a language model that transformers can read ({first_line(error)}).") from error
     text, report = loaded
-    problems = []
+    problems = not_finite(text.state_dict().items(), path)
     if lacking := {*report["missing_keys"], *(str(name) for name, *_ in report["mismatched_keys"])}:
         problems.append(f"{path}: lacks {some(lacking)}; fetch the file again.")
     if tokenizer.bos_token is None or tokenizer.eos_token is None:

@@ -78,6 +78,20 @@ def verify(repository: str, revision: str | None, folder: Path) -> None:
         )
 
 
+def foreign_content(path: Path) -> str | None:
+    """Says what often lies in the place of weights; None if the file is nothing of that kind."""
+    try:
+        with path.open("rb") as handle:
+            begin = handle.read(64).lstrip().lower()
+    except OSError:
+        return None
+    if not begin:
+        return "an empty file"
+    if begin.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer in the place of the file (git lfs pull gets it)"
+    return "a web page in the place of the file" if begin.startswith(b"<") else None
+
+
 def _reason(error: Exception, repository: str, revision: str | None) -> str:
     known = {
         GatedRepoError: f"its terms have to be accepted at https://huggingface.co/{repository}; "

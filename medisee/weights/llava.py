@@ -15,21 +15,22 @@ from accelerate import infer_auto_device_map
 from accelerate.utils import get_max_memory
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     BitsAndBytesConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerBase,
 )
 
 from medisee.config.model import Mllm
-from medisee.foundation.errors import InputError, first_line
+from medisee.foundation.errors import InputError, library_errors
+from medisee.foundation.json_files import read_json
 from medisee.weights.gguf import gguf_folder
 from medisee.weights.hub import fetch, is_hub_id
-from medisee.weights.llava_convert import converted, vocabulary_problems
+from medisee.weights.llava_convert import converted, described_model, vocabulary_problems
 from medisee.weights.llava_format import is_original, original_tokenizer
-from medisee.weights.shards import CONFIG, check_shards, read_json, shard_paths, some
-from medisee.weights.tokenizer import as_legacy
+from medisee.weights.shards import CONFIG, WEIGHT_TYPES, check_finite, check_shards, shard_paths, some
+from medisee.weights.tokenizer import as_legacy, read_tokenizer, token_count
 
+_EXPECTED = "the settings of a LLaVA"
 SKIPPED = ("lm_head", "model.multi_modal_projector", "model.vision_tower")
 """What stays in 16 or 32 bits beside a language model of 4 or 8; transformers compares the beginnings of names."""
 DTYPES: dict[str, Any] = {
@@ -51,16 +52,10 @@ class Pretrained:
 def pretrained_tokenizer(config: Mllm) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of `config.source`: original, transformers' or a GGUF file's."""
     folder = _source_folder(config, weights=False)
-    if is_original(read_json(folder / CONFIG)):
+    if is_original(read_json(folder / CONFIG, _EXPECTED)):
         return original_tokenizer(folder)
-    return _load_tokenizer(folder, config)
-
-
-def _load_tokenizer(folder: Path, config: Mllm) -> PreTrainedTokenizerBase:
-    try:
-        return as_legacy(AutoTokenizer.from_pretrained(folder))
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise _unreadable(config, error) from error
+    llava_settings(folder)  # transformers reads it too, and would call its faults the tokenizer's
+    return as_legacy(read_tokenizer(folder))
 
 
 def load_pretrained(config: Mllm) -> Pretrained:
@@ -68,27 +63,41 @@ def load_pretrained(config: Mllm) -> Pretrained:
     if config.bits is not None:
         _check_bits(config.bits)
     folder = _source_folder(config, weights=True)
-    settings = read_json(folder / CONFIG)
+    settings = read_json(folder / CONFIG, _EXPECTED)
     if is_original(settings):
         folder = converted(folder, config)
-    elif settings.get("model_type") != "llava":
-        raise InputError(
-            f"{folder / CONFIG}: describes {settings.get('model_type')!r}, which is not a Llava; give a transformers "
-            "Llava or an original LLaVA(-Med) checkpoint."
-        )
+    described = llava_settings(folder)
     if others := [path.name for path in shard_paths(folder) if path.suffix != ".safetensors"]:
         raise InputError(
             f"{folder}: holds a transformers Llava as {some(others)}; expected .safetensors files, which run no code; "
             "fetch a revision that has them, or write them with transformers' save_pretrained."
         )
-    check_shards(folder)
+    held = check_shards(folder)
+    # Older files hold a buffer of positions. Quantized ones hold whole numbers, which transformers unpacks.
+    odd = [name for name, facts in held.items() if facts.dtype not in WEIGHT_TYPES and "position_ids" not in name]
+    if odd and "quantization_config" not in settings:
+        raise InputError(f"{folder}: {some(odd)} holds whole numbers, which cannot be weights; fetch it again.")
+    described_model(lambda: LlavaForConditionalGeneration(described), described, [*held.values()], folder / CONFIG)
+    check_finite(folder)
     llava = _load(folder, config)
     embedding: Any = llava.get_input_embeddings()
-    tokens = len(_load_tokenizer(folder, config))
+    tokens = token_count(read_tokenizer(folder))
     stated = llava.config.get_text_config().vocab_size
     if problems := vocabulary_problems(folder, rows=embedding.num_embeddings, stated=stated, tokens=tokens):
         raise InputError(problems)
     return Pretrained(llava, tokens)
+
+
+def llava_settings(folder: Path) -> Any:
+    """Reads the config.json of a transformers Llava; code that it names is never run."""
+    path = folder / CONFIG
+    if (kind := read_json(path, _EXPECTED).get("model_type")) != "llava":
+        raise InputError(
+            f"{path}: describes {kind!r}, which is not a Llava; give a transformers Llava or an original LLaVA(-Med) "
+            "checkpoint."
+        )
+    with library_errors(path, "does not describe a transformers Llava", "fetch it again"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def _load(folder: Path, config: Mllm) -> LlavaForConditionalGeneration:
@@ -97,18 +106,17 @@ def _load(folder: Path, config: Mllm) -> LlavaForConditionalGeneration:
         placing = {"quantization_config": quantization_config(config), "device_map": {"": torch.cuda.current_device()}}
     if config.device_map is not None:
         placing = {"device_map": layer_devices(folder, config), "offload_folder": config.offload_folder}
-    try:
+    with library_errors(f"model.mllm.source = {config.source!r}", "cannot be loaded", "fetch it again"):
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
             folder,
             dtype=DTYPES[config.dtype],
+            trust_remote_code=False,
             attn_implementation=general_kernel(config),
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **placing,
         )
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
-        raise _unreadable(config, error) from error
     llava, report = loaded
     problems = []
     if lacking := report["missing_keys"]:
@@ -148,10 +156,6 @@ def _source_folder(config: Mllm, *, weights: bool) -> Path:
         raise InputError(f"model.mllm.source = {error.problems[0]}") from error
 
 
-def _unreadable(config: Mllm, error: Exception) -> InputError:
-    return InputError(f"model.mllm.source = {config.source!r}: cannot be loaded ({first_line(error)}); fetch it again.")
-
-
 def _check_bits(bits: int) -> None:
     problems = []
     if not torch.cuda.is_available():
@@ -179,7 +183,7 @@ def layer_devices(folder: Path, config: Mllm) -> dict[str, int | str]:
 
     So what learns, and what the seg head and the routers read, stays on their device.
     """
-    settings: Any = AutoConfig.from_pretrained(folder)
+    settings = llava_settings(folder)
     assumed = {"auto": settings.dtype or torch.float32}.get(config.dtype, DTYPES[config.dtype])
     with torch.device("meta"):
         llava = LlavaForConditionalGeneration(settings)

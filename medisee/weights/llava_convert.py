@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from huggingface_hub.constants import HF_HOME
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from medisee.config.model import Mllm
-from medisee.foundation.errors import InputError
+from medisee.foundation.errors import InputError, library_errors, shortened
 from medisee.foundation.files import atomic_path
+from medisee.foundation.json_files import read_json
 from medisee.weights.hub import fetch
 from medisee.weights.llava_format import (
     CLIP_DROPPED,
@@ -38,9 +39,11 @@ from medisee.weights.shards import (
     CONFIG,
     Shard,
     ShardPlan,
+    TensorFacts,
+    facts_of,
+    misfits,
     open_shard,
     plan_shards,
-    read_json,
     shard_paths,
     some,
     weight_map,
@@ -51,7 +54,6 @@ FORMAT = 1
 PADDED_ROWS = 64
 """Embeddings are padded to a multiple of this at most; more rows belong to another tokenizer."""
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _EMBEDDING = "model.language_model.embed_tokens.weight"
 
 
@@ -61,7 +63,7 @@ def converted(folder: Path, config: Mllm) -> Path:
     Its name depends on sizes and times of the weights and on the content of all other files, so that it is never taken
     for another checkpoint's.
     """
-    settings = read_json(folder / CONFIG)
+    settings = read_json(folder / CONFIG, "a LLaVA's settings")
     names = weight_map(folder)
     if not names:
         with open_shard(shard_paths(folder)[0]) as shard:
@@ -84,16 +86,19 @@ def convert_once(name: str, config: Mllm, convert: Callable[[Path], None]) -> Pa
     One process converts while others that were started with it wait.
     """
     home = Path(config.converted) if config.converted else Path(HF_HOME) / "medisee"
-    target = home / name
+    target, lock = home / name, home / f".{name}.lock"
     if target.is_dir():
         return target
     try:
         home.mkdir(parents=True, exist_ok=True)
-        with FileLock(home / f".{name}.lock"):
+        with FileLock(lock):
             for left in home.glob(f".{name}.*.tmp"):
                 shutil.rmtree(left, ignore_errors=True)
-            if not target.is_dir():
-                convert(target)
+            try:
+                if not target.is_dir():
+                    convert(target)
+            finally:
+                lock.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(
             f"{target}: cannot be written ({error.strerror or error}); set model.mllm.converted to another folder."
@@ -164,37 +169,41 @@ def _vision_folder(name: str, *, weights: bool) -> Path:
 def _plan(shard: Shard, names: Iterable[tuple[str, str]], dropped: re.Pattern[str]) -> ShardPlan:
     new_names = {old: renamed(old, names) for old in shard.tensors if not dropped.fullmatch(old)}
     old_names = {new: old for old, new in new_names.items() if new is not None}
-    problems = []
     if unknown := [old for old, new in new_names.items() if new is None]:
-        problems.append(f"{shard.path}: holds {some(unknown)}, which this format does not have; fetch it again.")
+        raise InputError(f"{shard.path}: holds {some(unknown)}, which this format does not have; fetch it again.")
     tensors = {new: shard.tensors[old] for new, old in old_names.items()}
-    if odd := [f"{old_names[new]} ({facts.dtype})" for new, facts in tensors.items() if facts.dtype not in _FLOATS]:
-        problems.append(f"{shard.path}: holds {some(odd)}; give the checkpoint without quantization.")
-    if problems:
-        raise InputError(problems)
     return ShardPlan(shard.path, tensors, old_names)
 
 
 def _differences(folder: Path, plans: Iterable[ShardPlan], llava: LlavaConfig) -> list[str]:
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(llava)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems, missing = [], set(expected)
-    for one in plans:
-        if extra := [one.old_names[name] for name in one.tensors if name not in expected]:
-            problems.append(f"{one.path}: holds {some(extra)}, for which config.json has no place; fetch it again.")
-        wrong = [
-            f"{one.old_names[name]} of {facts.shape} instead of {expected[name]}"
-            for name, facts in one.tensors.items()
-            if name in expected and facts.shape != expected[name]
-        ]
-        if wrong:
-            problems.append(f"{one.path}: holds {some(wrong)} as in config.json; fetch both again.")
-        missing -= one.tensors.keys()
-    if missing:
-        lacking = some(named_back(name, LLAVA_NAMES) for name in missing)
-        problems.append(f"{folder}: lacks {lacking}; fetch the checkpoint again.")
-    return problems
+    found = {name: facts for one in plans for name, facts in one.tensors.items()}
+    old = {new: name for one in plans for new, name in one.old_names.items()}
+    model = described_model(lambda: LlavaForConditionalGeneration(llava), llava, [*found.values()], folder / CONFIG)
+    own, found = (
+        {old.get(name, named_back(name, LLAVA_NAMES)): facts for name, facts in one.items()}
+        for one in (facts_of(model.state_dict()), found)
+    )
+    return shortened(misfits(own, found, folder, "fetch it and its config.json again"), str(folder))
+
+
+def described_model(build: Callable[[], Any], config: Any, held: Sequence[TensorFacts], where: Path) -> Any:
+    """Builds the model that `config`, read from `where`, describes, without memory for its weights.
+
+    Refuses one that cannot be built, or is so large that it cannot be the one whose tensors are `held`: a wrong number
+    in a config.json must not take all memory.
+    """
+    with library_errors(where, "does not describe the model of these weights", "fetch both again"):
+        parts = (getattr(config, "text_config", config), getattr(config, "vision_config", None))
+        layers = sum(part.num_hidden_layers for part in parts if part is not None)
+        count = sum(torch.Size(one.shape).numel() for one in held)
+        if layers > len(held):
+            raise ValueError(f"{layers:,} layers, but the files hold {len(held):,} tensors")
+        with torch.device("meta"):
+            model = build()
+        described = sum(value.numel() for value in model.parameters())
+        if described > 2 * count:
+            raise ValueError(f"{described:,} weights, but the files hold {count:,}")
+    return model
 
 
 def vocabulary_problems(where: Path, *, rows: int, stated: int, tokens: int) -> list[str]:

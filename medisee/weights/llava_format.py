@@ -22,9 +22,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from medisee.foundation.errors import InputError
-from medisee.weights.shards import CONFIG, TensorFacts, read_json, some
-from medisee.weights.tokenizer import as_legacy, sentencepiece_tokenizer
+from medisee.foundation.errors import InputError, library_errors
+from medisee.foundation.json_files import read_json
+from medisee.weights.shards import CONFIG, TensorFacts, some
+from medisee.weights.tokenizer import as_legacy, read_tokenizer, sentencepiece_tokenizer
 
 LLAVA_NAMES = (
     ("model.embed_tokens.", "model.language_model.embed_tokens."),
@@ -69,8 +70,9 @@ def is_original(settings: Mapping[str, Any]) -> bool:
 
 
 def _language(settings: Mapping[str, Any]) -> str | None:
-    for name in settings.get("architectures") or ():
-        if name in _ARCHITECTURES:
+    listed = settings.get("architectures")
+    for name in listed if isinstance(listed, list) else ():
+        if str(name) in _ARCHITECTURES:
             return _ARCHITECTURES[name]
     # transformers calls its own Llava "llava" too, and nests the language model's sizes.
     if "text_config" in settings or "mm_vision_tower" not in settings:
@@ -87,7 +89,9 @@ def llava_config(path: Path, settings: Mapping[str, Any], vision: CLIPVisionConf
     """
     language = _language(settings)
     problems = [
-        f"{path}: {key} is missing; fetch it again." for key in _SIZES if not isinstance(settings.get(key), int)
+        f"{path}: {key} is {settings.get(key, 'missing')!r:.50}, expected a whole number above 0; fetch it again."
+        for key in _SIZES
+        if type(settings.get(key)) is not int or settings[key] < 1
     ]
     refused = {
         "mm_projector_type": settings.get("mm_projector_type") != "mlp2x_gelu",
@@ -103,6 +107,11 @@ def llava_config(path: Path, settings: Mapping[str, Any], vision: CLIPVisionConf
     ]
     if problems:
         raise InputError(problems)
+    with library_errors(path, "does not describe a LLaVA", "fetch it again"):
+        return _llava_config(settings, language, vision)
+
+
+def _llava_config(settings: Mapping[str, Any], language: str | None, vision: CLIPVisionConfig) -> LlavaConfig:
     theta = settings.get("rope_theta") or (1e6 if language == "mistral" else 1e4)
     scaling = dict(settings.get("rope_scaling") or {})
     # Older configurations call the kind "type".
@@ -150,7 +159,9 @@ def vision_config(
     tower = "model.vision_tower."
     needed = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight")
     first = "encoder.layers.0.mlp.fc1.weight"
-    if lacking := {name for name in (*needed, first) if tower + name not in tensors}:
+    dimensions = dict.fromkeys((*needed, first), 2) | {needed[0]: 4}
+    facts = {name: tensors.get(tower + name) for name in dimensions}
+    if lacking := {name for name, one in facts.items() if one is None or len(one.shape) != dimensions[name]}:
         raise InputError(f"{folder}: the vision tower lacks {some(lacking)}; fetch the checkpoint again.")
     patches, positions = (tensors[tower + name].shape for name in needed)
     layers = {name.split(".")[4] for name in tensors if name.startswith(f"{tower}encoder.layers.")}
@@ -162,35 +173,39 @@ def vision_config(
             f"{folder / CONFIG}: the number of attention heads of mm_vision_tower = {name!r} is unknown; "
             "set model.mllm.vision_source to its hub id or folder."
         )
-    own = read_json(described / CONFIG) if described is not None else {}
-    own = own.get("vision_config", own)
-    return CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=tensors[tower + first].shape[0],
-        num_hidden_layers=len(layers),
-        num_attention_heads=own.get("num_attention_heads", max(1, width // 64)),
-        image_size=side * patch,
-        patch_size=patch,
-        hidden_act=own.get("hidden_act", "quick_gelu"),
-        layer_norm_eps=own.get("layer_norm_eps", 1e-5),
-    )
+    own = read_json(described / CONFIG, "CLIP's settings") if described is not None else {}
+    where = described / CONFIG if described is not None else folder
+    with library_errors(where, "does not describe a CLIP", "fetch it again"):
+        own = own.get("vision_config", own)
+        return CLIPVisionConfig(
+            hidden_size=width,
+            intermediate_size=tensors[tower + first].shape[0],
+            num_hidden_layers=len(layers),
+            num_attention_heads=own.get("num_attention_heads", max(1, width // 64)),
+            image_size=side * patch,
+            patch_size=patch,
+            hidden_act=own.get("hidden_act", "quick_gelu"),
+            layer_norm_eps=own.get("layer_norm_eps", 1e-5),
+        )
 
 
 def original_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Builds the tokenizer of an original checkpoint from tokenizer.model, or else from tokenizer.json."""
     model, described = folder / "tokenizer.model", folder / "tokenizer_config.json"
-    settings = read_json(described) if described.exists() else {}
+    settings = read_json(described, "a tokenizer's settings") if described.exists() else {}
     if not model.exists():
-        file = folder / "tokenizer.json"
-        if not file.exists():
+        if not (folder / "tokenizer.json").exists():
             raise InputError(f"{folder}: holds neither tokenizer.model nor tokenizer.json; fetch the checkpoint again.")
-        found = PreTrainedTokenizerFast(tokenizer_file=str(file), unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-        return as_legacy(found)
+        special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+        file = str(folder / "tokenizer.json")
+        return as_legacy(read_tokenizer(folder, lambda: PreTrainedTokenizerFast(tokenizer_file=file, **special)))
     tokenizer = sentencepiece_tokenizer(model, legacy=settings.get("legacy") is not False)
     extra = folder / "added_tokens.json"
-    added = {int(number): token for token, number in (read_json(extra) if extra.exists() else {}).items()}
-    for number, token in settings.get("added_tokens_decoder", {}).items():
-        added.setdefault(int(number), token["content"])
+    named = read_json(extra, "added tokens and their ids") if extra.exists() else {}
+    with library_errors(folder, "its added tokens are not texts with ids", "copy the tokenizer again"):
+        added = {int(number): str(token) for token, number in named.items()}
+        for number, token in settings.get("added_tokens_decoder", {}).items():
+            added.setdefault(int(number), str(token["content"]))
     for number in sorted(number for number in added if number >= len(tokenizer)):
         if number != len(tokenizer):
             raise InputError(

@@ -20,7 +20,7 @@ from torch import Tensor
 from medisee.config.model import Model
 from medisee.foundation.errors import InputError, shortened
 from medisee.weights.llava_format import LLAVA_DROPPED, LLAVA_NAMES, named_back, renamed
-from medisee.weights.shards import Shard, ShardPlan, TensorFacts
+from medisee.weights.shards import WEIGHT_TYPES, Shard, ShardPlan, TensorFacts
 
 RELEASE_TOKENS = ("[BBOX]", "[SEG]")
 """The candidate tokens in the order of the release's routers; its vocabulary has them in reverse order."""
@@ -140,6 +140,10 @@ def place(shard: Shard, *, expected: Mapping[str, torch.Size], config: Model, re
             problems.append(
                 f"{shard.path}: {key} has {facts.shape[0]} rows of {facts.shape[1]}, but the tokenizer has {rows - 1} "
                 f"tokens beside <image>, and the configuration has width {width}; give its own tokenizer and sizes."
+            )
+        elif facts.dtype not in WEIGHT_TYPES:
+            problems.append(
+                f"{shard.path}: {key} holds {facts.dtype} numbers, which cannot be weights; fetch it again."
             )
         elif shape != expected[name]:
             problems.append(

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import SamConfig, SamModel
 
 from medisee.config.model import SamSizes
 from medisee.foundation.errors import InputError
+from medisee.foundation.json_files import read_json
 from medisee.weights.hub import fetch, is_hub_id
-from medisee.weights.shards import CONFIG, read_json
+from medisee.weights.shards import CONFIG, is_state, not_finite, open_shard, read_pickled
 
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 FILE_TYPES = (".safetensors", ".pth", ".pt", ".bin")
@@ -30,6 +29,8 @@ FILE_TYPES = (".safetensors", ".pth", ".pt", ".bin")
 POSITIONS = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 SHARED_POSITIONS = "shared_image_embedding.positional_embedding"
 TIED_POSITIONS = "prompt_encoder.shared_embedding.positional_embedding"
+
+_PART = re.compile(r"(.*?)(?:image_encoder|vision_encoder|shared_image_embedding|prompt_encoder|mask_decoder)\.")
 
 # In order; each turns a part of segment_anything's name into transformers'.
 _RENAMED: tuple[tuple[str, str], ...] = (
@@ -128,7 +129,7 @@ def weights_file(source: str | Path) -> Path:
         return path
     if not (path / CONFIG).is_file():
         raise InputError(f"{path / CONFIG}: missing; give the folder of a transformers SAM, or a file of weights.")
-    if (kind := read_json(path / CONFIG).get("model_type")) != "sam":
+    if (kind := read_json(path / CONFIG, "the settings of a transformers SAM").get("model_type")) != "sam":
         raise InputError(
             f"{path / CONFIG}: model_type = {kind!r}, expected 'sam'; give the folder of a transformers SAM."
         )
@@ -148,23 +149,47 @@ def _fetched(hub_id: str) -> Path:
         ) from error
 
 
-def read_weights(path: Path) -> Any:
-    """Reads a .safetensors or torch file: data only, never code."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
+def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Reads a SAM's tensors from a .safetensors or torch file: data only, never code.
+
+    A training checkpoint's weights may be one of its entries, such as "model", and their names may all begin alike,
+    such as "module.". Returns the tensors without that beginning, and the beginning.
+    """
+    if not path.is_file():
         raise InputError(
             f"{path}: no such weights file; set model.seg_head.checkpoint to an existing .pth or .safetensors file, "
             "or to a folder or hub id of a transformers SAM."
-        ) from error
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a complete safetensors file ({error}); get it again.") from error
-    except Exception as error:  # torch raises many types for truncated, foreign and code-carrying files
+        )
+    if path.suffix == ".safetensors":
+        with open_shard(path) as shard:
+            state: Any = {name: shard.read(name) for name in shard.tensors}
+    else:
+        state = _only_state(read_pickled(path), path)
+    if problems := not_finite(state.items(), path):
+        raise InputError(problems)
+    begins = sorted({found[1] for found in map(_PART.match, state) if found})
+    if len(begins) > 1:
         raise InputError(
-            f"{path}: cannot be read as plain tensors ({type(error).__name__}); expected a state dict."
-        ) from error
+            f"{path}: holds several SAMs, under {', '.join(repr(one) for one in begins[:4])}; save the tensors of one "
+            "of them alone."
+        )
+    begin = begins[0] if begins else ""
+    return {name.removeprefix(begin): value for name, value in state.items()}, begin
+
+
+def _only_state(content: Any, path: Path) -> Mapping[str, Tensor]:
+    entries = content if isinstance(content, dict) else {}
+    if entries and is_state(entries):
+        return entries
+    found = [name for name, value in entries.items() if isinstance(value, dict) and value and is_state(value)]
+    if len(found) == 1:
+        return entries[found[0]]
+    if found:
+        raise InputError(
+            f"{path}: holds tensors in {', '.join(map(repr, found[:4]))}; save those of one of them alone, with "
+            "torch.save."
+        )
+    raise InputError(f"{path}: expected names and tensors, found {type(content).__name__}; fetch it again.")
 
 
 def packaged_weights() -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from tqdm import tqdm
 
 from medisee.foundation.errors import InputError, first_line
 from medisee.foundation.files import write_json
+from medisee.foundation.json_files import read_json
+from medisee.weights.hub import foreign_content
 
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
@@ -42,6 +45,9 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
+WEIGHT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_FILE_NAME = re.compile(r"[^/\\\0]{1,255}")
+_REFUSED = re.compile(r"GLOBAL (\S+)")  # what torch names when a pickle wants to call something
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +99,10 @@ def weight_map(folder: Path) -> dict[str, str]:
     path = _first(folder)
     if path is None or path.suffix != ".json":
         return {}
-    content = read_json(path).get("weight_map")
+    content = read_json(path, "an index of weight files").get("weight_map")
     # A path to another folder has no business in an index.
     if not isinstance(content, dict) or not all(
-        isinstance(file, str) and Path(file).name == file for file in content.values()
+        isinstance(file, str) and _FILE_NAME.fullmatch(file) and file.strip(".") for file in content.values()
     ):
         raise InputError(f"{path}: has no weight_map from tensors to files beside it; fetch it again.")
     return content
@@ -106,35 +112,23 @@ def _first(folder: Path) -> Path | None:
     return next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); fetch it again.") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); fetch it again.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}; fetch it again.")
-    return content
-
-
 @contextmanager
 def open_shard(path: Path) -> Iterator[Shard]:
     """Opens a .safetensors or .bin file, whose tensors are read on demand and stay mapped until it is closed."""
     if path.suffix != ".safetensors":
-        tensors = _unpickled(path)
-        types: dict[str, Any] = {name: tensor.dtype for name, tensor in tensors.items()}
-        _check_types(path, types, _CODES)
-        facts = {name: TensorFacts(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        tensors = read_pickled(path)
+        if not isinstance(tensors, dict) or not is_state(tensors):
+            raise InputError(f"{path}: expected names and tensors, found {type(tensors).__name__}; fetch it again.")
+        facts = facts_of(tensors)
+        _check_types(path, {name: one.dtype for name, one in facts.items()}, _CODES)
         yield Shard(path, facts, tensors.__getitem__)
         return
     try:
         handle = safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: missing; copy the whole folder.") from error
     except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path}: truncated or not a safetensors file ({first_line(error)}); fetch it again."
-        ) from error
+        raise InputError(f"{path}: {_reason(path, error, 'a safetensors file')}; fetch it again.") from error
     with handle:
         slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (it is not a mapping)
         types = {name: piece.get_dtype() for name, piece in slices.items()}
@@ -143,27 +137,78 @@ def open_shard(path: Path) -> Iterator[Shard]:
         yield Shard(path, facts, handle.get_tensor)
 
 
-def _unpickled(path: Path) -> dict[str, Tensor]:
+def read_pickled(path: Path) -> Any:
+    """Reads a torch file, .bin or .pth: data only, never code."""
     try:
         # Only zip archives can be mapped; files of torch before 1.6 are not.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path}: holds something other than tensors, or is damaged; none of it was executed; "
-            "fetch it from a source that you trust."
-        ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise InputError(
-            f"{path}: truncated or not a file of tensors ({first_line(error)}); fetch it again."
-        ) from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise InputError(f"{path}: expected names and tensors, found {type(content).__name__}; fetch it again.")
-    return content
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises many types for truncated, foreign and code-carrying files
+        if refused := _REFUSED.search(str(error)):
+            raise InputError(
+                f"{path}: reading it needs {refused[1]}, which could run code; none of it was executed. Save the tensors "
+                "alone, with torch.save(model.state_dict(), ...), or fetch another copy."
+            ) from error
+        raise InputError(f"{path}: {_reason(path, error, 'a file of tensors')}; fetch it again.") from error
 
 
 def _check_types(path: Path, types: Mapping[str, Any], known: Mapping[Any, Any]) -> None:
     if odd := [f"{name} ({kind})" for name, kind in types.items() if kind not in known]:
-        raise InputError(f"{path}: holds {some(odd)}; give the checkpoint without quantization.")
+        raise InputError(f"{path}: holds {some(odd)}; give weights in 16, 32 or 64 bits, without quantization.")
+
+
+def is_state(content: Mapping[Any, Any]) -> bool:
+    """Tells whether all of a mapping's values are ordinary tensors with names."""
+    return all(
+        isinstance(name, str)
+        and isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        for name, value in content.items()
+    )
+
+
+def facts_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorFacts]:
+    """Returns shape and type of each tensor."""
+    return {name: TensorFacts(tuple(value.shape), value.dtype) for name, value in tensors.items()}
+
+
+def misfits(own: Mapping[str, TensorFacts], found: Mapping[str, TensorFacts], where: Path | str, fix: str) -> list[str]:
+    """Compares the tensors of a file with those of the model: names, shapes, and types that can be its weights."""
+    both = [(name, facts, found[name]) for name, facts in own.items() if name in found]
+    return [
+        *(f"{where}: missing tensor {name}; {fix}" for name in own if name not in found),
+        *(f"{where}: left-over tensor {name}; {fix}" for name in found if name not in own),
+        *(
+            f"{where}: {name} has shape {theirs.shape}, expected {ours.shape}; {fix}"
+            for name, ours, theirs in both
+            if theirs.shape != ours.shape
+        ),
+        *(
+            f"{where}: {name} holds {str(theirs.dtype).removeprefix('torch.')} numbers, which cannot be weights; fetch "
+            "it again, without quantization."
+            for name, ours, theirs in both
+            if ours.dtype.is_floating_point and theirs.dtype not in WEIGHT_TYPES
+        ),
+    ]
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]], where: Path | str) -> list[str]:
+    """Names the tensors that hold NaN or infinite numbers, with which a model would only seem to answer."""
+    # The extremes of a tensor with NaN are NaN. They need no memory, unlike a flag for each number.
+    odd = [
+        name
+        for name, value in tensors
+        if value.is_floating_point() and value.numel() and not torch.stack(value.aminmax()).isfinite().all()
+    ]
+    return [f"{where}: {some(odd)} holds NaN or infinite numbers; use another copy or an earlier state."] if odd else []
+
+
+def _reason(path: Path, error: Exception, expected: str) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror})"
+    # What torch says of a pickle is advice to run its code.
+    more = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"
+    return foreign_content(path) or f"truncated or not {expected}{more}"
 
 
 def shards_digest(folder: Path) -> str | None:
@@ -187,10 +232,28 @@ def shards_digest(folder: Path) -> str | None:
     return digest.hexdigest()
 
 
-def check_shards(folder: Path) -> None:
-    """Opens every file of a checkpoint and compares it with the index."""
-    _, problems = plan_shards(folder, lambda shard: ShardPlan(shard.path, {}, {}))
+def check_shards(folder: Path) -> dict[str, TensorFacts]:
+    """Opens every file of a checkpoint, compares it with the index, and returns shape and type of all tensors.
+
+    No tensor is read.
+    """
+    plans, problems = plan_shards(
+        folder, lambda s: ShardPlan(s.path, dict(s.tensors), {name: name for name in s.tensors})
+    )
     if problems:
+        raise InputError(problems)
+    return {name: facts for plan in plans for name, facts in plan.tensors.items()}
+
+
+def check_finite(folder: Path) -> None:
+    """Reads every tensor of a checkpoint and refuses NaN and infinite numbers: a pass over the files, 7B in seconds."""
+    for path in shard_paths(folder):
+        with open_shard(path) as shard:
+            _check_finite(shard)
+
+
+def _check_finite(shard: Shard) -> None:
+    if problems := not_finite(((name, shard.read(name)) for name in shard.tensors), shard.path):
         raise InputError(problems)
 
 
@@ -248,6 +311,7 @@ def write_shards(plans: Sequence[ShardPlan], folder: Path, change: Callable[[str
 
 def _convert_shard(plan: ShardPlan, path: Path, change: Callable[[str, Tensor], Tensor]) -> None:
     with open_shard(plan.path) as shard:
+        _check_finite(shard)
         write_shard(path, plan.tensors, lambda name: change(name, shard.read(plan.old_names[name])))
 
 

@@ -8,7 +8,7 @@ followed by a token for a space; otherwise only the first piece does.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,44 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from medisee.foundation.errors import InputError
+from medisee.foundation.errors import InputError, library_errors
+from medisee.foundation.json_files import read_json
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 IMAGE_TOKEN = "<image>"
 SPACE = "\u2581"
 
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_MOST_BYTES = 1 << 28  # of a file; the largest vocabularies of today need a tenth of it
+
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 _BPE = 2
+
+
+def read_tokenizer(folder: Path, load: Callable[[], PreTrainedTokenizerBase] | None = None) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a folder, by `load` or as transformers does; code that the folder holds is never run."""
+    for path in (folder / name for name in _FILES if (folder / name).exists()):
+        if path.stat().st_size > _MOST_BYTES:
+            raise InputError(f"{path}: too large for a tokenizer ({path.stat().st_size >> 20} MiB); copy it again.")
+        read_json(path, "a tokenizer's file")
+    lacks = "" if (folder / _FILES[0]).exists() else f"there is no {_FILES[0]}, and without it "
+    with library_errors(folder, f"{lacks}its tokenizer cannot be used", "copy the tokenizer again"):
+        try:
+            tokenizer = load() if load else AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer("A word.")
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            code = f"{folder / _FILES[1]}: auto_map names code of its own, which is never run"
+            raise InputError(f"{code}; give a checkpoint with one of transformers' tokenizers.") from error
+    return tokenizer
+
+
+def token_count(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns how many rows an embedding needs for every token; some vocabularies leave out ids."""
+    return 1 + max(tokenizer.get_vocab().values())
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -117,7 +145,8 @@ def _sentencepiece_model(path: Path) -> Any:
         raise InputError(f"{path}: not a sentencepiece model ({error}); copy the tokenizer again.") from error
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     kinds = {piece.type for piece in proto.pieces}
-    if not proto.pieces or min(trainer.unk_id, trainer.bos_id, trainer.eos_id) < 0:
+    ids = (trainer.unk_id, trainer.bos_id, trainer.eos_id)
+    if min(ids) < 0 or max(ids) >= len(proto.pieces):
         raise InputError(f"{path}: has no <unk>, <s> and </s>; expected Llama's kind of tokenizer, copy it again.")
     changed = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces or not normalizer.add_dummy_prefix
     if trainer.model_type != _BPE or changed or not kinds <= {_NORMAL, _UNKNOWN, _CONTROL, _BYTE}:
@@ -173,7 +202,13 @@ def add_candidate_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[st
     Tokens that the vocabulary already holds keep their ids: a transformers LLaVA-v1.5 has `<image>` at 32000 and a
     padding token at 32001, so the candidate tokens get 32002 and 32003.
     """
-    missing = [token for token in (*tokens, IMAGE_TOKEN) if token not in tokenizer.get_vocab()]
+    vocabulary, added = tokenizer.get_vocab(), set(tokenizer.added_tokens_encoder)  # type: ignore[attr-defined]
+    named = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, IMAGE_TOKEN]
+    if taken := [token for token in tokens if token in named or (token in vocabulary and token not in added)]:
+        raise InputError(
+            f"model.candidate_tokens: {', '.join(taken)} already has a meaning in the tokenizer; choose another word."
+        )
+    missing = [token for token in (*tokens, IMAGE_TOKEN) if token not in vocabulary]
     tokenizer.add_tokens(missing, special_tokens=True)
 
 

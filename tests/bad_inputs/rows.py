@@ -24,6 +24,7 @@ COMMANDS = {
     "prepare": "medisee.prepare_data",
     "convert": "medisee.convert",
     "download": "medisee.download_weights",
+    "medisee": "medisee.cli",
     "data_gen": "data_gen.__main__",
 }
 """The commands, and the modules whose `main(argv)` they are."""

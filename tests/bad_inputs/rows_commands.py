@@ -30,7 +30,7 @@ ROWS = [
         "out holds other files",
         "eval",
         lambda w: w.evaluate("--out", w.text("mine/notes.txt", "x").parent),
-        ("notes.txt", "--out"),
+        ("notes.txt", "choose another folder"),
     ),
     Row(
         "decode of a file",

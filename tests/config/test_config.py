@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from medisee.config import Config, Source
 from medisee.config.load import config_from, dump_config, load_config
+from medisee.config.table import PAPER, settings_table, with_table
 from medisee.foundation.errors import InputError
 
 ROOT = Path(__file__).parents[2] / "configs"
@@ -103,9 +104,9 @@ def test_a_missing_base_is_named(tmp_path: Path, base: str) -> None:
     assert "cannot read" in problem
 
 
-def test_overrides_win_over_files_and_the_last_wins(tmp_path: Path) -> None:
+def test_overrides_win_over_files(tmp_path: Path) -> None:
     path = write(tmp_path, "train: {steps: 7, lr: 0.5}\n")
-    config = load_config(path, ["train.steps=8", "model.mllm.size.hidden=64", "train.steps=9"])
+    config = load_config(path, ["train.steps=9", "model.mllm.size.hidden=64", "train.steps=9"])
     assert (config.train.steps, config.train.lr, config.model.mllm.size.hidden) == (9, 0.5, 64)
 
 
@@ -387,3 +388,92 @@ def test_the_old_name_of_unpadded_still_works() -> None:
     assert not load_config(ROOT / "medisee_7b.yaml", ["train.one_by_one=false"]).train.unpadded
     with pytest.raises(InputError, match=r"unknown key 'train\.one_by_one'"):
         config_from({"train": {"one_by_one": True, "unpadded": True}}, where="test")
+
+
+CONTRADICTIONS = {
+    "section and key": ["train=3", "train.lr=1e-4"],
+    "key and section": ["train.lr=1e-4", "train=3"],
+    "twice": ["train.lr=1", "train.lr=2"],
+    "in a section": ["train={lr: 1, steps: 3}", "train.lr=2"],
+    "null and key": ["model.seg_head.lora=null", "model.seg_head.lora.rank=2"],
+    "old and new name": ["train.one_by_one=true", "train.unpadded=false"],
+}
+
+
+@pytest.mark.parametrize("overrides", CONTRADICTIONS.values(), ids=CONTRADICTIONS.keys())
+def test_overrides_that_contradict_each_other_are_refused(overrides: list[str]) -> None:
+    first, second = overrides
+    expected = f"overrides {first!r} and {second!r} contradict each other; leave one out."
+    assert only_problem(None, *overrides) == expected
+
+
+def test_overrides_that_agree_are_joined() -> None:
+    train = load_config(None, ["train={lr: 1e-4, steps: 3}", "train.seed=5", "train.steps=3", "train.seed=5"]).train
+    assert (train.lr, train.steps, train.seed) == (1e-4, 3, 5)
+
+
+def test_a_key_that_is_twice_is_refused_wherever_it_is(tmp_path: Path) -> None:
+    path = write(tmp_path, "train: {steps: 7}\nloss: {bce: 3}\ntrain: {lr: 0.5}\n")
+    assert "line 3: the key 'train' is already on line 1" in only_problem(path)
+    assert str(path) in only_problem(write(tmp_path, "base: run.yaml\n", "own.yaml"))
+
+
+def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "data: {val: ~/val.jsonl, train: [{records: ~/a.jsonl}]}\nmodel: {seg_head: {checkpoint: ~/x}}\n")
+    config = load_config("~/run.yaml", ["train.out=~/runs/a", "data.cache=./~x"])
+    assert config == load_config(
+        write(tmp_path, "base: ~/run.yaml\ntrain: {out: ~/runs/a}\ndata: {cache: ./~x}\n", "b")
+    )
+    assert (config.train.out, config.data.val) == (f"{tmp_path}/runs/a", f"{tmp_path}/val.jsonl")
+    assert (config.data.train[0].records, config.model.seg_head.checkpoint) == (f"{tmp_path}/a.jsonl", f"{tmp_path}/x")
+    assert config.data.cache == "./~x"
+
+
+UNUSUAL = [
+    ("train.out=2026-12-01", "2026-12-01"),
+    ("train.out='脾 (1)\u3000é'", "脾 (1)\u3000é"),
+    ("train.out='no'", "no"),
+    ("train.seed=4294967295", 2**32 - 1),
+    ("train.steps='7'", 7),
+    ("train.steps=1e3", 1000),
+    ("train.lr=1e-4", 1e-4),
+    ("train.warmup=0", 0),
+    ("train.warmup=2000", 2000),
+    ("train.mask_from=1500", 1500),
+    ("train.recompute_layers=true", True),
+    ("train.recompute_layers=4", 4),
+    ("train.deepspeed={zero_optimization: {overlap_comm: true}}", {"zero_optimization": {"overlap_comm": True}}),
+    ("loss.text=0", 0.0),
+    ("eval.forced_answer='Here:\n{candidates}'", "Here: {candidates}"),
+    ("model.candidate_tokens=['<seg>', '<|box|>']", ("<seg>", "<|box|>")),
+    ("model.candidate_tokens=['[SEG]']", ("[SEG]",)),
+    ("model.mllm.max_memory={'0': 20GiB, cpu: 1000}", {"0": "20GiB", "cpu": 1000}),
+]
+
+
+@pytest.mark.parametrize(("override", "value"), UNUSUAL)
+def test_unusual_values_are_taken(override: str, value: Any) -> None:
+    config: Any = load_config(None, [override])
+    for part in override.partition("=")[0].split("."):
+        config = getattr(config, part)
+    assert config == value and type(config) is type(value)
+
+
+def test_the_table_of_settings_is_as_the_code() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert settings_table() in readme
+    assert with_table(readme) == readme
+    rows = settings_table().splitlines()[2:]
+    assert len(rows) > 100 and len({row.split(" | ")[0] for row in rows}) == len(rows)
+    assert all(row.count(" | ") == 4 and row.endswith(". |") for row in rows)
+
+
+def test_the_table_says_what_a_run_would_have() -> None:
+    row = next(row for row in settings_table().splitlines() if "`train.lr`" in row)
+    assert row == "| `train.lr` | number, > 0, ≤ 10 | `0.0003` | `0.0003` | Peak learning rate of AdamW. |"
+
+
+def test_the_papers_values_belong_to_settings() -> None:
+    settings = {row.split("`")[1] for row in settings_table().splitlines()[2:]}
+    assert set(PAPER) <= settings

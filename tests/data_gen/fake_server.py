@@ -49,7 +49,7 @@ class Settings:
     Attributes:
         delay: seconds until an answer.
         faults: kinds to draw from: "429", "500", "timeout", "drop", "garbage", "html", "refusal", "truncated",
-            "malformed", "filter".
+            "malformed", "filter", "words" (a refusal in every text), "tool" (a call of a tool), or a status such as "422".
         share: of requests with a fault.
         in_a_row: most consecutive faults of one request.
         seed: of the draw.
@@ -57,6 +57,8 @@ class Settings:
         retry_after: headers of a 429.
         strict: whether it takes `response_format` json_schema; otherwise status 400.
         prose: answers are wrapped in words and a code fence.
+        thoughts: what precedes an answer.
+        takes_no: parameters that get a status 400, in OpenAI's words.
         log: file that requests are appended to.
         remember: whether it keeps the bodies.
     """
@@ -70,6 +72,8 @@ class Settings:
     retry_after: dict[str, str] = field(default_factory=dict)
     strict: bool = True
     prose: bool = False
+    thoughts: str = ""
+    takes_no: tuple[str, ...] = ()
     log: str | None = None
     remember: bool = True
 
@@ -176,6 +180,12 @@ class FakeServer:
             connection.send(401, _error("wrong key: " + connection.authorization, "invalid_api_key"))
         elif fault == "400":
             connection.send(400, _error("too long", "context_length_exceeded"))
+        elif fault in ("402", "403", "404", "413", "422"):
+            connection.send(int(fault), _error("not like this", None))
+        elif wrong := next((name for name in self.settings.takes_no if name in body), None):
+            told = f"Unsupported parameter: '{wrong}' is not supported with this model."
+            told += " Use 'max_completion_tokens' instead." if wrong == "max_tokens" else ""
+            connection.send(400, _error(told, "unsupported_parameter"))
         elif fault == "echo":  # half a surrogate pair, then the key where a long message is cut
             connection.send(400, _error("\ud800" + "x" * 280 + connection.authorization, None))
         elif fault == "html":
@@ -314,7 +324,14 @@ def completion(body: dict[str, Any], fault: str | None, settings: Settings) -> d
     finish = "stop"
     if settings.prose:
         message["content"] = f"Sure, here it is:\n```json\n{text}\n```\nI hope this helps."
-    if fault == "refusal":
+    message["content"] = settings.thoughts + message["content"]
+    if settings.thoughts:
+        message["reasoning_content"] = "Let me think."
+    if fault == "words":
+        message["content"] = json.dumps(_refusing(answer(body, 0.0)))
+    elif fault == "tool":
+        message |= {"content": None, "tool_calls": [{"id": "x", "type": "function", "function": {"name": "f"}}]}
+    elif fault == "refusal":
         message |= {"content": None, "refusal": "I cannot help with that."}
     elif fault == "truncated":
         message["content"], finish = text[: len(text) // 2], "length"
@@ -331,6 +348,18 @@ def completion(body: dict[str, Any], fault: str | None, settings: Settings) -> d
         "choices": [{"index": 0, "finish_reason": finish, "message": message}],
         "usage": {**usage, "prompt_tokens_details": {"cached_tokens": 100}},
     }
+
+
+REFUSAL = "I'm sorry, but I can't help with interpreting medical images."
+
+
+def _refusing(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_refusing(each) for each in value]
+    if isinstance(value, dict):
+        kept = {"cell": value.get("cell"), "verdict": "revise"}
+        return {key: kept[key] if key in kept else _refusing(each) for key, each in value.items()}
+    return REFUSAL
 
 
 def answer(body: dict[str, Any], slips: float) -> dict[str, Any]:

@@ -201,6 +201,22 @@ def test_what_the_offline_author_made_is_labelled(make_ledger: LedgerMaker, tmp_
     assert {qa["author"] for one in records for target in one["targets"] for qa in target["qa"]} == {"offline"}
 
 
+def test_pairs_that_training_would_not_take_are_left_out_and_told(make_ledger: LedgerMaker, tmp_path: Path) -> None:
+    path = make_ledger()
+    wrong = {"question": "I'm sorry, but I can't help.", "answer": "The liver is </s> [SEG] here and makes bile."}
+    with sqlite3.connect(path) as raw:
+        for (key, text), identity in zip(wrong.items(), ("attribute-short", "attribute-long"), strict=True):
+            row = f"case0_0/liver#first-{identity}"
+            raw.execute("UPDATE pairs SET content = json_set(content, ?, ?) WHERE id = ?", (f"$.{key}", text, row))
+    raw.close()
+    run(path, tmp_path / "out")
+    records = [record for name in ("train", "val", "test") for record in Manifest(tmp_path / f"out/{name}.jsonl")]
+    qas = [qa for record in records for qa in record.targets[0].qa]
+    assert len(qas) == 38 and all(qa.answer.count("[SEG]") == qa.answer.count("[BBOX]") == 1 for qa in qas)
+    assert json.loads((tmp_path / "out/data.json").read_text())["screening"]["outcomes"]["unusable"] == 2
+    assert "or holds a special token, left out | 2 |" in (tmp_path / "out/hub/README.md").read_text()
+
+
 def test_an_unfinished_run_is_warned_about(make_ledger: LedgerMaker, tmp_path: Path, capsys: Capture) -> None:
     run(make_ledger(settled=False), tmp_path / "out")
     assert "near-duplicates may be among the pairs" in capsys.readouterr().err
@@ -210,7 +226,9 @@ def test_bad_input(make_ledger: LedgerMaker, tmp_path: Path, capsys: Capture) ->
     path = make_ledger()
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").write_text("mine")
-    assert "holds something else" in refused(capsys, "--ledger", path, "--out", tmp_path / "full")
+    assert "holds 'mine.txt', which is not of an earlier export" in refused(
+        capsys, "--ledger", path, "--out", tmp_path / "full"
+    )
     assert (tmp_path / "full/mine.txt").read_text() == "mine"
     assert "no such ledger" in refused(capsys, "--ledger", tmp_path / "none", "--out", tmp_path / "out")
     (tmp_path / "text").write_text("not a database, but long enough to be looked at as one")
@@ -230,9 +248,9 @@ def test_only_an_earlier_export_is_replaced(make_ledger: LedgerMaker, tmp_path: 
     for content in ('{"note": "n", "settings": {}, "counts": {}, "versions": {}}', "{", "[]"):
         (tmp_path / "demo").mkdir(exist_ok=True)
         (tmp_path / "demo/data.json").write_text(content)
-        assert "holds something else" in refused(capsys, "--ledger", path, "--out", tmp_path / "demo")
+        assert "holds 'data.json'" in refused(capsys, "--ledger", path, "--out", tmp_path / "demo")
         assert (tmp_path / "demo/data.json").read_text() == content
-    assert "holds something else" in refused(capsys, "--ledger", path, "--out", path)
+    assert "is a file" in refused(capsys, "--ledger", path, "--out", path)
 
 
 def test_ledger_and_images_are_never_replaced(make_ledger: LedgerMaker, tmp_path: Path, capsys: Capture) -> None:
@@ -242,10 +260,14 @@ def test_ledger_and_images_are_never_replaced(make_ledger: LedgerMaker, tmp_path
     # The folder of the ledger looks like an earlier export, and so do that of the images and a part of it.
     assert "holds the ledger" in refused(capsys, "--ledger", path, "--out", tmp_path)
     for folder, told in (
-        ("pictures", "holds the folder of the images"),
-        ("pictures/slices", "holds image 'slices/case"),
+        ("pictures", "holds 'slices/case0_0.png', which is not of an earlier export"),
+        ("pictures/slices", "holds picture 'slices/case"),
     ):
         shutil.copyfile(tmp_path / "out/data.json", tmp_path / folder / "data.json")
+        if folder == "pictures/slices":  # also in what it lists
+            (tmp_path / folder / "release").mkdir()
+            listed = {path.name: {} for path in (tmp_path / folder).glob("*.png")}
+            (tmp_path / folder / "release/train.json").write_text(json.dumps(listed))
         assert told in refused(capsys, "--ledger", path, "--out", tmp_path / folder)
     assert path.is_file() and (tmp_path / "pictures/slices/case0_0.png").is_file()
     run(path, tmp_path / "pictures/export")

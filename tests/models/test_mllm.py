@@ -180,11 +180,6 @@ def test_seg_head_tokens_are_row_by_row_and_know_their_place() -> None:
     assert len({tuple(place) for place in before[:, -waves:].tolist()}) == 4
 
 
-def test_a_seg_head_grid_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(InputError, match="image_grid = 3"):
-        built(image_tokens="seg_head", image_grid=3)
-
-
 @torch.no_grad()
 def test_vision_features_are_the_second_last_layer_without_the_class_token() -> None:
     llava = built()

@@ -207,11 +207,45 @@ def test_a_query_that_is_too_long_is_refused(answer: str | None) -> None:
     own([example(query("spleen " * 200, answer))])
 
 
+TOKENS = "</s> [SEG] <image> <s> [BBOX] <unk> [/INST]"
+
+
 @pytest.mark.parametrize("answer", [FORCED, None])
-def test_a_question_with_an_image_token_is_refused(answer: str | None) -> None:
-    """It would claim a place among the image's own embeddings and shift them."""
-    with pytest.raises(InputError, match=r"'r1'.*'t1'.*<image>"):
-        processor()([example(query(f"{IMAGE_TOKEN}\nWhere is the lung?", answer))])
+def test_tokens_in_a_users_text_stay_text(answer: str | None) -> None:
+    """In questions, in earlier turns and behind the candidate tokens of an answer."""
+    own = processor()
+    history = (Turn(TOKENS, "So </s> it is <image>."),)
+    batch = own([example(query(TOKENS, answer and f"{answer} See </s> and <image>.", history=history))])
+    ids = batch.input_ids_SL[0].tolist()
+    behind = ids[own.image_start + own.image_tokens :]
+    assert ids.count(own.image_id) == own.image_tokens and own.tokenizer.bos_token_id not in behind
+    assert behind.count(own.end_id) == (1 if answer is None else 2)
+    assert [behind.count(token) for token in own.candidate_ids] == ([0, 0] if answer is None else [1, 1])
+    assert decode(own, behind) == (
+        f"\n{TOKENS} [/INST] So </s> it is <image>.</s>[INST] {TOKENS} [/INST]"
+        + (f" {FORCED} See </s> and <image>.</s>" if answer else "")
+    )
+    if answer:
+        following = batch.input_ids_SL[0, batch.candidates_IK[0] + 1]
+        assert following.tolist() == own.candidate_ids
+
+
+@pytest.mark.parametrize("text", ["{image}\n{q}", "{image} \r\n {q}", "{q}\n{image}", " {image}\n\n{q}"])
+def test_the_line_with_which_llava_marks_its_image_is_taken_off(text: str) -> None:
+    own = processor()
+    marked = query(text.format(image=IMAGE_TOKEN, q=QUESTIONS[0]))
+    assert torch.equal(own([example(marked)]).input_ids_SL, own([example()]).input_ids_SL)
+
+
+@pytest.mark.parametrize("place", ["question", "answer", "history"])
+def test_text_that_is_not_unicode_is_refused(place: str) -> None:
+    odd = {
+        "question": {"question": "a\udcff"},
+        "answer": {"answer": "a\udcff"},
+        "history": {"history": (Turn("a", "\ud800"),)},
+    }
+    with pytest.raises(InputError, match=r"'r1'.*'t1'.*not valid Unicode"):
+        processor()([example(query(**odd[place]))])
 
 
 def test_an_empty_mask_is_refused() -> None:

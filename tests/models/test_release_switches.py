@@ -121,6 +121,47 @@ def test_bfloat16_moves_the_box_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.tensor(0.7).bfloat16() * 1024 % 4 == 0
 
 
+def positions(model: MediSee, given: Example, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """Returns what the position code of the box's corners is computed from, (2, 2), in shares of the frame."""
+    seen: list[Tensor] = []
+    layer = model.seg_head.prompt_encoder.pe_layer
+    encode = layer._pe_encoding
+    monkeypatch.setattr(layer, "_pe_encoding", lambda coords: (seen.append(coords), encode(coords))[1])
+    # Features instead of the image: its encoder says nothing about boxes.
+    spec = model.seg_head.spec
+    features = torch.zeros(spec.channels, spec.grid, spec.grid)
+    monkeypatch.setattr(model, "embed_images", lambda batch: features[None])
+    box_prompts(model, given, monkeypatch)
+    (corners,) = (coords for coords in seen if coords.shape == (1, 2, 2))
+    return corners[0].detach()
+
+
+@pytest.mark.parametrize("side", [192, 1024])
+@pytest.mark.parametrize("frame", ["frame", "resized"])
+def test_a_bfloat16_box_is_rounded_as_the_release_rounds_it(
+    side: int, frame: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Centre and size in pixels of the frame, the corners, half a pixel more, and their share of the frame."""
+    head = {"vit": "micro", "size": side, "resize": "longest"}
+    model, precise = (tiny(box_dtype=dtype, box_frame=frame, seg_head=head) for dtype in ("bfloat16", "float32"))
+    sides = (side, side if frame == "frame" else model.processor.frame(399, 401).resized_height)
+    for box in ((201, 101, 333, 307), (7, 3, 398, 396), (390, 11, 400, 18)):
+        given = example(box, height=399, width=401)
+        truth = model.processor([given]).boxes_I4
+        assert truth is not None
+        x0, y0, x1, y1 = truth[0].tolist()
+        rounded = []
+        for low, high, scale in ((x0, x1, sides[0]), (y0, y1, sides[1])):
+            centre = (torch.tensor((low + high) / 2, dtype=torch.float32) * scale).bfloat16()
+            size = (torch.tensor(high - low, dtype=torch.float32) * scale).bfloat16()
+            ends = (centre - size * 0.5, centre + size * 0.5)
+            rounded.append([float(((end + 0.5) / side).bfloat16()) for end in ends])
+        expected = torch.tensor(rounded).T
+        assert torch.equal(positions(model, given, monkeypatch), expected)
+        exact = positions(precise, given, monkeypatch)
+        assert 0 < (exact - expected).abs().max() < 0.01
+
+
 BANDS = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
 
 

@@ -125,7 +125,7 @@ def test_the_published_file_is_loaded_strictly(tmp_path: Path, form: str, zipped
     loaded = sam_med2d_head(CONFIG.model_copy(update={"checkpoint": str(path)}))
     expected = source.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
-    with pytest.raises(InputError, match=r"missing tensor|left-over tensor|flat state dict|plain tensors"):
+    with pytest.raises(InputError, match=r"missing tensor|left-over tensor|reading it needs torch\.optim"):
         sam_head(SegHeadConfig(vit="micro", size=64, checkpoint=str(path)))
 
 
@@ -149,7 +149,7 @@ class Malicious:
 def test_code_beside_the_model_executes_nothing(tmp_path: Path, zipped: bool) -> None:
     content = {"model": build().state_dict(), "optimizer": Malicious(tmp_path / "executed")}
     torch.save(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(InputError, match=r"evil\.pth: cannot be read as plain tensors"):
+    with pytest.raises(InputError, match=r"evil\.pth: reading it needs getattr.*none of it was executed"):
         build(checkpoint=str(tmp_path / "evil.pth"))
     assert not (tmp_path / "executed").exists()
 
@@ -170,11 +170,6 @@ def test_its_input_rule() -> None:
 def test_the_model_builds_the_head_of_its_kind(build_tiny: Callable[..., MediSee]) -> None:
     adapted = [build_tiny(seg_head={"kind": kind}).seg_head.image_encoder for kind in ("sam_med2d", "sam", "medsam")]
     assert [any(isinstance(part, AdaptedBlock) for part in one.modules()) for one in adapted] == [True, False, False]
-
-
-def test_a_size_that_adapters_do_not_divide_is_refused() -> None:
-    with pytest.raises(InputError, match=r"model\.seg_head\.size = 80: SAM-Med2D needs a multiple of 32"):
-        build(size=80)
 
 
 def test_its_row_of_table_6() -> None:

@@ -208,7 +208,7 @@ def counts_of_source(folder: Path, settings: dict[str, Any], config: dict[str, A
 
 
 def test_a_config_that_describes_no_llava_is_refused(tmp_path: Path, tiny_config: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"config\.json: does not describe a transformers Llava"):
+    with pytest.raises(InputError, match=r"config\.json: describes 'bert', which is not a Llava"):
         counts_of_source(tmp_path, {"model_type": "bert"}, tiny_config)
 
 

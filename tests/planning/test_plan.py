@@ -197,7 +197,7 @@ def test_inference_plans_a_checkpoint(tiny_checkpoint: Path, capsys: pytest.Capt
 
 def test_bad_options_of_inference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(inference.main, ["--plan", "--checkpoint", str(tmp_path)]) == 2
-    assert "holds no checkpoint" in capsys.readouterr().err
+    assert "no checkpoint here" in capsys.readouterr().err
     assert exit_code(inference.main, ["--plan", "--config", str(CONFIG_7B), "--gpu", "tpu"]) == 2
     assert "unknown GPU" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:

@@ -6,12 +6,14 @@ import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
 from medisee.foundation.errors import InputError
+from medisee.records import images
 from medisee.records import manifest as manifests
 from medisee.records.manifest import Manifest
 from medisee.records.masks import MaskFiles, Rle, encode_mask
@@ -155,10 +157,58 @@ def test_masks_in_several_files(make: Callable[..., Manifest], tmp_path: Path) -
     np.testing.assert_array_equal(masks[1], TRUTH)
     sizes, missing, nothing = problems_of(manifest.check_files)
     assert "record 'sizes', target 't': mask 'turned.png' is 6 x 8" in sizes
-    assert "record 'missing', target 't': mask 'none.png' does not exist" in missing
+    assert "record 'missing', target 't': mask 'none.png': expected an image file, found none:" in missing
     assert "record 'nothing', target 't': mask 'turned_over.png' is empty" in nothing
     (problem,) = problems_of(lambda: make(record("out", MaskFiles(("../m.png",)))))
     assert 'targets[0].mask.files[0] is "../m.png"; expected a path inside the root' in problem
+
+
+def test_a_label_map_by_value(make: Callable[..., Manifest], tmp_path: Path) -> None:
+    """Two targets of one file have a part each; without a value, the file is refused."""
+    labels = TRUTH.astype(np.uint8)
+    labels[4, 1:7] = 7
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    manifest = make(
+        record("one", MaskFiles(("labels.png",), value=1)),
+        record("seven", MaskFiles(("labels.png",), value=7)),
+        record("all but seven", MaskFiles(("labels.png",), inverted=True, value=7)),
+        record("either", MaskFiles(("labels.png", "m.png"), value=7)),
+        record("absent", MaskFiles(("labels.png",), value=3)),
+        record("unclear", "labels.png"),
+    )
+    masks = [manifest.mask(one, one.targets[0]) for one in manifest[:3]]
+    np.testing.assert_array_equal(masks[0], TRUTH)
+    np.testing.assert_array_equal(masks[1], labels == 7)
+    np.testing.assert_array_equal(masks[2], labels != 7)
+    absent, unclear = problems_of(manifest.check_files)
+    assert "mask 'labels.png' (value 3) is empty" in absent
+    assert "mask 'labels.png': expected 0 and one other value, found 3: 0, 1, 7;" in unclear
+    assert '{"files": [...], "value": N}' in unclear
+    text = manifest.path.read_text()
+    assert text.count('"value"') == 5
+    assert list(Manifest(manifest.path)) == list(manifest)
+    manifest.path.write_text(text.replace('"value": 3', '"value": 0').replace('"value": 1', '"value": true'))
+    first, second = problems_of(lambda: Manifest(manifest.path))
+    assert "r.jsonl:1: targets[0].mask.value is true; expected a whole number" in first
+    assert "r.jsonl:5: targets[0].mask.value is 0" in second
+
+
+def test_a_mask_is_turned_like_its_image(make: Callable[..., Manifest], tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for name, pixels in (("a.png", np.zeros((8, 6), np.uint8)), ("m.tif", np.rot90(TRUTH).astype(np.uint8) * 255)):
+        Image.fromarray(pixels).save(tmp_path / name, exif=exif)
+    manifest = make(record("r0", "m.tif"))
+    assert manifest.image_size(manifest[0]) == (6, 8)
+    np.testing.assert_array_equal(manifest.mask(manifest[0], manifest[0].targets[0]), TRUTH)
+
+
+def test_a_path_of_windows_and_a_loop_of_links_are_told(make: Callable[..., Manifest], tmp_path: Path) -> None:
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    manifest = make(record("r0", "masks\\m.png"), record("r1", "loop.png"))
+    path, loop = problems_of(manifest.check_files)
+    assert "does not exist" in path and "write / instead of \\" in path
+    assert "mask 'loop.png': cannot be read (Too many levels of symbolic links)" in loop
 
 
 def test_pages_that_were_read_are_given_back(make: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +239,7 @@ def test_size_is_that_of_the_image_as_shown(make: Callable[..., Manifest], tmp_p
 
 def test_volumes_are_left_to_their_reader(make: Callable[..., Manifest], tmp_path: Path) -> None:
     manifest = make(replace(record("r0"), image="scan.nii.gz"))
-    assert "image 'scan.nii.gz' does not exist" in problems_of(manifest.check_files)[0]
+    assert "image 'scan.nii.gz': expected an image file, found none" in problems_of(manifest.check_files)[0]
     (tmp_path / "scan.nii.gz").touch()
     assert manifest.image_size(manifest[0]) is None
     manifest.check_files()
@@ -214,14 +264,14 @@ def test_check_files_tells_all_problems_at_once(make: Callable[..., Manifest], t
     )
     problems = problems_of(manifest.check_files)
     expected = [
-        ("r1", "mask 'none.png' does not exist; expected it under the root"),
-        ("r2", "mask 'text.png' cannot be read"),
-        ("r3", "mask 'cut.png' cannot be read"),
+        ("r1", "mask 'none.png': expected an image file, found none:"),
+        ("r2", "mask 'text.png': expected a PNG, JPEG or TIFF, found a file that starts with b'no image'"),
+        ("r3", "mask 'cut.png': cannot be decoded"),
         ("r4", "mask 'turned.png' is 6 x 8 (width x height); expected the image's 8 x 6"),
         ("r5", "mask 'empty.png' is empty; expected a pixel > 0"),
         ("r6", "mask (RLE) is 6 x 8 (width x height); expected the image's 8 x 6"),
         ("r7", "box [0, 0, 9, 6] leaves the image; expected x1 <= 8 and y1 <= 6"),
-        ("r8", "image 'none.png' does not exist"),
+        ("r8", "image 'none.png': expected an image file, found none:"),
         ("r9", "mask 'empty.png' is empty"),
         ("r9", "box [0, 0, 8, 7] leaves the image"),
     ]
@@ -236,7 +286,7 @@ def test_an_image_that_is_cut_off_is_named(make: Callable[..., Manifest]) -> Non
     manifest = make(record("r0"))
     path = manifest.image_path(manifest[0])
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(InputError, match=f"image '{path.name}' cannot be read"):
+    with pytest.raises(InputError, match=f"image '{path.name}': cannot be decoded"):
         manifest.mask(manifest[0], manifest[0].targets[0])
 
 
@@ -245,7 +295,12 @@ def test_an_image_is_opened_once_for_all_masks(make: Callable[..., Manifest], mo
     manifest = make(replace(one, targets=(*one.targets, replace(one.targets[0], id="u", mask=encode_mask(TRUTH)))))
     opened: list[str] = []
     image_open = Image.open
-    monkeypatch.setattr(manifests.Image, "open", lambda path: opened.append(path.name) or image_open(path))
+
+    def counted(file: BinaryIO, **options: Any) -> Image.Image:
+        opened.append(Path(file.name).name)
+        return image_open(file, **options)
+
+    monkeypatch.setattr(images.Image, "open", counted)
     masks = manifest.masks(manifest[0])
     assert len(masks) == 2 and all(np.array_equal(mask, TRUTH) for mask in masks)
     assert opened == ["a.png", "m.png"]

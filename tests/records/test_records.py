@@ -142,17 +142,18 @@ def test_a_users_predictions_may_be_short(tmp_path: Path) -> None:
     assert (prediction.mode, prediction.mask, prediction.box, prediction.scores) == ("generated", None, None, {})
 
 
-def test_numpy_numbers_and_lone_surrogates_are_written(tmp_path: Path) -> None:
+def test_numpy_numbers_are_written(tmp_path: Path) -> None:
     scores = {"confidence": float(np.float32(0.5)), "pixels": np.int64(3)}
-    odd = Prediction(record="r", target="t", question="q", text="\ud800 é", emitted=False, scores=scores)  # pyright: ignore[reportArgumentType]
+    odd = Prediction(record="r", target="t", question="q", text="é", emitted=False, scores=scores)  # pyright: ignore[reportArgumentType]
     write_predictions(tmp_path / "p.jsonl", [odd])
     assert read_predictions(tmp_path / "p.jsonl") == [odd]
 
 
-def test_nan_is_not_written_and_leaves_no_file(tmp_path: Path) -> None:
-    odd = Prediction(record="r", target="t", question="q", text="", emitted=True, scores={"x": float("nan")})
+@pytest.mark.parametrize("odd", [{"scores": {"x": float("nan")}}, {"text": "\ud800"}, {"question": "\udcff?"}])
+def test_what_no_reader_takes_is_not_written_and_leaves_no_file(tmp_path: Path, odd: dict[str, Any]) -> None:
+    prediction = Prediction(**{"record": "r", "target": "t", "question": "q", "text": "", "emitted": True, **odd})
     with pytest.raises(ValueError):
-        write_predictions(tmp_path / "p.jsonl", [odd])
+        write_predictions(tmp_path / "p.jsonl", [prediction])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -159,12 +159,12 @@ def test_an_earlier_set_is_replaced_and_anything_else_refused(tmp_path: Path) ->
     # An export of data_gen has a data.json too.
     (tmp_path / "export").mkdir()
     (tmp_path / "export/data.json").write_text('{"author": "offline", "screening": {}}')
-    with pytest.raises(InputError, match="not a demo data set"):
+    with pytest.raises(InputError, match="not of an earlier demo data set"):
         prepare_demo(tmp_path / "export")
     assert (tmp_path / "export/data.json").is_file()
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "text.tex").touch()
-    with pytest.raises(InputError, match="not a demo data set"):
+    with pytest.raises(InputError, match="not of an earlier demo data set"):
         prepare_demo(tmp_path / "thesis")
     assert (tmp_path / "thesis" / "text.tex").is_file()
 

@@ -133,7 +133,7 @@ def write_parquet(root: Path, *, more: tuple[dict[str, Any], ...] = (), **change
         "id": "r1",
         "target": "t",
         "category": "liver",
-        "box": [3, 4, 9, 12],
+        "box": [1, 1, 29, 19],
         "modality": "ct",
         "source": "s",
         "case": "c",
@@ -156,7 +156,7 @@ def test_a_hubs_files_are_unpacked(tmp_path: Path) -> None:
         "r1",
         "images/case1.png",
         "masks/case1.png",
-        (3, 4, 9, 12),
+        (1, 1, 29, 19),
     )
     assert [qa.question.split("?")[0] for qa in target.qa] == ["Which organ makes bile", "Turn 2"]
     assert [turn.question for turn in target.qa[1].history] == ["Turn 1?"]

@@ -135,12 +135,15 @@ def test_options_choose_slices_targets_and_grey_levels(tmp_path: Path) -> None:
 
 def test_layouts_are_found_and_missing_volumes_told_together(tmp_path: Path) -> None:
     one, two = volume(), labels()
-    write(tmp_path / "imagesTr" / "case_0000.nii.gz", one), write(tmp_path / "labelsTr" / "case.nii.gz", two)
+    write(tmp_path / "imagesTr" / "case_0000.nii.gz", one)
+    write(tmp_path / "labelsTr" / "case.nii.gz", two)
     write(tmp_path / "patient007" / "patient007_frame01.nii.gz", one)
     write(tmp_path / "patient007" / "patient007_frame01_gt.nii.gz", two)
-    write(tmp_path / "img" / "img0003.nii.gz", one), write(tmp_path / "label" / "label0003.nii.gz", two)
+    write(tmp_path / "img" / "img0003.nii.gz", one)
+    write(tmp_path / "label" / "label0003.nii.gz", two)
     assert [pair.case for pair in find_pairs(tmp_path)] == ["0003", "case", "patient007"]
-    write(tmp_path / "labelsTr" / "lost.nii.gz", two), write(tmp_path / "patient008_frame01_gt.nii.gz", two)
+    write(tmp_path / "labelsTr" / "lost.nii.gz", two)
+    write(tmp_path / "patient008_frame01_gt.nii.gz", two)
     with pytest.raises(InputError) as caught:
         find_pairs(tmp_path)
     assert [("lost" in problem, "patient008" in problem) for problem in caught.value.problems] == [

@@ -3,7 +3,7 @@
   RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29613 python ranks_program.py jobs.json
 
 jobs.json: [{"config": run.yaml, "resume": false, "fault": null | "nan" | "term" | "refused" | "unreadable"}]. The second rank has the fault. How a
-job ended is written to <train.out>/ended_<rank>.json.
+job ended is written to <train.out>/ended_<rank>.json, or to resumed_<rank>.json.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import deepspeed.ops
 import torch
 
 import medisee.train
@@ -54,7 +55,7 @@ def run(job: dict[str, Any]) -> None:
         TrainingBatches.__next__ = ORIGINAL_NEXT
     out = Path(config.train.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"ended_{RANK}.json").write_text(json.dumps(ended), encoding="utf-8")
+    (out / f"{'resumed' if job['resume'] else 'ended'}_{RANK}.json").write_text(json.dumps(ended), encoding="utf-8")
 
 
 def _term(seed: int, step: int, rank: int) -> None:
@@ -80,5 +81,7 @@ def _refuse(config: Config) -> None:
 
 
 if __name__ == "__main__":
+    # Without its C++ module for shared memory, which each machine would first compile, DeepSpeed communicates by gloo.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for one in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         run(one)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,49 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medisee.config import Config
 from medisee.config.load import config_from
 from medisee.foundation.errors import InputError
+from medisee.foundation.files import sha256
 from medisee.training.resume import (
     FILES,
+    MAY_CHANGE,
     OPTIMIZER,
     PROGRESS,
+    Content,
     LastStates,
+    Origin,
     Progress,
     Saved,
+    changed_since,
     check_same_run,
     damage,
     find_last,
+    only_run,
+    read_state,
     saved_folders,
+    starting_from,
 )
 
-FACTS = {"step": 0, "best": 0.25, "skipped": 3, "effective_batch": 4, "config": Config().model_dump(mode="json")}
-NAMES = ("model.safetensors", OPTIMIZER, PROGRESS, FILES)
+CONTENT = {"records": 4, "sha256": "ab"}
+FACTS = {
+    "step": 0,
+    "best": 0.25,
+    "skipped": 3,
+    "effective_batch": 4,
+    "config": Config().model_dump(mode="json"),
+    "manifests": {"data.train[0].records": CONTENT},
+    "dtypes": {"train.dtype": "torch.float32"},
+}
+ORIGIN = Origin(
+    effective_batch=4,
+    manifests={"data.train[0].records": Content(records=4, sha256="ab")},
+    dtypes={"train.dtype": "torch.float32"},
+)
+NAMES = ("model.safetensors", OPTIMIZER, PROGRESS, "config.json", FILES)
 
 
 def tensors(step: int) -> dict[str, Tensor]:
@@ -43,7 +65,11 @@ def tensors(step: int) -> dict[str, Tensor]:
 
 def write(states: LastStates, *steps: int) -> None:
     for step in steps:
-        states.write(step, tensors(step), tensors(-step), {**FACTS, "step": step})
+        with states.writing(step) as folder:
+            save_file(tensors(step), folder / "model.safetensors")
+            (folder / "config.json").write_text('{"format": 1}')
+            save_file(tensors(-step), folder / OPTIMIZER)
+            (folder / PROGRESS).write_text(json.dumps({**FACTS, "step": step}))
 
 
 def steps_in(out: Path) -> list[int]:
@@ -59,7 +85,9 @@ def three(tmp_path: Path) -> Path:
 
 def test_the_newest_state_is_found_and_read(three: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved = find_last(three)
-    assert saved == Saved(three / "last-00000015", Progress(15, 0.25, 3), 4, Config())
+    assert (saved.folder, saved.progress) == (three / "last-00000015", Progress(15, 0.25, 3))
+    origin = Origin(**{name: getattr(saved.origin, name) for name in Origin.model_fields})
+    assert (origin, saved.config) == (ORIGIN, Config())
     assert torch.equal(load_file(saved.folder / "model.safetensors")["a"], tensors(15)["a"])
     assert capsys.readouterr().err == ""
 
@@ -73,8 +101,10 @@ def test_only_the_last_stay(tmp_path: Path) -> None:
 
 
 def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
-    write(LastStates(tmp_path, keep=3), 99_999_999, 100_000_000)
-    assert find_last(tmp_path).progress.step == 100_000_000
+    write(LastStates(tmp_path, keep=3), 999, 1000)
+    for step in (999, 1000):  # the names are padded to eight digits, as far as that goes
+        (tmp_path / f"last-{step:08d}").rename(tmp_path / f"last-{step}")
+    assert find_last(tmp_path).progress.step == 1000
 
 
 def test_a_new_run_removes_an_older_ones_states_with_its_first(three: Path) -> None:
@@ -120,6 +150,76 @@ def test_damage_is_found_and_the_one_before_is_used(three: Path, name: str, plac
     assert damage(path.parent) is None
 
 
+def rewrite(folder: Path, **facts: Any) -> None:
+    """Changes progress.json as its writer could have, so that its SHA-256 fits; None removes a key."""
+    values = {**json.loads((folder / PROGRESS).read_text()), **facts}
+    (folder / PROGRESS).write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    files = json.loads((folder / FILES).read_text())
+    files[PROGRESS] = {"bytes": (folder / PROGRESS).stat().st_size, "sha256": sha256(folder / PROGRESS)}
+    (folder / FILES).write_text(json.dumps(files))
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"step": -15}, "step = -15"),
+        ({"step": "15"}, "step = 15 is wrong"),
+        ({"step": True}, "step = True"),
+        ({"step": 14}, "step = 14, but the folder's name"),
+        ({"step": None}, "step"),
+        ({"best": 7.5}, "best = 7.5"),
+        ({"best": float("nan")}, "NaN is not JSON"),
+        ({"best": "high"}, "best = high"),
+        ({"skipped": -1}, "skipped = -1"),
+        ({"effective_batch": 0}, "effective_batch = 0"),
+        ({"config": []}, "config = []"),
+        ({"config": {"train": {"steps": 12}}}, "step = 15, but the run has 12"),
+        ({"config": {"train": {"stepz": 12}}}, "unknown key 'train.stepz'"),
+        ({"manifests": {"data.val": {"records": 0, "sha256": "ab"}}}, "manifests.data.val.records = 0"),
+        ({"manifests": []}, "manifests = []"),
+        ({"dtypes": {"train.dtype": 16}}, "dtypes.train.dtype = 16"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_progress_that_makes_no_sense_is_named_and_the_one_before_is_used(
+    three: Path, facts: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite(three / "last-00000015", **facts)
+    assert find_last(three).progress == Progress(10, 0.25, 3)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {three / 'last-00000015'}") and words in warning
+    assert warning.endswith(f"; continuing from {three / 'last-00000010'}.")
+
+
+@pytest.mark.parametrize(
+    "files", ["[]", "{}", "null", '{"model.safetensors": 3}', "[" * 100_000, '{"a": 1, "a": 1}', "\x00" * 90]
+)
+def test_a_list_of_files_that_is_none(three: Path, files: str) -> None:
+    (three / "last-00000015" / FILES).write_text(files)
+    assert find_last(three).progress.step == 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_in_place_of_a_file(three: Path, name: str) -> None:
+    (three / "last-00000015" / name).unlink()
+    (three / "last-00000015" / name).mkdir()
+    assert find_last(three).progress.step == 10
+
+
+def test_what_only_looks_like_a_state_is_none(three: Path) -> None:
+    (three / "last-00000099").write_text("a file")
+    (three / "last-\u00b2").mkdir()
+    (three / "last-1e9").mkdir()
+    assert steps_in(three) == [5, 10, 15]
+
+
+def test_a_name_that_leaves_the_folder_is_damage(three: Path) -> None:
+    files = json.loads((three / "last-00000015" / FILES).read_text())
+    files["../last-00000010/model.safetensors"] = files.pop("model.safetensors")
+    (three / "last-00000015" / FILES).write_text(json.dumps(files))
+    assert damage(three / "last-00000015") == "model.safetensors is missing"
+
+
 def test_damaged_states_are_named(three: Path, capsys: pytest.CaptureFixture[str]) -> None:
     newest, middle = three / "last-00000015", three / "last-00000010"
     (newest / "model.safetensors").write_bytes(b"short")
@@ -142,19 +242,6 @@ def test_nothing_that_could_be_resumed(tmp_path: Path, three: Path) -> None:
     assert len(caught.value.problems) == 3
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException, *, at: str) -> None:
-    """Makes the writing of one file end in the middle."""
-    from safetensors.torch import save_file
-
-    def half(state: Mapping[str, Tensor], path: str, metadata: Any = None) -> None:
-        save_file(dict(state), path, metadata=metadata)
-        if Path(path).name == at:
-            Path(path).write_bytes(Path(path).read_bytes()[:20])
-            raise error
-
-    monkeypatch.setattr("medisee.training.resume.save_file", half)
-
-
 @pytest.mark.parametrize(
     "error",
     [
@@ -165,17 +252,15 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException, *, at: str) -
     ids=["disk", "safetensors", "interrupt"],
 )
 @pytest.mark.parametrize("at", ["model.safetensors", OPTIMIZER])
-def test_a_save_that_fails_harms_nothing(
-    three: Path, error: BaseException, at: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_that_fails_harms_nothing(three: Path, error: BaseException, at: str) -> None:
     before = {path: path.read_bytes() for path in three.rglob("*") if path.is_file()}
     states = LastStates(three, keep=1, found=three / "last-00000015")
-    failing(monkeypatch, error, at=at)
-    with pytest.raises(type(error)):
-        write(states, 20)
+    with pytest.raises(type(error)), states.writing(20) as folder:
+        save_file(tensors(20), folder / "model.safetensors")
+        (folder / at).write_bytes(b"half")
+        raise error
     assert {path: path.read_bytes() for path in three.rglob("*") if path.is_file()} == before
     assert find_last(three).progress.step == 15
-    monkeypatch.undo()
     write(states, 20)
     assert steps_in(three) == [20]
 
@@ -193,20 +278,183 @@ def settings_of(**train: Any) -> Config:
 
 
 def saved_by(config: Config, effective_batch: int = 600) -> Saved:
-    return Saved(Path("runs/x/last-00000010"), Progress(10), effective_batch, config)
+    return Saved(Path("runs/x/last-00000010"), Progress(10), Origin(effective_batch=effective_batch), config)
 
 
 def test_how_a_run_is_computed_may_change() -> None:
     old = settings_of(batch_size=15, accumulation=40, zero_stage=2)
     new = settings_of(batch_size=30, global_batch=600, zero_stage=3, offload="parameters", keep_last=5, out="moved")
-    check_same_run(saved_by(old), new, 600)
-    check_same_run(saved_by(old), settings_of(accumulation=40, deepspeed={"zero_optimization": {"a": 1}}), 600)
+    check_same_run(saved_by(old), new, Origin(effective_batch=600))
+    check_same_run(
+        saved_by(old),
+        settings_of(accumulation=40, deepspeed={"zero_optimization": {"a": 1}}),
+        Origin(effective_batch=600),
+    )
+    there = {"cache": "there", "root": "there", "categories": "there.json", "skip_corrupt": True, "workers": 3}
+    sections = {"data": there, "eval": {"batch_size": 1, "resamples": 9, "max_new_tokens": 9}}
+    check_same_run(
+        saved_by(here()),
+        config_from(sections | {"train": {"save_every": 7}}, where="test"),
+        Origin(effective_batch=600),
+    )
+
+
+def here() -> Config:
+    return config_from({"data": {"cache": "here"}}, where="test")
+
+
+def test_every_setting_that_may_change_is_one() -> None:
+    names = {
+        f"{section}.{name}" for section in ("train", "data", "eval") for name in getattr(Config(), section).model_dump()
+    }
+    assert {name for name in MAY_CHANGE if "[]" not in name} <= names
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"compat": "release", "data": {"select": "val"}},
+        {"model": {"router_hidden": 64}},
+        {"loss": {"text": 2.0}},
+        {"data": {"cache": None}},
+        {"data": {"cache": "here", "word_dropout": 0.5}},
+        {"data": {"cache": "here", "cache_dtype": "bfloat16"}},
+        {"data": {"cache": "here", "val": "val.jsonl"}},
+        {"data": {"cache": "here"}, "train": {"dtype": "float32"}},
+        {"data": {"cache": "here"}, "train": {"val_limit": 3}},
+        {"data": {"cache": "here"}, "eval": {"forced_answer": "{candidates}!"}},
+        {"data": {"cache": "here"}, "train": {"init": "another"}},
+    ],
+    ids=lambda values: str(list(values.items())[-1])[:60],
+)
+def test_what_changes_the_run_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="another configuration"):
+        check_same_run(saved_by(here()), config_from(values, where="test"), Origin(effective_batch=600))
+
+
+def test_more_steps_are_another_run_and_the_message_says_how_to_train_on() -> None:
+    with pytest.raises(InputError) as caught:
+        check_same_run(saved_by(Config()), settings_of(steps=3000), Origin(effective_batch=600))
+    (problem,) = caught.value.problems
+    assert (
+        "train.steps = 1500, not 3000" in problem and "train.init=runs/x/last-00000010 and a new train.out" in problem
+    )
+
+
+def mixture(*records: str, **data: Any) -> Config:
+    return config_from({"data": {**data, "train": [{"records": one} for one in records]}}, where="test")
+
+
+def origin(*digests: str, **named: Content) -> Origin:
+    contents = {f"data.train[{n}].records": Content(records=4, sha256=one) for n, one in enumerate(digests)}
+    return Origin(effective_batch=600, manifests=contents | {f"data.{name}": one for name, one in named.items()})
+
+
+def test_a_manifest_may_be_moved_if_it_is_the_same() -> None:
+    saved = Saved(Path("last-00000010"), Progress(10), origin("a", "b"), mixture("a.jsonl", "b.jsonl"))
+    check_same_run(saved, mixture("there/a.jsonl", "b.jsonl"), origin("a", "b"))
+    with pytest.raises(
+        InputError, match=r"data\.train\[0\]\.records = 'a\.jsonl', not 'c\.jsonl'; its content is another"
+    ):
+        check_same_run(saved, mixture("c.jsonl", "b.jsonl"), origin("c", "b"))
+    # Where they were it is one mended file; elsewhere it may be another data set.
+    check_same_run(saved, mixture("a.jsonl", "b.jsonl"), origin("mended", "b"))
+    with pytest.raises(InputError, match=r"data\.train\[1\]"):
+        check_same_run(saved, mixture("a.jsonl"), origin("a"))
+    with pytest.raises(InputError, match=r"data\.train\[0\]"):
+        check_same_run(saved, mixture("b.jsonl", "a.jsonl"), origin("b", "a"))
+
+
+def test_an_earlier_state_knows_manifests_by_their_place_only() -> None:
+    saved = Saved(Path("last-00000010"), Progress(10), Origin(effective_batch=600), mixture("a.jsonl"))
+    check_same_run(saved, mixture("a.jsonl"), origin("a"))
+    with pytest.raises(InputError, match=r"data\.train\[0\]\.records"):
+        check_same_run(saved, mixture("b.jsonl"), origin("a"))
+
+
+def test_the_manifest_that_does_not_choose_the_checkpoint_is_not_compared() -> None:
+    saved = Saved(
+        Path("last-00000010"),
+        Progress(10),
+        Origin(effective_batch=600),
+        mixture("a.jsonl", val="v.jsonl", test="t.jsonl"),
+    )
+    check_same_run(saved, mixture("a.jsonl", val="v.jsonl"), Origin(effective_batch=600))
+    with pytest.raises(InputError, match=r"data\.val"):
+        check_same_run(saved, mixture("a.jsonl", val="w.jsonl"), Origin(effective_batch=600))
+
+
+def test_what_changed_since_is_told() -> None:
+    val = Content(records=9, sha256="v")
+    saved = Saved(Path("last-00000010"), Progress(10, 0.5), origin("a", "b", val=val), Config())
+    assert changed_since(saved, origin("a", "b", val=val)) == []
+    more = {"data.train[1].records": Content(records=5, sha256="c"), "data.val": Content(records=9, sha256="w")}
+    told = changed_since(saved, Origin(effective_batch=600, manifests=origin("mended").manifests | more))
+    start, goes_on = "changed after step 10 was saved", "the run goes on with what it says now"
+    assert told == [
+        f"data.train[0].records: {start}; {goes_on}.",
+        f"data.train[1].records: {start}; {goes_on}, 5 records instead of 4, in another order.",
+        f"data.val: {start}; {goes_on}.",
+    ]
+
+
+def test_a_precision_that_is_another_one_on_this_machine_is_told() -> None:
+    saved = Saved(
+        Path("last-00000010"),
+        Progress(10),
+        Origin(effective_batch=600, dtypes={"train.dtype": "torch.bfloat16"}),
+        Config(),
+    )
+    (told,) = changed_since(saved, Origin(effective_batch=600, dtypes={"train.dtype": "torch.float32"}))
+    assert "train.dtype = auto: torch.float32 here, torch.bfloat16 before" in told
+
+
+@pytest.mark.parametrize(
+    ("values", "is_safe"),
+    [({}, True), ({"train": {"init": "runs/a/checkpoint"}}, True), ({"model": {"mllm": {"source": None}}}, False)],
+    ids=["published tokenizer", "of a checkpoint", "trained on the data"],
+)
+def test_a_state_without_a_tokenizer_is_used_where_that_is_safe(
+    three: Path, values: dict[str, Any], is_safe: bool
+) -> None:
+    folder = three / "last-00000015"
+    (folder / "config.json").unlink()
+    files = json.loads((folder / FILES).read_text())
+    del files["config.json"]
+    (folder / FILES).write_text(json.dumps(files))
+    config = config_from({"model": {"mllm": {"source": "weights/llava"}}, **values}, where="test")
+    saved = read_state(folder)
+    assert not saved.is_checkpoint
+    if is_safe:
+        assert starting_from(saved, config) is config
+    else:
+        with pytest.raises(InputError, match="saved by an earlier version, without the tokenizer"):
+            starting_from(saved, config)
+    whole = starting_from(read_state(three / "last-00000010"), config)
+    assert whole.train.init == str(three / "last-00000010")
+
+
+def test_a_second_run_is_refused_before_anything_is_written(three: Path) -> None:
+    before = {path: path.read_bytes() for path in three.rglob("*") if path.is_file()}
+    with only_run(three, is_new=False):
+        for is_new in (True, False):  # never told to use --fresh while the other is at work
+            with pytest.raises(InputError, match="another run is writing here"), only_run(three, is_new=is_new):
+                raise AssertionError("both are at work")
+    assert {path: path.read_bytes() for path in three.rglob("*") if path.is_file()} == before
+    with pytest.raises(InputError, match=r"already holds a run .*--resume"), only_run(three, is_new=True):
+        pass
+
+
+def test_a_folder_for_a_run_that_was_refused_goes_again(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="refused"), only_run(tmp_path / "run", is_new=True):
+        raise InputError("refused")
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_run_is_refused_and_every_difference_named() -> None:
     new = config_from({"train": {"lr": 1e-5, "seed": 3}, "data": {"workers": 4, "val": "x.jsonl"}}, where="test")
     with pytest.raises(InputError) as caught:
-        check_same_run(saved_by(Config()), new, 300)
+        check_same_run(saved_by(Config()), new, Origin(effective_batch=300))
     named = [problem.split(": ", 1)[1].split(";")[0] for problem in caught.value.problems]
     assert named == [
         "the run was started with another configuration, data.val = None, not 'x.jsonl'",

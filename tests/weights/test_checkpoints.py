@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +20,9 @@ from medisee import MediSee
 from medisee.foundation import files
 from medisee.foundation.errors import InputError
 from medisee.foundation.files import sha256
+from medisee.foundation.json_files import read_json
 from medisee.models.processing import Example, Query
 from medisee.weights import checkpoints, hub
-from medisee.weights.shards import read_json
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +58,11 @@ def damage(checkpoint: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("no weights", "model.safetensors: missing; copy the whole checkpoint folder"),
-        ("truncated", "unreadable checkpoint"),
+        ("no weights", "model.safetensors: missing; copy the whole folder"),
+        ("truncated", "model.safetensors: truncated or not a safetensors file"),
         ("missing", "model.safetensors: missing tensor seg_router.gate.0.bias"),
         ("left-over", "model.safetensors: left-over tensor stranger"),
-        ("tokenizer", "unreadable checkpoint"),
+        ("tokenizer", "checkpoint: its tokenizer cannot be used"),
         ("tokens", r"config.json: candidate_tokens \[BOX\] are not in the checkpoint's tokenizer"),
         ("base", "no/sam.pth: the seg head's frozen weights cannot be read"),
         ("width", r"seg_router.*has shape \(16"),
@@ -92,6 +93,79 @@ def test_saved_and_loaded_models_agree_to_the_last_bit(model: MediSee, tmp_path:
             assert torch.equal(mine, yours), field.name
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_precisions_are_taken(tiny_checkpoint: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    state = load_file(folder / "model.safetensors")
+    save_file({name: value.to(dtype) for name, value in state.items()}, folder / "model.safetensors")
+    for name, value in MediSee.from_pretrained(folder).state_dict().items():
+        assert torch.equal(value, state[name].to(dtype).float()), name
+
+
+def test_shards_may_be_links_as_in_the_hubs_cache(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder, names = (
+        Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")),
+        ("model-1.safetensors", "b.safetensors"),
+    )
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    places = {name: names[number % 2] for number, name in enumerate(state)}
+    for number, file in enumerate(names):
+        save_file({name: state[name] for name in places if places[name] == file}, tmp_path / str(number))
+        (folder / file).symlink_to(tmp_path / str(number))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    loaded = MediSee.from_pretrained(folder).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+def test_a_checkpoint_may_lie_beside_other_files(model: MediSee, tmp_path: Path) -> None:
+    """As in a saved state of a run."""
+    (tmp_path / "progress.json").write_text("{}")
+    files = checkpoints.write_checkpoint(model, tmp_path, {"step": 3}, checkpoints.trained_state(model))
+    assert {*files, tmp_path / "progress.json"} == set(tmp_path.iterdir())
+    assert checkpoints.read_description(tmp_path).run == {"step": 3}
+    loaded = MediSee.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["OwnTokenizer", None])
+def test_code_of_a_tokenizer_is_never_run(
+    tiny_checkpoint: Path, tmp_path: Path, kind: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, asked = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")), []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "y")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    settings |= {"tokenizer_class": kind} if kind else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass OwnTokenizer: pass\n")
+    if kind is None:  # the tokenizer's own class is one of transformers'
+        assert isinstance(MediSee.from_pretrained(folder), MediSee)
+    else:
+        with pytest.raises(
+            InputError, match=r"tokenizer_config\.json: auto_map names code of its own, which is never run"
+        ):
+            MediSee.from_pretrained(folder)
+    assert not (tmp_path / "executed").exists() and not asked
+
+
+def test_memory_is_not_taken_for_what_does_not_fit(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    content = json.loads((folder / "config.json").read_text())
+    content["model"]["router_hidden"] = 32768
+    (folder / "config.json").write_text(json.dumps(content))
+    built = []
+
+    def build(*arguments: Any, weights: bool = True) -> MediSee:
+        model = MediSee(*arguments, weights=weights)
+        built.append(next(model.parameters()).device.type)
+        return model
+
+    with pytest.raises(InputError, match=r"seg_router\.gate\.0\.weight has shape \(16, 64\), expected \(32768, 64\)"):
+        checkpoints.load_checkpoint(folder, build)
+    assert built == ["meta"]
+
+
 def test_files_are_read_once(
     build_tiny: Callable[..., MediSee], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +176,7 @@ def test_files_are_read_once(
     monkeypatch.setattr(files, "sha256", lambda path: hashed.append(Path(path)) or sha256(path))
     model.save_pretrained(tmp_path / "checkpoint")
     read: list[Path] = []
-    monkeypatch.setattr(checkpoints, "read_json", lambda path: read.append(path) or read_json(path))
+    monkeypatch.setattr(checkpoints, "read_json", lambda path, expected: read.append(path) or read_json(path, expected))
     MediSee.from_pretrained(tmp_path / "checkpoint")
     assert hashed == [tmp_path / "sam.safetensors"]
     assert read == [tmp_path / "checkpoint" / "config.json"]
@@ -115,10 +189,21 @@ def test_bits_need_a_published_language_model(tiny_checkpoint: Path) -> None:
 
 def test_saving_replaces_nothing_but_checkpoints(model: MediSee, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("")
-    for folder in (tmp_path, tmp_path / "thesis.txt"):
-        with pytest.raises(InputError, match="holds no checkpoint, but other files"):
+    for folder, told in (
+        (tmp_path, r"holds 'thesis\.txt', which is not of an earlier"),
+        (tmp_path / "thesis.txt", "a file"),
+    ):
+        with pytest.raises(InputError, match=told):
             model.save_pretrained(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    out = tmp_path / "checkpoint"
+    model.save_pretrained(out)
+    model.save_pretrained(out)
+    (out / "README.md").write_text("mine")
+    with pytest.raises(
+        InputError, match=r"holds 'README\.md', which is not of an earlier checkpoint and would be lost"
+    ):
+        model.save_pretrained(out)
 
 
 def test_a_hub_id_is_fetched(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,6 +199,15 @@ def test_a_truncated_file_is_refused(file: Path, tmp_path: Path, size: int) -> N
     assert not [path for path in (tmp_path / "converted").glob("*") if path.is_dir()]
 
 
+def test_weights_that_are_not_finite_are_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    text = tiny_llama(len(tokenizer))
+    with torch.no_grad():
+        text.model.norm.weight[3] = float("inf")
+    file = write_gguf(tmp_path / "tiny.gguf", text, tokenizer)
+    with pytest.raises(InputError, match=r"tiny\.gguf: model\.norm\.weight holds NaN or infinite numbers"):
+        gguf_folder(mllm(file))
+
+
 def test_a_model_without_an_end_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "tiny.gguf", tiny_llama(len(tokenizer)), tokenizer, ends=False)
     with pytest.raises(InputError, match="no tokens for beginning and end"):

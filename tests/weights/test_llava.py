@@ -92,6 +92,47 @@ def test_all_that_does_not_fit_is_reported_together(folder: Path) -> None:
     assert "model.language_model.norm.weight of (31,) instead of (32,)" in wrong
 
 
+@pytest.mark.parametrize(
+    ("change", "said"), [(torch.Tensor.long, "holds whole numbers"), (lambda t: t / 0, "holds NaN")]
+)
+def test_what_is_not_a_weight_is_refused(folder: Path, change: Callable[[torch.Tensor], Any], said: str) -> None:
+    edit(folder, lambda tensors: tensors.update({Q_PROJ: change(tensors[Q_PROJ])}))
+    (found,) = problems(mllm(folder))
+    assert Q_PROJ in found and said in found
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "said"),
+    [
+        ("text_config", {"num_hidden_layers": 100_000}, "100,002 layers, but the files hold"),
+        ("text_config", {"hidden_size": 1 << 20}, "weights, but the files hold"),
+        ("vision_config", {"intermediate_size": "wide"}, "does not describe"),
+    ],
+)
+def test_sizes_are_compared_before_memory_is_taken(folder: Path, part: str, changes: dict[str, Any], said: str) -> None:
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content[part] |= changes
+    path.write_text(json.dumps(content))
+    (found,) = problems(mllm(folder))
+    assert found.startswith(f"{path}: does not describe") and said in found
+
+
+def test_a_language_model_in_64_bits_computes_the_same(
+    make_original: MakeOriginal, tmp_path: Path, make_example: Callable[..., Example]
+) -> None:
+    checkpoint, outputs = make_original(dtype=torch.float64, shards=1), []
+    for dtype in ("float32", "auto"):
+        config = Mllm(source="llava", converted=str(tmp_path / "converted"))
+        model = medisee(converted(checkpoint.folder, config), dtype=dtype)
+        with torch.no_grad():
+            outputs.append(model(model.processor([make_example(["Where?"], answer="It is [SEG] and [BBOX].")])))
+    torch.testing.assert_close(outputs[0].boxes_I4, outputs[1].boxes_I4)
+    torch.testing.assert_close(
+        outputs[0].text_logits_NV, outputs[1].text_logits_NV, rtol=1e-3, atol=1e-3, check_dtype=False
+    )
+
+
 def test_a_truncated_file(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-10])
     (found,) = problems(mllm(folder))

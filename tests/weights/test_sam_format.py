@@ -15,7 +15,7 @@ from transformers import SamConfig, SamModel
 
 from medisee.config.model import Model, SamSizes, SegHeadConfig
 from medisee.foundation.errors import InputError
-from medisee.models.seg_head import Prompts, SamHead, load_weights, sam_head
+from medisee.models.seg_head import Prompts, SamHead, sam_head
 from medisee.weights import sam_format
 from medisee.weights.checkpoints import frozen_bases
 from medisee.weights.sam_format import (
@@ -215,7 +215,7 @@ def drop_positions(state: dict[str, Tensor]) -> None:
         (reshape, ["mask_decoder.iou_token.weight has shape (1, 7), expected (1, 32)"]),
         (untie, [f"{SHARED_POSITIONS} and {TIED_POSITIONS} differ"]),
         (drop_positions, [f"missing tensor {SHARED_POSITIONS}"]),
-        (dict.clear, ["missing tensor image_encoder", "and "]),
+        (dict.clear, ["holds 0 tensors, too few for 3 blocks"]),
     ],
 )
 def test_problems_are_named_as_in_the_file(
@@ -234,11 +234,11 @@ def test_problems_are_named_as_in_the_file(
     ("change", "expected"),
     [
         ({"config.json": None}, "config.json: missing; give the folder of a transformers SAM"),
-        ({"config.json": "{"}, "config.json: not valid JSON"),
+        ({"config.json": "{"}, "config.json: not JSON"),
         ({"config.json": '{"model_type": "sam2"}'}, "config.json: model_type = 'sam2', expected 'sam'"),
-        ({"config.json": "[1]"}, "config.json: expected a JSON object, found list"),
+        ({"config.json": "[1]"}, "config.json: holds no JSON object"),
         ({"model.safetensors": None}, "neither model.safetensors nor pytorch_model.bin is there"),
-        ({"model.safetensors": "cos\nsystem\n"}, "model.safetensors: not a complete safetensors file"),
+        ({"model.safetensors": "cos\nsystem\n"}, "model.safetensors: truncated or not a safetensors file"),
     ],
 )
 def test_a_damaged_folder_is_named(folder: Path, tmp_path: Path, change: dict[str, str | None], expected: str) -> None:
@@ -255,7 +255,8 @@ def test_a_truncated_file_is_refused(folder: Path, tmp_path: Path) -> None:
     whole = (folder / "model.safetensors").read_bytes()
     for length in (0, 5, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut.safetensors").write_bytes(whole[:length])
-        assert "cut.safetensors: not a complete safetensors file" in problems(tmp_path / "cut.safetensors")
+        reason = "truncated or not a safetensors file" if length else "an empty file"
+        assert f"cut.safetensors: {reason}" in problems(tmp_path / "cut.safetensors")
 
 
 def test_a_hub_id_is_fetched_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,17 +292,6 @@ def test_a_hub_out_of_reach_is_reported(monkeypatch: pytest.MonkeyPatch) -> None
     assert "'facebook/sam-vit-tiny': no such file or folder here, and not on the hub:" in text
     assert "no network" in text
     assert "no such weights file" in problems("not an id")
-
-
-def test_a_failed_load_leaves_the_head_as_it_was(folder: Path, tmp_path: Path) -> None:
-    state = load_file(folder / "model.safetensors")
-    reshape(state)
-    save_file(state, tmp_path / "sam.safetensors")
-    head = sam_head(HEAD)
-    before = {name: value.clone() for name, value in head.state_dict().items()}
-    with pytest.raises(InputError):
-        load_weights(head, tmp_path / "sam.safetensors")
-    assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
 
 
 def test_a_folder_says_what_it_is(folder: Path) -> None:

@@ -18,7 +18,15 @@ from fake_server import FakeServer
 from PIL import Image
 
 from data_gen.authors import client
-from data_gen.authors.client import Client, Server, Unreachable, retry_after
+from data_gen.authors.client import (
+    Client,
+    NotAccepted,
+    Parameters,
+    Server,
+    Unreachable,
+    reply_from,
+    retry_after,
+)
 from data_gen.core.calls import Reply, Request
 from data_gen.core.pictures import identify
 from data_gen.core.prices import FREE, Price
@@ -128,19 +136,110 @@ def test_a_server_that_is_not_running_is_unreachable() -> None:
         ("truncated", "truncated"),
         ("filter", "filtered"),
         ("malformed", "ok"),
-        ("400", "rejected"),
+        ("tool", "malformed"),
+        ("words", "ok"),
     ],
 )
 def test_unusable_answers_are_distinguished(serve: Serve, fault: str, status: str) -> None:
-    """Malformed JSON is found by the schema, not by the client."""
+    """Malformed JSON is found by the schema and a refusal in words by the rules, not by the client."""
     server = serve(faults=(fault,))
     reply = only(send(server, ASKED, price=PRICE))
     assert reply.status == status and server.count == 1
     assert bool(reply.why) == (status != "ok")
-    assert (reply.price > 0) == (fault != "400"), "every answer of the server is paid for, usable or not"
+    assert reply.price > 0, "every answer of the server is paid for, usable or not"
 
 
-@pytest.mark.parametrize(("fault", "message"), [("401", "check OPENAI_API_KEY"), ("quota", "quota")])
+@pytest.mark.parametrize("fault", ["400", "413", "422"])
+def test_a_request_is_rejected_only_when_the_server_takes_others(serve: Serve, fault: str) -> None:
+    """Alone it may be the settings' or the server's fault, so it is left open."""
+    server = serve(faults=(fault,), in_a_row=10**6)
+    other = request("describe", {**FACTS, "category": "liver"}, model="m")
+
+    async def work() -> list[Reply | BaseException]:
+        one = Client(Server(base_url=server.url), root=Path(), price=FREE, rate=RateLimit(), money=MoneyBudget())
+        found = [*await asyncio.gather(one.send(ASKED), one.send(ASKED), return_exceptions=True)]
+        server.settings.faults = ()
+        found.append(await one.send(other))
+        server.settings.faults = (fault,)
+        found += await asyncio.gather(one.send(ASKED), one.send(other), return_exceptions=True)
+        await one.close()
+        return found
+
+    first, second, good, again, late = asyncio.run(work())
+    assert isinstance(first, NotAccepted) and isinstance(second, NotAccepted) and f"status {fault}" in str(first)
+    assert isinstance(good, Reply) and good.status == "ok"
+    assert isinstance(again, Reply) and again.status == "rejected" and f"status {fault}" in again.why
+    assert isinstance(late, NotAccepted), "nothing else was answered since the server first refused it"
+
+
+@pytest.mark.parametrize(
+    ("name", "takes_no", "sent"),
+    [
+        ("max_tokens", ("max_tokens",), "max_completion_tokens"),
+        ("max_completion_tokens", ("max_completion_tokens",), "max_tokens"),
+        ("temperature", ("temperature",), None),
+        ("reasoning_effort", ("reasoning_effort",), None),
+    ],
+)
+def test_a_parameter_that_the_server_does_not_take_is_renamed_or_left_out_and_told_once(
+    serve: Serve, capsys: pytest.CaptureFixture[str], name: str, takes_no: tuple[str, ...], sent: str | None
+) -> None:
+    server = serve(takes_no=takes_no, delay=0.05)
+    asked = [
+        request("describe", {**FACTS, "category": f"c{n}"}, model="m", parameters={name: 1, "top_p": 1})
+        for n in range(5)
+    ]
+    replies = send(server, *asked, sends=1)
+    assert all(isinstance(reply, Reply) and reply.status == "ok" and reply.sends == 1 for reply in replies)
+    assert capsys.readouterr().err.count(f"the server takes no {name}: ") == 1
+    last = server.bodies[-1]
+    assert name not in last and last["top_p"] == 1 and (sent is None or last[sent] == 1)
+
+
+def test_a_server_that_takes_neither_name_is_not_asked_for_ever(serve: Serve) -> None:
+    server = serve(takes_no=("max_tokens", "max_completion_tokens"))
+    error = failure(send(server, ASKED))
+    assert isinstance(error, NotAccepted) and "max_completion_tokens" in str(error) and server.count == 2
+
+
+def test_a_message_about_a_value_renames_nothing() -> None:
+    parameters = Parameters(Server())
+    assert not parameters.learn("max_tokens is too large: 9000. This model supports at most 4096", {"max_tokens": 9000})
+    assert not parameters.learn("Unsupported parameter: 'top_p'", {"top_p": 1, "temperature": 1})
+    assert parameters.apply({"max_tokens": 9}) == {"max_tokens": 9}
+
+
+def test_the_most_tokens_can_be_set_and_the_key_of_a_request_stays(serve: Serve) -> None:
+    server, money = serve(takes_no=("max_tokens",)), MoneyBudget(0.01)
+    assert only(send(server, ASKED, max_tokens=9000)).status == "ok"
+    assert server.bodies[-1]["max_completion_tokens"] == 9000 and ASKED.body["max_tokens"] == 200
+    error = failure(send(server, ASKED, max_tokens=9000, price=PRICE, money=money))
+    assert isinstance(error, StopRun) and "may cost" in str(error), "more tokens may cost more"
+
+
+@pytest.mark.parametrize(
+    ("message", "usage", "expected"),
+    [
+        ({"content": [{"type": "thinking", "text": "Hm"}, {"type": "text", "text": "{}"}]}, {}, ("ok", "{}", 0)),
+        ({"content": "{}", "reasoning_content": "Hm", "refusal": None}, {"prompt_tokens": 7}, ("ok", "{}", 7)),
+        ({"content": None}, {}, ("malformed", "", 0)),
+        ({"content": "", "refusal": "No."}, {"prompt_tokens": -5}, ("refused", "No.", 0)),
+        ({"content": "{}"}, {"prompt_tokens": 10**30}, ("ok", "{}", 2**40)),
+    ],
+)
+def test_completions_of_all_kinds_are_read(
+    message: dict[str, Any], usage: dict[str, Any], expected: tuple[str, str, int]
+) -> None:
+    reply = reply_from({"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}, FREE)
+    assert (reply.status, reply.text, reply.usage_in) == expected
+    cut = reply_from({"choices": [{"message": {"content": "{"}, "finish_reason": "length"}]}, FREE)
+    assert cut.status == "truncated" and "raise --max-tokens" in cut.why
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("401", "check OPENAI_API_KEY"), ("404", "the model's name"), ("quota", "quota"), ("402", "quota")],
+)
 def test_hopeless_requests_end_the_run(serve: Serve, fault: str, message: str) -> None:
     server = serve(faults=(fault,))
     error = failure(send(server, ASKED))
@@ -248,7 +347,7 @@ def test_a_malformed_key_is_refused_and_not_shown(key: str, monkeypatch: pytest.
 
 
 def test_a_long_message_is_cut_without_a_part_of_the_key_and_can_be_stored(serve: Serve) -> None:
-    why = only(send(serve(faults=("echo",)), ASKED)).why
+    why = str(failure(send(serve(faults=("echo",)), ASKED)))
     assert SECRET[:4] not in why and "xxx" in why
     assert why.encode().decode() == why, "no half of a surrogate pair"
 

@@ -14,11 +14,13 @@ from data_gen.core.schemas import (
     CELLS,
     Caption,
     Descriptions,
+    Mode,
     Revisions,
     Stage,
     json_schema,
     read_answer,
     response_format,
+    without_thoughts,
 )
 
 DESCRIBED = {"attribute_short": "a", "attribute_long": "b", "location_short": "c", "location_long": "d"}
@@ -92,6 +94,44 @@ def test_json_is_found_in_prose_when_no_schema_holds_the_server() -> None:
         read_answer("describe", prose, "strict")
     caption = read_answer("caption", "A slice of the belly.", "none")
     assert isinstance(caption, Caption) and caption.caption == "A slice of the belly."
+
+
+@pytest.mark.parametrize("mode", ["strict", "json_object", "none"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", ""),
+        ("```json\n", "\n```"),
+        ("```\n", "```"),
+        ("<think>It may be {a liver}.</think>", ""),
+        ("<think>\n{}\n</think>\n\n```json\n", "\n```"),
+        ("It may be {a liver}.\n</think>\n", ""),
+        ("[THINK]{[/THINK]", ""),
+        ("<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>", ""),
+    ],
+)
+def test_thoughts_and_fences_are_left_out(mode: Mode, before: str, after: str) -> None:
+    answer = read_answer("describe", without_thoughts(before + json.dumps(DESCRIBED) + after), mode)
+    assert isinstance(answer, Descriptions) and answer.attribute_short == "a"
+
+
+@pytest.mark.parametrize("text", ["<think>So {json}", "<thinking>\n", " <think> " + json.dumps(DESCRIBED)])
+def test_thoughts_without_an_end_are_no_answer(text: str) -> None:
+    assert without_thoughts(text) == ""
+    for stage in get_args(Stage):
+        with pytest.raises(ValueError, match="JSON"):
+            read_answer(stage, without_thoughts(text), "none")
+
+
+def test_a_text_without_thoughts_stays() -> None:
+    assert without_thoughts(" I <think> so. ") == " I <think> so. "
+
+
+def test_a_doubled_key_says_two_things() -> None:
+    with pytest.raises(ValueError, match="'caption' is twice"):
+        read_answer("caption", '{"caption": "A liver.", "caption": "A spleen."}')
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read_answer("caption", "[" * 100_000)
 
 
 @given(st.text())

@@ -49,6 +49,18 @@ def test_what_becomes_of_a_pair(decisions: list[Decision], outcome: str) -> None
     assert screening.judged == (outcome != "unscreened")
 
 
+@pytest.mark.parametrize(
+    "question", ["I'm sorry, but I can't help with that.", "Which organ [SEG] makes bile?", "</s> Which organ is it?"]
+)
+def test_what_training_would_not_take_is_left_out(question: str) -> None:
+    """Older ledgers may hold such pairs; a person's edit mends one."""
+    screening = screen([a_pair("p", question)], [Decision("p", "a", "accept")])
+    assert screening.pairs == () and screening.counts["unusable"] == 1
+    assert len(screen([a_pair("p", question)], [edit("a", "What makes bile?")]).pairs) == 1
+    talk = [a_pair("t1", question, "talk", 1), a_pair("t2", "Which organ?", "talk", 2)]
+    assert screen(talk, []).pairs == () and screen(talk, []).counts["cut"] == 1
+
+
 def test_edited_words_go_in() -> None:
     (one,) = screen([a_pair("p")], [edit("a", "What makes bile?")]).pairs
     assert (one.pair.question, one.pair.answer, one.outcome) == ("What makes bile?", "The liver does.", "edited")

@@ -215,8 +215,24 @@ def test_a_request_that_a_batch_does_not_take_is_dropped_with_the_servers_words(
         assert "too long for [OPENAI_API_KEY]" in reason
     server = serve()
     server.batch_rejects = dict.fromkeys(range(4), (400, "too long"))
-    assert ends(in_batches(path, server, tmp_path / "bad.sqlite", "--max-failures", "4")) == 1
-    assert "4 calls in a row failed" in capsys.readouterr().err
+    assert ends(in_batches(path, server, tmp_path / "bad.sqlite")) == 1
+    assert "does not accept the request (status 400: too long); correct the settings" in capsys.readouterr().err
+    assert ends(in_batches(path, server, tmp_path / "bad.sqlite")) == 0
+    run.main(options(path, serve(), tmp_path / "calm.sqlite"))
+    assert content(tmp_path / "bad.sqlite") == content(tmp_path / "calm.sqlite"), "nothing was dropped for it"
+
+
+def test_a_batch_learns_the_names_of_parameters(
+    records: Records, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, server = records(2), serve()
+    refusal = "Unsupported parameter: 'max_tokens' is not supported with this model."
+    server.batch_rejects = dict.fromkeys(range(4), (400, refusal))
+    assert ends(in_batches(path, server, tmp_path / "l.sqlite", "--max-tokens", "5000")) == 0
+    assert capsys.readouterr().err.count("the server takes no max_tokens: sent as max_completion_tokens") == 1
+    assert "max_tokens" in server.bodies[0] and server.bodies[4]["max_completion_tokens"] == 5000
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        assert len(ledger.pairs()) > 8 and not any(drop.rule == "rejected" for drop in ledger.drops())
 
 
 def test_the_key_is_not_told_when_a_batch_is_refused(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_server import REFUSAL
 from made_up import an_item
 from scripted import Author, keeping, recipe, run, usual
 
 from data_gen.authors.client import Unreachable
-from data_gen.core.calls import Reply, Request
+from data_gen.core.calls import Reply, Request, canonical
 from data_gen.core.items import Drop, Item
 from data_gen.core.recipe import Outcome
 from data_gen.ledger.ledger import Ledger
@@ -290,6 +292,126 @@ def test_an_image_without_a_good_caption_goes_without(ledger: Ledger, item: Item
 
     outcome = run(item, recipe(tmp_path, captioner="v"), ledger, Author(say))
     assert outcome.pairs and (outcome.drops[0].stage, outcome.drops[0].rule) == ("caption", "uncertain")
+
+
+@pytest.mark.parametrize("form", ["{}", '{{"caption": "{}"}}', '{{"error": "{}"}}', "```json\n{{'caption': {}}}\n```"])
+@pytest.mark.parametrize("mode", ["strict", "none"])
+def test_a_caption_that_refuses_is_in_no_prompt(
+    ledger: Ledger, item: Item, tmp_path: Path, form: str, mode: str
+) -> None:
+    def say(request: Request) -> dict[str, Any] | Reply:
+        return Reply(status="ok", text=form.format(REFUSAL)) if request.stage == "caption" else usual(request)
+
+    author = Author(say)
+    outcome = run(item, recipe(tmp_path, captioner="v", caption_mode=mode), ledger, author)
+    assert outcome.pairs and (outcome.drops[0].stage, outcome.drops[0].rule) == ("caption", "refused")
+    later = [each for each in author.asked if each.stage != "caption"]
+    assert later and not any("sorry" in str(each.body) for each in later)
+    assert all("Caption: none" in str(each.body) for each in later if each.stage != "transform")
+
+
+def test_a_given_caption_that_refuses_is_dropped(ledger: Ledger, item: Item, tmp_path: Path) -> None:
+    author = Author(usual)
+    outcome = run(item, recipe(tmp_path, captions={item.record: REFUSAL}), ledger, author)
+    assert outcome.drops[0].rule == "refused" and "sorry" not in str([each.body for each in author.asked])
+
+
+def test_a_caption_that_an_older_ledger_took_for_good_is_not_used(ledger: Ledger, item: Item, tmp_path: Path) -> None:
+    author = Author(lambda request: {"caption": "A belly."} if request.stage == "caption" else usual(request))
+    run(item, recipe(tmp_path, captioner="v"), ledger, author)
+    ledger._store.execute(
+        "UPDATE answers SET text=? WHERE text LIKE '%belly%'", canonical({"caption": REFUSAL})
+    ).result()
+    again = Author(usual)
+    run(item, recipe(tmp_path, captioner="v"), ledger, again)
+    assert again.asked and "sorry" not in str([each.body for each in again.asked])
+
+
+@pytest.mark.parametrize("stage", ["describe", "revise", "transform"])
+def test_a_refusal_in_words_becomes_no_text(ledger: Ledger, item: Item, tmp_path: Path, stage: str) -> None:
+    """One cell refuses, and stays so; the others are kept."""
+
+    def say(request: Request) -> dict[str, Any]:
+        said = keeping(request)
+        if request.stage == stage == "describe":
+            said["attribute_short"] = REFUSAL
+        elif request.stage == stage == "revise":
+            said["descriptions"][0] |= {"verdict": "revise", "text": REFUSAL}
+        elif request.stage == stage:
+            said["pairs"][0]["answer"] = f"As an AI, I cannot say that it is the liver. {REFUSAL}"
+        return said
+
+    outcome = run(item, recipe(tmp_path, again=1), ledger, Author(say))
+    assert [(drop.stage, drop.rule, drop.pair.partition("#")[2]) for drop in outcome.drops] == [
+        (stage, "refused", "first-attribute-short"),
+        (stage, "refused", "second-attribute-short"),
+    ]
+    assert len(outcome.pairs) == 6 and "sorry" not in str(outcome.pairs)
+
+
+def test_an_evaluator_that_refuses_removes_nothing(ledger: Ledger, item: Item, tmp_path: Path) -> None:
+    def say(request: Request) -> dict[str, Any]:
+        said = keeping(request)
+        if request.stage == "revise" and not request.fields["attempt"]:
+            said["descriptions"] = [{**each, "verdict": "remove", "reason": REFUSAL} for each in said["descriptions"]]
+        return said
+
+    outcome = run(item, recipe(tmp_path), ledger, Author(say))
+    assert len(outcome.pairs) == 8 and not outcome.drops
+
+
+def test_a_conversation_that_refuses_is_dropped(ledger: Ledger, item: Item, tmp_path: Path) -> None:
+    def say(request: Request) -> dict[str, Any]:
+        said = usual(request)
+        said["turns"][0]["answer"] = REFUSAL
+        return said
+
+    outcome = run(item, recipe(tmp_path, style="multi-turn", again=1), ledger, Author(say))
+    assert not outcome.pairs and outcome.drops[0].rule == "refused" and "turn 1" in outcome.drops[0].reason
+
+
+@pytest.mark.parametrize("token", ["[SEG]", "[BBOX]", "<image>", "</s>", "[INST]", "<|im_end|>"])
+def test_special_tokens_become_no_text(ledger: Ledger, item: Item, tmp_path: Path, token: str) -> None:
+    def say(request: Request) -> dict[str, Any]:
+        said = keeping(request)
+        for pair in said.get("pairs", []):
+            pair["answer"] = pair["answer"].replace(".", f" {token}.")
+        return said
+
+    outcome = run(item, recipe(tmp_path, again=0), ledger, Author(say))
+    assert not outcome.pairs and {drop.rule for drop in outcome.drops} == {"special_token"}
+    assert token in outcome.drops[0].reason
+
+
+def test_a_word_without_an_end_is_too_long(ledger: Ledger, item: Item, tmp_path: Path) -> None:
+    def say(request: Request) -> dict[str, Any]:
+        said = keeping(request)
+        for pair in said.get("pairs", []):
+            pair["answer"] += f" {'a' * 5000}"
+        return said
+
+    outcome = run(item, recipe(tmp_path, again=0), ledger, Author(say))
+    assert not outcome.pairs and "characters; write at most 375" in outcome.drops[0].reason
+
+
+def test_refusals_in_words_use_up_the_budget_of_errors(ledger: Ledger, item: Item, tmp_path: Path) -> None:
+    author = Author(lambda request: dict.fromkeys(usual(request), REFUSAL))
+    with pytest.raises(StopRun, match=r"calls in a row failed.*refused"):
+        run(item, recipe(tmp_path), ledger, author, budget=ErrorBudget(in_a_row=2))
+
+
+def test_thoughts_are_neither_stored_nor_sent_again(ledger: Ledger, item: Item, tmp_path: Path) -> None:
+    def say(request: Request) -> Reply:
+        said = keeping(request)
+        if request.stage == "describe" and not request.fields["attempt"]:
+            said["attribute_short"] = "too short"
+        return Reply(status="ok", text=f"<think>A {{zebra}}.</think>{json.dumps(said)}")
+
+    author = Author(say)
+    assert len(run(item, recipe(tmp_path), ledger, author).pairs) == 8
+    assert any(each.fields["attempt"] for each in author.asked)
+    assert "zebra" not in str([each.body for each in author.asked])
+    assert ledger._store.read("SELECT 1 FROM answers WHERE text LIKE '%zebra%'") == []
 
 
 def test_given_captions_win(ledger: Ledger, item: Item, tmp_path: Path) -> None:
