@@ -129,18 +129,17 @@ def _copies(
     for copy in range(1, copies + 1):
         # Keyed by what it is, not by when it is drawn, so that other images change nothing.
         rng = np.random.default_rng([seed, zlib.crc32(record.id.encode()), copy])
-        grey, warped = augment(*_small(record, image, masks), rng, mirror=False)
+        changed, warped = augment(*_small(image, masks), rng, mirror=False)
         left = {target: warped == number for number, target in enumerate(record.targets, start=1)}
         left = {target: mask for target, mask in left.items() if np.count_nonzero(mask) >= LEAST_AREA}
         if left:
             one = replace(record, id=f"{record.id}_a{copy}", targets=tuple(left))
-            made.append(_saved(one, grey, list(left.values()), path.with_name(f"{path.name}_a{copy}")))
+            made.append(_saved(one, changed, list(left.values()), path.with_name(f"{path.name}_a{copy}")))
     return made
 
 
 def _saved(record: Record, image: NDArray[np.uint8], masks: Sequence[NDArray[np.bool_]], path: Path) -> Record:
-    grey = image if image.ndim == 2 or not _is_grey(image) else image[..., 0]
-    Image.fromarray(grey).save(f"{path}.png")
+    Image.fromarray(_plain(image)).save(f"{path}.png")
     targets = tuple(
         replace(target, mask=encode_mask(mask), box=mask_box(mask))
         for target, mask in zip(record.targets, masks, strict=True)
@@ -148,20 +147,16 @@ def _saved(record: Record, image: NDArray[np.uint8], masks: Sequence[NDArray[np.
     return replace(record, image=f"images/{path.name}.png", targets=targets)
 
 
-def _small(
-    record: Record, image: NDArray[np.uint8], masks: Sequence[NDArray[np.bool_]]
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Scales an image and its masks down to COPY_SIDE; returns grey levels and class numbers (h, w).
+def _small(image: NDArray[np.uint8], masks: Sequence[NDArray[np.bool_]]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Scales an image and its masks down to COPY_SIDE; returns the picture, grey or RGB, and class numbers (h, w).
 
     A pixel belongs to the target that covers most of it; where targets overlap, to the smaller one.
     """
-    if not _is_grey(image):
-        raise InputError(f"record {record.id!r}: a colour picture cannot be augmented; set --copies 0.")
     height, width = image.shape[:2]
     rows, columns = bounded_size(height, width, COPY_SIDE)
     size = columns, rows
-    grey = np.asarray(Image.fromarray(image[..., 0]).resize(size, Image.Resampling.BOX))
-    background = np.full(grey.shape, 127.5)
+    small = np.asarray(Image.fromarray(_plain(image)).resize(size, Image.Resampling.BOX))
+    background = np.full((rows, columns), 127.5)
     shares = [
         np.asarray(Image.fromarray(m.astype(np.uint8) * np.uint8(255)).resize(size, Image.Resampling.BOX))
         for m in masks
@@ -170,8 +165,10 @@ def _small(
     order = sorted(range(len(shares)), key=lambda one: int(shares[one].sum(dtype=np.int64)))
     numbers = np.array([0, *(one + 1 for one in order)], dtype=np.uint8)
     best = np.stack([background, *(shares[one] for one in order)]).argmax(axis=0)
-    return grey, numbers[best]
+    return small, numbers[best]
 
 
-def _is_grey(image: NDArray[np.uint8]) -> bool:
-    return bool((image == image[..., :1]).all())
+def _plain(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Returns a picture's grey levels (h, w), or the picture itself if it has colours."""
+    is_grey = image.ndim == 3 and bool((image == image[..., :1]).all())
+    return image[..., 0] if is_grey else image

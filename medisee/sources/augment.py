@@ -23,13 +23,13 @@ CONTRAST = 0.1
 def augment(
     image: NDArray[np.uint8], classes: NDArray[np.uint8], rng: Generator, *, mirror: bool
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Warps a slice's grey levels (h, w) and its class numbers (h, w) together, then changes its intensities.
+    """Warps a picture, grey (h, w) or RGB (h, w, 3), and its class numbers (h, w) together, then changes its intensities.
 
     `mirror` says that the slice may be flipped left to right, which is only right where both sides look alike.
     """
     if mirror and rng.random() < 0.5:
         image, classes = image[:, ::-1], classes[:, ::-1]
-    places = random_places(image.shape, rng)
+    places = random_places(classes.shape, rng)
     return change_intensity(warp_image(image, places), rng), warp_classes(classes, places)
 
 
@@ -54,7 +54,9 @@ def smooth_field(shape: tuple[int, ...], grid: tuple[int, int], rng: Generator) 
 
 
 def warp_image(image: NDArray[np.uint8], places: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Samples an image (h, w) at places (2, h, w) by cubic splines; outside is 0. Returns grey levels 0..255."""
+    """Samples an image, (h, w) or (h, w, 3), at places (2, h, w) by cubic splines; outside is 0. Returns levels 0..255."""
+    if image.ndim == 3:
+        return np.stack([warp_image(channel, places) for channel in np.moveaxis(image, 2, 0)], axis=2)
     return np.clip(ndimage.map_coordinates(image.astype(np.float64), places, order=3), 0, 255)
 
 
@@ -76,11 +78,12 @@ def warp_classes(classes: NDArray[np.uint8], places: NDArray[np.float64]) -> NDA
 
 
 def change_intensity(image: NDArray[np.float64], rng: Generator) -> NDArray[np.uint8]:
-    """Applies gamma, a bias field, contrast, brightness and noise to grey levels 0..255 (h, w)."""
+    """Applies gamma, a bias field, contrast, brightness and noise to levels 0..255, (h, w) or (h, w, 3)."""
     # Air and fluid stay black: only what has signal gets brighter, fading in to leave no edge.
     tissue = np.clip(image / 32, 0, 1)
     image = 255 * (image / 255) ** rng.uniform(*GAMMA)
-    image = image * (1 + BIAS * smooth_field(image.shape, BIAS_GRID, rng))
+    bias = 1 + BIAS * smooth_field(image.shape[:2], BIAS_GRID, rng)
+    image = image * (bias if image.ndim == 2 else bias[..., None])
     mean = np.average(image, weights=tissue + 1e-6)
     contrast, brightness = rng.uniform(-CONTRAST, CONTRAST, 2)
     image = image + tissue * ((image - mean) * contrast + 255 * brightness)

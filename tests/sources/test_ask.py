@@ -160,8 +160,20 @@ def test_a_case_in_two_splits_is_refused(given: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def _colour(given: Path) -> None:
-    Image.fromarray(np.dstack([np.full((HEIGHT, WIDTH), n, np.uint8) for n in (9, 99, 200)])).save(given / "a.png")
+def test_colour_pictures_are_augmented_in_colour(given: Path, tmp_path: Path) -> None:
+    pixels = np.asarray(Image.open(given / "a.png"))
+    Image.fromarray(np.dstack([pixels, pixels // 2, pixels // 4])).save(given / "a.png")
+    prepare(given, tmp_path / "out", bank=BANK, copies=2)
+    manifest = Manifest(tmp_path / "out" / "train_class.jsonl")
+    copies = [record for record in manifest if record.case == "s/a" and "_a" in record.id]
+    assert len(copies) == 2
+    for record in copies:
+        shown = np.asarray(Image.open(manifest.image_path(record))).astype(int)
+        liver = manifest.mask(record, next(target for target in record.targets if target.category == "liver"))
+        assert shown.shape == (*liver.shape, 3)
+        red, green, blue = shown[liver].mean(axis=0)
+        assert red > 1.3 * green > 1.3 * 1.2 * blue, "the channels keep their order"
+        assert red > 2 * shown[~liver, 0].mean()
 
 
 @pytest.mark.parametrize(
@@ -169,7 +181,6 @@ def _colour(given: Path) -> None:
     [
         (lambda given: (given / "test.jsonl").unlink(), "test.jsonl: expected a manifest"),
         (lambda given: (given / "a.png").unlink(), "a.png: expected an image file, found none"),
-        (_colour, "a colour picture cannot be augmented; set --copies 0"),
     ],
 )
 def test_bad_input_leaves_nothing_behind(
