@@ -67,8 +67,8 @@ ASK = """Adds questions that describe a target without naming it to manifests th
 
   python scripts/prepare_data.py ask --records data/btcv --root SAMed2Dv1 --bank abdomen --out data/abdomen
 
-BANK is `abdomen` (13 abdominal organs, CT), `brain` (the demo's structures) or a YAML file of the same form; targets
-that it does not know are left out. Pictures are copied, so this is for thousands of images, not millions. Writes into
+BANK is `abdomen` (13 abdominal organs, CT), `brain` (the demo's structures), `patients` (hearts, fetal heads, polyps, the
+hippocampus) or a YAML file of the same form; targets that it does not know are left out. Pictures are copied, so this is for thousands of images, not millions. Writes into
 OUT, which must be new, empty or an earlier result of this command, with the splits of RECORDS: images/ (with augmented
 copies of training's), the manifests and categories.json of `demo`, asked.json (counts, and what was left out) and
 run.json.
@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("ask", help="adds questions", description=ASK, formatter_class=raw).add_argument
     add("--records", type=a_path, required=True, help="folder with train.jsonl, val.jsonl and test.jsonl")
     add("--root", type=a_path, help="folder that paths in them are relative to (default: their own)")
-    add("--bank", type=expanduser, required=True, help="abdomen, brain or a YAML file")
+    add("--bank", type=expanduser, required=True, help="abdomen, brain, patients or a YAML file")
     add("--out", type=a_path, required=True, help="folder to write")
     add("--copies", type=int, default=3, metavar="N", help="augmented copies of a training image (default: 3)")
     add("--seed", type=int, default=0, help="of wordings and augmentation (default: 0)")
