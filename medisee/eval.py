@@ -40,7 +40,6 @@ from medisee.evaluation.scoring import (
     open_splits,
     read_categories,
     score_split,
-    title,
 )
 from medisee.foundation.command_line import a_path, parse_words, path_or_override
 from medisee.foundation.errors import InputError, exit_code
@@ -108,7 +107,7 @@ def _evaluate(arguments: argparse.Namespace, folder: Path) -> None:
     splits = open_splits(arguments.records, arguments.root, arguments.limit)
     device: torch.device | str = "cpu"
     if arguments.predictions is not None:
-        system = title(arguments.predictions)
+        system = arguments.predictions.stem
         answers = answers_from_file(arguments.predictions, splits)
     else:
         system = "MediSee"

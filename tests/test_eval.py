@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -460,18 +459,6 @@ def test_the_listed_questions_are_those_that_are_scored(
     assert summary["generated"]["n"] == 9 and summary["missing"] == 0
 
 
-def test_names_that_are_not_utf8_are_shown_with_question_marks(
-    manifest: Manifest, perfect: list[Prediction], tmp_path: Path
-) -> None:
-    names = [tmp_path / os.fsdecode(name) for name in (b"p\xff.jsonl", b"r\xff.jsonl")]
-    write_predictions(names[0], perfect)
-    write_records(names[1], list(manifest))
-    inputs = ["--predictions", str(names[0]), "--records", str(names[1]), "--root", str(manifest.root)]
-    main([*inputs, "--out", str(tmp_path / "out")])
-    assert list(json.loads((tmp_path / "out" / "summary.json").read_text())["splits"]) == ["r?"]
-    assert "p?" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
-
-
 def test_a_failure_keeps_the_answers_so_far(
     tiny_checkpoint: Path,
     tiny_manifest: Path,
@@ -526,7 +513,7 @@ def test_all_texts_are_looked_at_before_the_first_is_asked(
     ]
     problems = problems_of(lambda: main([*inputs, "--out", str(tmp_path / "out")]))
     assert [problem.split(": the text has")[0] for problem in problems] == [
-        f"record 'r{n}', target 'b'" for n in (1, 2)
+        f"{tmp_path / 'r.jsonl'}:{n + 1}: record 'r{n}', target 'b'" for n in (1, 2)
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.jsonl"]
 

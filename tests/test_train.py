@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -85,21 +84,18 @@ def test_a_checkpoint_s_figures_have_no_interval_that_was_not_computed(every_ste
 def test_the_records_are_read_once_before_the_first_step(
     every_step: Run, tiny_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[str] = []
-    original = Manifest.__iter__
+    read: list[int] = []
+    original = Manifest.__getitem__
 
-    def counted(manifest: Manifest) -> Iterator[Record]:
-        read.append(manifest.path.name)
-        return original(manifest)
+    def counted(manifest: Manifest, index: int) -> Record:
+        read.append(index)
+        return original(manifest, index)
 
-    monkeypatch.setattr(Manifest, "__iter__", counted)
+    monkeypatch.setattr(Manifest, "__getitem__", counted)
     monkeypatch.setattr("medisee.train._steps", lambda *_: None)
     data = {"cache": str(tmp_path / "cache"), "val": None}
     train(configured(every_step, data=data, train={"out": str(tmp_path / "run")}))
-    assert read == ["tiny.jsonl"]
-    read.clear()
-    train(configured(every_step, train={"out": str(tmp_path / "other")}))
-    assert read == ["tiny.jsonl"]  # for the tokenizer; without a cache the images of val are not needed
+    assert read == [*range(len(Manifest(tiny_manifest)))]  # for files, words, tokenizer and cache
 
 
 def test_the_loss_falls(every_step: Run, tmp_path: Path) -> None:
@@ -376,7 +372,7 @@ def test_a_disk_that_cannot_hold_a_state_is_told_before_the_first_step(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_100_000))
     monkeypatch.setattr("medisee.train._steps", lambda *_: pytest.fail("a step was taken"))
-    with pytest.raises(InputError, match=r"train\.out .*: .* are needed, 1 MB are free"):
+    with pytest.raises(InputError, match=r"train\.out .*: .* are needed, 1\.1 MB are free"):
         train(configured(every_step, train={"out": str(tmp_path / "run")}))
     assert not (tmp_path / "run").exists()
 

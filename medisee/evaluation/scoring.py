@@ -88,17 +88,12 @@ class Split:
     @property
     def name(self) -> str:
         """The manifest's title."""
-        return title(self.manifest.path)
+        return self.manifest.path.stem
 
     @property
     def cases(self) -> list[Case]:
         """The questions that are scored, in order."""
         return [Case(one.record, target, qa) for one in self.asked for target, qa in one.questions]
-
-
-def title(path: Path) -> str:
-    """Returns a file's name without its suffix, as reports show it: bytes that are not UTF-8 become "?"."""
-    return path.stem.encode("utf-8", "replace").decode("utf-8")
 
 
 def open_splits(paths: Sequence[Path], root: Path | None, limit: int | None, *, files: bool = True) -> list[Split]:

@@ -361,7 +361,9 @@ ROWS = [
     ask("run", lambda w: run_folder(w, "checkpoint"), "the folder of a run", "demo/checkpoint"),
     ask("run without checkpoint", lambda w: run_folder(w, "last-00000002"), "the folder of a run", "last-00000002"),
     ask("other folder", lambda w: w.folder / "data", CONFIG, "no checkpoint here"),
-    Row("NaN", "eval", lambda w: w.evaluate(checkpoint=with_values(w, ROUTER, float("nan"))), (ROUTER, "NaN")),
+    Row(
+        "NaN in weights", "eval", lambda w: w.evaluate(checkpoint=with_values(w, ROUTER, float("nan"))), (ROUTER, "NaN")
+    ),
     Row("numbers as frozen", "eval", lambda w: w.evaluate(checkpoint=w.own_checkpoint(frozen=[1])), ("frozen.0",)),
     Row("NaN", "train", lambda w: w.train(train={"init": str(with_values(w, ROUTER, float("nan")))}), (ROUTER, "NaN")),
     Row("run as init", "train", lambda w: w.train(train={"init": str(run_folder(w, "checkpoint"))}), ("of a run",)),

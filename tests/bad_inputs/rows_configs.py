@@ -81,7 +81,9 @@ ROWS = [
         lambda w: ["from-release", "--weights", w.folder, "--config", w.text("a.yaml", "a: 1\na: 2"), "--out", w.out],
         ("a.yaml", "line 2"),
     ),
-    Row("key twice", "eval", lambda w: w.evaluate("--config", w.text("a.yaml", "a: 1\na: 2")), ("a.yaml", "line 2")),
+    Row(
+        "setting twice", "eval", lambda w: w.evaluate("--config", w.text("a.yaml", "a: 1\na: 2")), ("a.yaml", "line 2")
+    ),
     Row("key twice", "ask", lambda w: ["--plan", "--config", w.text("a.yaml", "a: 1\na: 2")], ("a.yaml", "line 2")),
     Row("a folder", "train", lambda w: ["--config", w.folder], ("cannot read", "directory")),
     Row(

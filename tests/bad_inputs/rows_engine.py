@@ -43,7 +43,7 @@ _OPTIONS = [
     ("offline with a captioner", ["--author", "offline", "--captioner", "v"], ("leave out --captioner",)),
     ("offline with a server", ["--author", "offline", "--base-url", URL], ("leave out", "--base-url")),
     ("blank model", ["--model", " ", "--free"], ("--model ' '",)),
-    ("model that is no text", ["--model", "\udcff", "--free"], ("--model '\\udcff'",)),
+    ("model that is no text", ["--model", "\udcff", "--free"], ("'\\udcff'", "not UTF-8")),
     ("blank captioner", ["--model", "m", "--free", "--captioner", ""], ("--captioner ''",)),
     ("model without a price", ["--model", "gpt-4oo"], ("gpt-4oo", "'gpt-4o'", "--prices")),
     ("captioner without a price", ["--model", "gpt-4o", "--captioner", "eyes"], ("eyes", "--prices")),
@@ -125,7 +125,7 @@ ROWS = [
     Row("run: not a manifest", "data_gen", lambda w: (w.write_records(["{"]), run(w))[1], ("tiny.jsonl:1", "not JSON")),
     Row("run: no targets", "data_gen", lambda w: (w.write_records([]), run(w))[1], ("tiny.jsonl",)),
     Row("run: no image there", "data_gen", lambda w: (w.edit_record(image="none.png"), run(w))[1], ("none.png",)),
-    Row("run: ledger in a file", "data_gen", lambda w: run(w, "--ledger", w.text("f", "") / "l.sqlite"), ("l.sqlite",)),
+    Row("run: ledger in a file", "data_gen", lambda w: run(w, "--ledger", w.text("f", "") / "l.sqlite"), ("is a file",)),
     Row("run: ledger is a folder", "data_gen", lambda w: run(w, "--ledger", w.manifest.parent), ("data", "ledger")),
     Row("run: no ledger named", "data_gen", lambda w: ["run", "--records", str(w.manifest)], ("--ledger",)),
 ]

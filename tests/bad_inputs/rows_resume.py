@@ -202,7 +202,6 @@ ROWS = [
         ("data.train[0].weight = 1, not 2", *ANOTHER),
     ),
     Row("resume, another manifest", "train", another_manifest, ("data.train[0].records", "its content is another one")),
-    Row("resume and fresh", "train", lambda w: w.train("--resume", "--fresh"), ("not allowed with",)),
     Row("a run is there", "train", lambda w: (run_of(w), w.train())[1], ("already holds a run", "--resume", "--fresh")),
     Row("another run is at work", "train", held(), ("another run is writing here",)),
     Row("another run is at work, fresh", "train", held("--fresh"), ("another run is writing here",)),
@@ -250,11 +249,11 @@ ROWS = [
         in_the_way("tensorboard", folder=False),
         ("tensorboard: is a file in the way", "rename it"),
     ),
-    Row("checkpoint is a file", "train", in_the_way("checkpoint", folder=False), ("checkpoint", "holds no checkpoint")),
+    Row("checkpoint is a file", "train", in_the_way("checkpoint", folder=False), ("checkpoint", "is a file")),
     Row(
         "checkpoint holds other files",
         "train",
         in_the_way("checkpoint", folder=True),
-        ("checkpoint", "holds no checkpoint"),
+        ("checkpoint", "not of an earlier checkpoint"),
     ),
 ]

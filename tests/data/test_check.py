@@ -374,4 +374,4 @@ def test_of_damaged_files_each_is_named_or_reads_right(
                 example = record_example(manifest, record, questions, None)
                 assert len(tiny_model.processor([example]).frames) == 1
         path.write_bytes(whole[path])
-    assert 20 < taken < 180
+    assert 10 < taken < 190, "both outcomes are tested"

@@ -329,7 +329,7 @@ def test_other_records_do_not_fit_the_ledger(
         (["--max-tokens", "0"], "--max-tokens is 0"),
         (["--reasoning-effort", " "], "--reasoning-effort ' '"),
         (["--model", ""], "--model ''"),
-        (["--model", "\udcff"], "--model '\\udcff'"),
+        (["--model", "\udcff"], "'\\udcff': is not UTF-8"),
         (["--captioner", ""], "--captioner ''"),
         (["--max-cost", "-1"], "--max-cost is -1"),
         (["--rpm", "nan"], "--rpm is nan"),

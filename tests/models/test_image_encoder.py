@@ -59,7 +59,7 @@ def test_it_equals_the_packages_encoder_at_any_size(
     patches: int, window: int, heads: int, everywhere: bool, count: int
 ) -> None:
     sizes = SamSizes(
-        width=16, depth=2, heads=heads, global_attention=(0, 1) if everywhere else (), window=window, channels=8
+        width=16, depth=2, heads=heads, global_attention=(0, 1) if everywhere else (), window=window, channels=16
     )
     ours, theirs = pair(sizes, 16 * patches)
     same(ours(images(count, 16 * patches)), theirs(images(count, 16 * patches)))
