@@ -125,7 +125,9 @@ ROWS = [
     Row("run: not a manifest", "data_gen", lambda w: (w.write_records(["{"]), run(w))[1], ("tiny.jsonl:1", "not JSON")),
     Row("run: no targets", "data_gen", lambda w: (w.write_records([]), run(w))[1], ("tiny.jsonl",)),
     Row("run: no image there", "data_gen", lambda w: (w.edit_record(image="none.png"), run(w))[1], ("none.png",)),
-    Row("run: ledger in a file", "data_gen", lambda w: run(w, "--ledger", w.text("f", "") / "l.sqlite"), ("is a file",)),
+    Row(
+        "run: ledger in a file", "data_gen", lambda w: run(w, "--ledger", w.text("f", "") / "l.sqlite"), ("is a file",)
+    ),
     Row("run: ledger is a folder", "data_gen", lambda w: run(w, "--ledger", w.manifest.parent), ("data", "ledger")),
     Row("run: no ledger named", "data_gen", lambda w: ["run", "--records", str(w.manifest)], ("--ledger",)),
 ]
