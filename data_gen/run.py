@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             api_key(server)
     path: Path = arguments.ledger
     # A second run would ask the same questions.
-    with Ledger(path, create=True) as ledger, locked(path, path.with_name(f".{path.name}.lock")):
+    with locked(path, path.with_name(f".{path.name}.lock")), Ledger(path, create=True) as ledger:
         free = {"style": style, "limit": limit, "batch": arguments.batch, "max_tokens": arguments.max_tokens}
         number = ledger.start_run(fixed_settings(arguments, inputs.recipe), free)
         ledger.keep_names(inputs.names)

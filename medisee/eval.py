@@ -104,7 +104,8 @@ def _evaluate(arguments: argparse.Namespace, folder: Path) -> None:
     config = load_config(arguments.config, arguments.overrides)
     categories = read_categories(config.data.categories) if config.data.categories is not None else {}
     train = Manifest(config.data.train[0].records, config.data.train[0].root) if config.data.train else None
-    splits = open_splits(arguments.records, arguments.root, arguments.limit)
+    # With a checkpoint all files are looked at once more is known: see below.
+    splits = open_splits(arguments.records, arguments.root, arguments.limit, files=arguments.predictions is not None)
     device: torch.device | str = "cpu"
     if arguments.predictions is not None:
         system = arguments.predictions.stem
@@ -163,6 +164,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.limit is not None and arguments.limit < 1:
         raise InputError(f"--limit {arguments.limit}: expected 1 or more; leave it out to score every record.")
     out: Path | None = arguments.out
+    if arguments.list_questions and arguments.overrides:
+        raise InputError(f"--list-questions: takes no {' '.join(arguments.overrides)}; name a new file with --out.")
     if arguments.list_questions:
         return _list_questions(arguments.records, arguments.root, arguments.limit, out)
     if out is None:

@@ -117,7 +117,13 @@ _FILLED = {
 }
 """The results that are written into OUT file by file, beside what else lies in it."""
 _REPLACED = {
-    name: Result(name, rf"(train|val|test|rejects)\.jsonl|run\.json|{more}/.*", "run.json", "settings.data", value=name)
+    name: Result(
+        name,
+        rf"(train|val|test|rejects)\.(jsonl|offsets\.safetensors)|run\.json|{more}/.*",
+        "run.json",
+        "settings.data",
+        value=name,
+    )
     for name, more in (("nifti", "images"), ("public", "(images|kvasir_seg|hc18)"))
 }
 """The results that replace OUT as a whole."""
@@ -291,28 +297,28 @@ def _ask(options: dict[str, Any]) -> None:
 def _folder(options: dict[str, Any]) -> None:
     from medisee.sources.image_folder import Layout, folder_records, parse_labels
 
-    images, masks, labels = options["images"], options["masks"], options["labels"]
+    images, masks, labels = options["images"].resolve(), options["masks"].resolve(), options["labels"]
     if options["category"] and labels:
         raise InputError("--category and --labels: a mask is of one category, or a label map; leave one of them out.")
     if missing := [
         f"{path}: expected a folder, found none; check the path." for path in (images, masks) if not path.is_dir()
     ]:
         raise InputError(missing)
-    root = options["root"] or Path(os.path.commonpath([images.absolute(), masks.absolute()]))
+    root = options["root"].resolve() if options["root"] else Path(os.path.commonpath([images, masks]))
     for path in (images, masks):
-        if not path.absolute().is_relative_to(root.absolute()):
+        if not path.is_relative_to(root):
             raise InputError(f"--root {root}: does not hold {path}; name a folder above it.")
     layout = Layout(
-        images=images.absolute(),
-        masks=masks.absolute(),
-        root=root.absolute(),
+        images=images,
+        masks=masks,
+        root=root,
         category=options["category"],
         labels=parse_labels(labels) if labels else None,
         pattern=options["pattern"],
         case=_expression(options["case"]),
         fill=options["fill"],
     )
-    found = folder_records(layout, modality=options["modality"], source=options["source"] or images.absolute().name)
+    found = folder_records(layout, modality=options["modality"], source=options["source"] or images.name)
     _write_found(found, options["out"], root, options)
 
 

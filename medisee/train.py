@@ -56,7 +56,6 @@ from medisee.training.ranks import (
     gather,
     join_ranks,
     raise_on_all_ranks,
-    wait_for_ranks,
     world_from_environment,
 )
 from medisee.training.resume import (
@@ -181,13 +180,14 @@ def _prepare(
         raise with_missing_weights(error, config.model) from error
     cache = None
     if config.data.cache is not None:
-        if place.rank > 0:
-            wait_for_ranks()
         folder, cache_dtype = Path(config.data.cache), compute_dtype(config.data.cache_dtype, place.device)
         skip = config.data.skip_corrupt
-        cache = fill_cache(read.images, model.seg_head, model.processor, folder, cache_dtype, skip_corrupt=skip)
-        if place.rank == 0:
-            wait_for_ranks()
+        for encodes in (True, False):  # the first rank; the others then find all features there
+            with errors_on_all_ranks(place):
+                if encodes == (place.rank == 0):
+                    cache = fill_cache(
+                        read.images, model.seg_head, model.processor, folder, cache_dtype, skip_corrupt=skip
+                    )
     dtype = compute_dtype(settings.dtype, place.device)
     to_training_precision(model, dtype)
     if settings.recompute_layers:
@@ -367,15 +367,18 @@ def _validate(run: Run, val: Manifest, step: int, stop: StopRequest) -> None:
     run.log.validation(step, summary, split)
     figure = (summary.dice.value + summary.iou.value) / 2
     if figure > run.best:
+        try:
+            _save_best(run, {"step": step, split: figures(summary)})
+        except InputError:  # on every rank
+            _save(run, step)
+            raise
         run.best = figure
-        _save_best(run, {"step": step, split: figures(summary)})
 
 
 def _save_best(run: Run, facts: dict[str, object]) -> None:
-    with run.optimization.whole_parameters():
+    with run.optimization.whole_parameters(), errors_on_all_ranks(run.place):
         if run.place.rank == 0:
             save_checkpoint(run.model, run.out / CHECKPOINT, facts)
-    wait_for_ranks()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

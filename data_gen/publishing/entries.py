@@ -57,8 +57,14 @@ class Entry:
         item = self.item
         qa = tuple(worded(question, seed) for question in self.questions)
         target = Target(id=item.target, category=item.category, mask=self.mask, box=self.box, qa=qa)
-        known = {"modality": item.modality, "source": item.source, "case": item.case}
-        return Record(id=item.record, image=self.image, targets=(target,), **known)
+        return Record(
+            id=item.record,
+            image=self.image,
+            modality=item.modality,
+            source=item.source,
+            case=item.case,
+            targets=(target,),
+        )
 
 
 def entries(items: Iterable[Item], pairs: Iterable[Screened], seed: int) -> list[Entry]:

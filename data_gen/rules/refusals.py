@@ -26,7 +26,7 @@ _STARTS = re.compile(
     r"|(?:sorry|(?:my )?apologies)(?: ?[,.!:;—–-]| but\b| i\b| for\b| that\b)(?!.*\?$)|i (?:must )?apologi[sz]e\b"
     rf"|unfortunately,? (?:i|we) {_NOT_ABLE}"
     r"|(?:unable|not able|cannot|can't) (?:to )?(?:help|assist|comply|fulfill?|provide an?y? (?:medical|answer|description))\b"
-    rf"|as (?:an ai\b|{_MODEL})"
+    rf"|as (?:an ai(?:,| i\b)|{_MODEL})"
     # The same in other languages.
     r"|(?:es )?tut mir leid|leider kann ich|ich kann (?:leider|ihnen|dir|dabei|nicht|keine)|als (?:eine? )?ki\b"
     r"|(?:lo )?siento\b|lamento\b|no puedo\b|como (?:modelo de|una? ia\b|inteligencia)|me disculpo"

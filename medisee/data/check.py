@@ -33,6 +33,7 @@ LONG = 512  # bytes from which a text is tokenised: no usual tokenizer makes two
 _PART = 64  # records that a process reads at a time
 _AHEAD = 4  # parts for each process, so that none waits and none piles up
 _WORTH = 16  # parts for each process from which it is worth starting
+_LETTERS = 2_000  # of a word; a tokenizer that is trained on longer ones takes minutes
 _ROWS = 20  # of a table, for each of category, modality and size
 _ALL = candidate_text(CANDIDATE_TOKENS)  # in an answer it stands for the model's own candidate tokens
 
@@ -169,6 +170,7 @@ def _read_part(job: Job, places: Sequence[int]) -> Found:
         except InputError as error:
             problems += error.problems
         found.counts["", "empty"] += sum(" is empty; expected a pixel" in problem for problem in problems)
+        found.counts["", "usable targets"] += 0 if problems else len(record.targets)
         found.problems += [(place, problem) for problem in problems]
     return found
 
@@ -191,9 +193,16 @@ def _files(manifest: Manifest, record: Record) -> tuple[str, list[str]]:
 
 def _words(job: Job, place: int, record: Record, target: Target, found: Found) -> Iterator[str]:
     """Keeps what is needed of a target's words, and yields what its answers lack."""
+    texts = {question.format(name=target.category) for question in CLASS_QUESTIONS}
+    texts |= {text for qa in target.qa for text in (qa.question, qa.answer)}
+    if long := [word for text in texts for word in text.split() if len(word) > _LETTERS]:
+        yield (
+            f"record {record.id!r}, target {target.id!r}: has a word of {len(long[0]):,} letters, {long[0][:20]!r}...; "
+            f"expected at most {_LETTERS:,}; correct it."
+        )
+        return
     if job.texts:
-        found.texts |= {question.format(name=target.category) for question in CLASS_QUESTIONS}
-        found.texts |= {text for qa in target.qa for text in (qa.question, qa.answer)}
+        found.texts |= texts
     asked = target.qa
     if job.by_category or not asked:
         question = max(CLASS_QUESTIONS, key=len).format(name=target.category)

@@ -27,8 +27,8 @@ def parse_words(
 
 def _parsed(parser: argparse.ArgumentParser, words: Sequence[str], more: str | None) -> argparse.Namespace:
     given, rest = parser.parse_known_args(words)
-    if rest and more is not None and not any(word.startswith("-") for word in rest):
-        setattr(given, more, [*getattr(given, more, ()), *rest])
+    if rest and more is not None and hasattr(given, more) and not any(word.startswith("-") for word in rest):
+        setattr(given, more, [*getattr(given, more), *rest])
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return given

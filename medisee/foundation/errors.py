@@ -40,9 +40,11 @@ def library_errors(where: Path | str, what: str, fix: str) -> Iterator[None]:
     """Turns whatever a library raises when it reads a file of others, which may be of any type, into an InputError."""
     try:
         yield
-    except InputError:
+    except (InputError, ImportError, MemoryError):
         raise
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+            raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{where}: {what} ({reason}); {fix}.") from error
 

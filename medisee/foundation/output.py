@@ -66,8 +66,8 @@ class Result:
 def locked(folder: Path, lock: Path | None = None) -> Iterator[None]:
     """Holds an output folder for this process, so that two runs never write into one.
 
-    A missing folder is made, and removed if it stays empty. The lock ends with the process, however it ends. Half-written
-    files of an earlier one are removed. `lock` is the lock's file where it cannot be in the folder.
+    A missing folder is made, and removed if it stays empty. The lock ends with the process, however it ends. Files that
+    an ended process has left half-written are removed. `lock` is the lock's file where it cannot be in the folder.
     """
     path = lock or folder / ".lock"
     made = not path.parent.exists()
@@ -83,7 +83,9 @@ def locked(folder: Path, lock: Path | None = None) -> Iterator[None]:
         print(f"warning: {folder}: its disk knows no locks; start no second run in it.", file=sys.stderr, flush=True)
     try:
         for left in (*folder.glob(".*.[0-9]*.tmp"), *folder.glob("*/.*.[0-9]*.tmp")) if lock is None else ():
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            process = left.name.split(".")[-2]
+            if process.isdecimal() and not _is_running(int(process)):
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         yield
     finally:
         path.unlink(missing_ok=True)
@@ -91,6 +93,16 @@ def locked(folder: Path, lock: Path | None = None) -> Iterator[None]:
         if made:
             with suppress(OSError):  # it is not empty
                 path.parent.rmdir()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def check_output(

@@ -108,6 +108,7 @@ _EXPECTED = {
     "bytes_type": "expected the bytes of a file; add them",
     "int_type": "expected a whole number; correct it",
     "tuple_type": "expected a list; write it in square brackets",
+    "greater_than_equal": "expected {ge} or more; correct it",
     "too_long": "expected a list of at most {max_length}; shorten it",
     "literal_error": "expected {expected}; use one of these",
     "value_error": "{error}",

@@ -25,7 +25,9 @@ Box: TypeAlias = tuple[float, float, float, float]
 _MOST_PIXELS = 2**31  # pycocotools counts in 32 bits
 _LONGEST_OUTLINE = 2**22  # of a polygon, pixels
 _LEAST_RANGE = 64  # highest value of a JPEG mask; it does not keep small ones
+_LABELS = 32  # values from which a mask looks smoothed rather than like a label map
 _RIM = 5  # pixels: within them, a JPEG mask goes from one value to the other
+_EXACT = ("PNG", "TIFF", "BMP")  # formats whose grey values are those that were saved
 _STRAYS = 0.01  # of the foreground may be otherwise: thin strips at the image's border do
 
 
@@ -45,7 +47,8 @@ def _not_empty(files: tuple[str, ...]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class MaskFiles:
-    """A mask in image files: the pixels of `value` in any of `files`, or of any value but 0; all others if `inverted`."""
+    """A mask in image files: the pixels of `value` in any of `files`, or of any value but 0; if `inverted`, those that
+    any of the files leaves out."""
 
     files: Annotated[tuple[FilePath, ...], AfterValidator(_not_empty)]
     inverted: Annotated[StrictBool, null_means(False)] = False
@@ -117,6 +120,8 @@ def _compressed(mask: Any) -> Any:
     """Returns a mask's JSON value with COCO's other two forms, integer counts and polygons, as a compressed string."""
     if isinstance(mask, list):
         raise ValueError('expected an object; write polygons as {"size": [height, width], "segmentation": [[...]]}')
+    if isinstance(mask, dict) and {"counts", "segmentation"} <= mask.keys():
+        raise ValueError("expected counts or segmentation, found both; remove one")
     if isinstance(mask, dict) and isinstance(counts := mask.get("counts"), list):
         if not counts or not all(type(count) is int and 0 <= count < _MOST_PIXELS for count in counts):
             raise ValueError("expected counts of whole numbers, 0 or more; correct them")
@@ -124,6 +129,8 @@ def _compressed(mask: Any) -> Any:
         return {**mask, "counts": packed["counts"].decode("ascii")}
     if not isinstance(mask, dict) or "segmentation" not in mask:
         return mask
+    if isinstance(mask["segmentation"], dict):
+        raise ValueError('expected polygons; write an RLE as {"size": ..., "counts": ...}, without "segmentation"')
     size, polygons = mask.get("size"), mask["segmentation"]
     if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and 0 < side < 2**16 for side in size)):
         raise ValueError('expected polygons with "size": [height, width] of the image; add it')
@@ -141,7 +148,9 @@ def _compressed(mask: Any) -> Any:
 
 
 def _is_polygon(value: Any) -> bool:
-    numbers = isinstance(value, list) and all(type(number) in (int, float) for number in value)
+    numbers = isinstance(value, list) and all(
+        type(number) in (int, float) and abs(number) < _MOST_PIXELS for number in value
+    )
     return numbers and len(value) >= 6 and len(value) % 2 == 0
 
 
@@ -183,10 +192,22 @@ def read_mask(path: Path, where: str, size: tuple[int, int] | None, value: int |
 
 def read_label_map(path: Path, where: str, size: tuple[int, int] | None) -> NDArray[Any]:
     """Reads the values (height, width) of a label map; see `read_mask`."""
-    colours, _, _, lossy = _stored(path, where, size)
-    if lossy or (colours != colours[..., :1]).any():
-        raise InputError(f"{where}: is a JPEG or in colour; save the label map as a grey or palette PNG.")
-    return colours[..., 0]
+    with open_picture(path, where, formats=None) as image:
+        is_exact = image.format in _EXACT and image.info.get("compression") not in ("jpeg", "webp")
+        kind, bits = image.format, _bits(image)
+    colours = _stored(path, where, size)[0]
+    if not is_exact or (colours != colours[..., :1]).any():
+        raise InputError(f"{where}: is a {kind} in colour or with inexact values; save the label map as a grey PNG.")
+    # Pillow spreads the values of 1, 2 and 4 bits over 0..255.
+    return colours[..., 0] // (255 // (2**bits - 1))
+
+
+def _bits(image: Image.Image) -> int:
+    """Returns the bits of a grey image's values, where they are fewer than 8."""
+    tiles: Any = getattr(image, "tile", None)
+    layout = tiles[0].args if tiles else ""
+    layout = layout if isinstance(layout, str) else str((layout or ("",))[0])
+    return 1 if image.mode == "1" else int(layout[2]) if image.mode == "L" and layout[:3] in ("L;2", "L;4") else 8
 
 
 def _stored(
@@ -207,7 +228,9 @@ def _several_values(colours: NDArray[Any], where: str) -> str:
     is_grey = (colours == colours[..., :1]).all()
     values = np.unique(colours.reshape(-1, colours.shape[2])[:, : 1 if is_grey else 3], axis=0)
     listed = ", ".join("/".join(f"{number:g}" for number in value) for value in values[:6])
-    fix = 'write {"files": [...], "value": N} for one value of a label map, or save a mask per object without smoothing'
+    fix = "save a mask per object without smoothing"
+    if len(values) <= _LABELS:
+        fix = f'write {{"files": [...], "value": N}} for one value of a label map, or {fix}'
     return (
         f"{where}: expected 0 and one other value, found {len(values)}: {listed}{', ...' * (len(values) > 6)}; {fix}."
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,11 @@ def find_pairs(root: Path) -> list[Pair]:
             )
         else:
             pairs.append(Pair(image, labels, case))
+    problems += [
+        f"{root}: has two volumes called {name!r}; name the folder of one data set."
+        for name, count in Counter(pair.name for pair in pairs).items()
+        if count > 1
+    ]
     if not pairs and not problems:
         problems = [
             f"{root}: expected imagesTr/ and labelsTr/, patientNNN_frameNN.nii.gz with _gt, or img/ and label/ with NIfTI "

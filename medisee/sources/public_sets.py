@@ -13,6 +13,10 @@ from medisee.sources.image_folder import Layout, folder_records
 from medisee.sources.nifti import Plane, Slicing, find_pairs, slice_records
 from medisee.sources.splits import Found
 
+_BTCV = (
+    "spleen, right kidney, left kidney, gallbladder, esophagus, liver, stomach, aorta, inferior vena cava, "
+    "portal and splenic vein, pancreas, right adrenal gland, left adrenal gland"
+)
 LEAST_AREA = 16  # smallest target in a slice of a volume that is kept, pixels
 
 
@@ -83,26 +87,7 @@ PUBLIC_SETS = {
         licence="research, by registration (https://www.synapse.org/Synapse:syn3193805)",
         archive="RawData.zip",
         form="https://www.synapse.org/Synapse:syn3193805",
-        labels=dict(
-            enumerate(
-                (
-                    "spleen",
-                    "right kidney",
-                    "left kidney",
-                    "gallbladder",
-                    "esophagus",
-                    "liver",
-                    "stomach",
-                    "aorta",
-                    "inferior vena cava",
-                    "portal and splenic vein",
-                    "pancreas",
-                    "right adrenal gland",
-                    "left adrenal gland",
-                ),
-                start=1,
-            )
-        ),
+        labels=dict(enumerate(_BTCV.split(", "), start=1)),
     ),
 }
 """What `medisee prepare public` knows; nobody at medisee has opened the addresses."""

@@ -8,21 +8,21 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from medisee.config import Config
 from medisee.config.model import Model
 from medisee.data.check import Found, Job, Said, look, no_target, sample, scored_job, training_job, with_lines
-from medisee.foundation.errors import InputError, first_line, shortened
+from medisee.foundation.errors import InputError, shortened
 from medisee.models.medisee import MediSee
 from medisee.models.mllm import load_tokenizer
 from medisee.models.processing import MediSeeProcessor, Query
 from medisee.models.seg_head import SegHeadSpec
 from medisee.records.manifest import Manifest
 from medisee.records.prompts import ANSWERS, REQUESTS, candidate_text
-from medisee.training.ranks import Place, gather, raise_on_all_ranks
+from medisee.training.ranks import Place, errors_on_all_ranks, gather, raise_on_all_ranks
 from medisee.weights.checkpoints import check_same_model, load_checkpoint, local_checkpoint
-from medisee.weights.tokenizer import add_candidate_tokens, train_tokenizer
+from medisee.weights.tokenizer import add_candidate_tokens, read_tokenizer, train_tokenizer
 
 SHOWN = 10  # problems of the records that a training prints
 
@@ -43,7 +43,8 @@ def read_records(config: Config, manifests: Sequence[Manifest], val: Manifest | 
     The files are divided among the ranks; of a manifest of more than `check.MOST` records a sample is looked at. The
     first rank raises InputError with the first problems, or prints them under `data.skip_corrupt`.
     """
-    processor = known_words(config)
+    with errors_on_all_ranks(place):
+        processor = known_words(config)
     jobs, sizes = [], []
     wanted = [training_job(config, manifest) for manifest in manifests]
     wanted += [scored_job(config, val, config.train.val_limit)] if val is not None else []
@@ -53,17 +54,18 @@ def read_records(config: Config, manifests: Sequence[Manifest], val: Manifest | 
         if place.rank == 0 and len(chosen) < len(job.places):
             print(f"{manifest.path}: {len(chosen):,} of {len(job.places):,} records are checked", flush=True)
         own, images = chosen[place.rank :: place.world], config.data.cache is not None
-        places = range(len(manifest)) if images or (processor is None and manifest is not val) else own
-        jobs.append(replace(job, places=places, files=frozenset(own), images=images))
-        sizes.append(len(chosen))
-    processor, found = look_at(config, jobs, processor, workers=config.data.workers)
+        reads_all = images or (processor is None and manifest is not val)
+        jobs.append(replace(job, places=job.places if reads_all else own, files=frozenset(own), images=images))
+        sizes.append(len(job.places if reads_all else chosen))
+    with errors_on_all_ranks(place):
+        processor, found = look_at(config, jobs, processor, workers=config.data.workers)
     problems: list[str] = []
     unusable: set[str] = set()
     for job, size, one in zip(jobs, sizes, found, strict=True):
-        parts = gather((one.problems, one.counts["all", "targets"]), place)
+        parts = gather((one.problems, one.counts["", "usable targets"]), place)
         own_problems = [problem for part, _ in parts for problem in part]
         bad = {at for at, _ in own_problems}
-        if not sum(targets for _, targets in parts):
+        if not sum(targets for _, targets in parts) and (config.data.skip_corrupt or not own_problems):
             problems.append(no_target(job.manifest))
         lines = with_lines(job.manifest, own_problems) if place.rank == 0 else []
         if not config.data.skip_corrupt or len(bad) == size:
@@ -137,10 +139,7 @@ def build_tokenizer(config: Config, texts: Set[str]) -> PreTrainedTokenizerBase:
     if config.train.init is not None:
         folder = local_checkpoint(config.train.init)
         check_same_model(folder, config.model)
-        try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise InputError(f"{folder}: unreadable tokenizer ({first_line(error)}); copy it again.") from error
+        return read_tokenizer(folder)
     if config.model.mllm.source is not None:
         return load_tokenizer(config.model.mllm, config.model.candidate_tokens)
     candidates = candidate_text(config.model.candidate_tokens)

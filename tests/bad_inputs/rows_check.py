@@ -67,6 +67,10 @@ _ANSWERS = [
 
 ROWS = [
     *_ANSWERS,
+    *_both(
+        "word of a million letters", lambda w: w.edit_qa(question="x" * 10**6), "1,000,000 letters", "at most 2,000"
+    ),
+    *_both("category of many letters", lambda w: w.edit_target(category="y" * 5000), "letters", "'yyyyy"),
     *_both("image cut off", lambda w: _cut(w.folder / "data/1.png", 60), "tiny.jsonl:2: ", "1.png"),
     *_both("image empty", lambda w: w.text("data/2.png", b""), "tiny.jsonl:3: ", "2.png"),
     *_both("image is text", lambda w: w.text("data/0.png", b"P5 3 3"), "tiny.jsonl:1: ", "0.png"),
@@ -91,7 +95,7 @@ ROWS = [
         for name, spoil in (
             ("question too long", lambda w: w.edit_qa(3, question=NOISE)),
             ("answer too long", lambda w: w.edit_qa(3, answer=f"It is [SEG] and [BBOX]. {NOISE}")),
-            ("one endless word", lambda w: w.edit_qa(3, question=NOISE.replace(" ", "-"))),
+            ("one endless word", lambda w: w.edit_qa(3, question=NOISE.replace(" ", "-")[:1900])),
             ("category too long", lambda w: w.edit_target(3, category=NOISE, qa=[])),
             ("history too long", lambda w: w.edit_qa(3, history=[{"question": NOISE, "answer": "It is."}])),
         )

@@ -184,5 +184,6 @@ ROWS = [
     value("path is a number", "train.out=3", words=("train.out = 3", "quotes")),
     value("answer without tokens", "eval.forced_answer='It is.'", words=("eval.forced_answer", "{candidates}")),
     value("answer with braces", "eval.forced_answer='{candidates} {x}'", words=("no other braces",)),
+    value("cut answer", "eval.forced_answer='{candidates:.3}'", words=("no other braces",)),
     value("broken answer", "eval.forced_answer='{candidates'", words=("no other braces",)),
 ]

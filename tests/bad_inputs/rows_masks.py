@@ -105,7 +105,7 @@ ROWS = [
         lambda w: (w.edit_target(mask="masks\\m.png"), w.evaluate())[1],
         ("does not exist", "write / instead of \\"),
     ),
-    form("value of zero", {"files": ["0_liver.png"], "value": 0}, "value is 0", "greater than or equal to 1"),
+    form("value of zero", {"files": ["0_liver.png"], "value": 0}, "value is 0", "1 or more"),
     form("value in words", {"files": ["0_liver.png"], "value": "liver"}, "value is", "whole number"),
     form("value of true", {"files": ["0_liver.png"], "value": True}, "value is true", "whole number"),
     form("bare polygons", [SQUARE], '{"size": [height, width], "segmentation": [[...]]}'),

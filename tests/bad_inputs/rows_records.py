@@ -89,6 +89,26 @@ ROWS = [
         _raw(lambda line: line.replace('"answer"', '"answer": "", "answer"', 1)),
         ("tiny.jsonl:1", "'answer' is twice"),
     ),
+    Row(
+        "polygon of a huge number",
+        "eval",
+        _target(mask={"size": [48, 64], "segmentation": [[1, 1, 20, 1, 10**400, 20]]}),
+        ("tiny.jsonl:1", "polygons"),
+    ),
+    Row(
+        "two forms of a mask",
+        "eval",
+        _target(mask={"size": [48, 64], "segmentation": [[1, 1, 9, 1, 9, 9]], "counts": [3072]}),
+        ("tiny.jsonl:1", "found both"),
+    ),
+    Row(
+        "crowd form",
+        "eval",
+        _target(mask={"size": [48, 64], "segmentation": {"size": [48, 64], "counts": [3072]}}),
+        ("tiny.jsonl:1", 'without "segmentation"'),
+    ),
+    Row("value 0", "eval", _target(mask={"files": ["0_liver.png"], "value": 0}), ("tiny.jsonl:1", "1 or more")),
+    Row("list with a stray word", "eval", lambda w: [*w.evaluate()[2:], "--list-questions", "q.jsonl"], ("q.jsonl",)),
     Row("NaN", "eval", _target(box=[0, 0, float("nan"), 9]), ("tiny.jsonl:1", "NaN is not JSON")),
     Row("infinite", "eval", _target(box=[0, 0, float("inf"), 9]), ("tiny.jsonl:1", "Infinity is not JSON")),
     Row(

@@ -9,10 +9,10 @@ from typing import Any, get_args, get_origin
 import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
+from settings_table import PAPER, settings_table, with_table
 
 from medisee.config import Config, Source
 from medisee.config.load import config_from, dump_config, load_config
-from medisee.config.table import PAPER, settings_table, with_table
 from medisee.foundation.errors import InputError
 
 ROOT = Path(__file__).parents[2] / "configs"

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,7 @@ def test_ranks_divide_the_files_and_find_the_same(
         )
         monkeypatch.setattr("medisee.training.initial_model.gather", lambda value, _: [value, value])
         monkeypatch.setattr("medisee.training.initial_model.raise_on_all_ranks", _raise)
+        monkeypatch.setattr("medisee.training.initial_model.errors_on_all_ranks", nullcontext)
         place = Place(rank, 2, torch.device("cpu"))
         if rank:
             read_records(config_from(tiny_config, where="test"), [Manifest(data)], None, place)

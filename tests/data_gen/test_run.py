@@ -266,7 +266,7 @@ def test_a_refused_run_leaves_no_ledger_behind(serve: Serve, records: Records, t
     path, ledger = records(1), tmp_path / "deep" / "l.sqlite"
     (path.parent / "slice.png").write_bytes(b"")
     assert ends(options(path, serve(), ledger)) == 2
-    assert list(ledger.parent.iterdir()) == []
+    assert not ledger.parent.exists() or list(ledger.parent.iterdir()) == []
 
 
 def test_the_key_is_in_no_file_and_no_message(

@@ -75,3 +75,11 @@ def test_bytes_are_told() -> None:
     with pytest.raises(InputError, match="is not UTF-8 text"):
         parse_words(parser(), ["--out", "a\udcff"])
     assert parse_words(parser(), ["--out", "脾 é"]).out == Path("脾 é")
+
+
+def test_a_stray_word_behind_a_command_without_overrides_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    from medisee.convert import main
+
+    with pytest.raises(SystemExit):
+        main(["merge", "--checkpoint", "a", "--out", "b", "junk"])
+    assert "unrecognized arguments: junk" in capsys.readouterr().err

@@ -385,3 +385,15 @@ def test_nothing_of_the_users_is_lost_in_any_folder(tmp_path: Path, whole: bool)
             assert (out / "a.json").read_text().find("new") > 0
             assert not [name for name in after if name.endswith((".tmp", ".lock", ".old")) and name not in before]
     assert min(outcomes.values()) > 40, outcomes
+
+
+def test_what_a_running_process_writes_is_left_alone(tmp_path: Path) -> None:
+    mine, ended = tmp_path / f".eval.{os.getpid()}.tmp", tmp_path / ".eval.999999999.tmp"
+    theirs = tmp_path / f".train.jsonl.{os.getpid()}.tmp"
+    mine.mkdir()
+    for path in (mine / "summary.json", theirs, ended):
+        path.write_text("x")
+    with locked(tmp_path):
+        assert theirs.exists()
+        assert not ended.exists()
+    assert (mine / "summary.json").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from numpy.typing import NDArray
 from picture_files import TURNS, png, tiff
 from PIL import Image
 from pycocotools import mask as coco
@@ -18,7 +20,16 @@ from pydantic import TypeAdapter, ValidationError
 from test_images import FILES, mutated
 
 from medisee.foundation.errors import InputError
-from medisee.records.masks import Rle, SoundRle, check_rle, decode_mask, encode_mask, mask_box, read_mask
+from medisee.records.masks import (
+    Rle,
+    SoundRle,
+    check_rle,
+    decode_mask,
+    encode_mask,
+    mask_box,
+    read_label_map,
+    read_mask,
+)
 
 masks = arrays(np.bool_, array_shapes(min_dims=2, max_dims=2, max_side=24))
 
@@ -175,7 +186,7 @@ def test_a_jpeg_of_two_colours_is_refused(tmp_path: Path) -> None:
     pixels[35:44, 5:20, 1] = 255
     Image.fromarray(pixels).save(tmp_path / "m.jpg", quality=95, subsampling=0)
     assert "not those of one bright object" in refusal(tmp_path / "m.jpg")
-    assert "JPEG or in colour" in refusal(tmp_path / "red.jpg", 1)
+    assert "in colour or with inexact values" in refusal(tmp_path / "red.jpg", 1)
 
 
 def test_a_jpeg_in_a_tiff_is_a_jpeg(tmp_path: Path) -> None:
@@ -219,7 +230,7 @@ def test_smoothing_is_refused(tmp_path: Path) -> None:
     big = Image.fromarray(DISC.astype(np.uint8) * 255).resize((200, 150), Image.Resampling.BILINEAR)
     big.save(tmp_path / "m.png")
     message = refusal(tmp_path / "m.png")
-    assert ", ...; write" in message
+    assert ", ...; save a mask per object" in message
     assert "without smoothing" in message
 
 
@@ -228,7 +239,7 @@ def test_colours(tmp_path: Path) -> None:
     pixels[DISC] = 200, 30, 90
     Image.fromarray(pixels).save(tmp_path / "m.png")
     np.testing.assert_array_equal(read(tmp_path / "m.png"), DISC)
-    assert "JPEG or in colour" in refusal(tmp_path / "m.png", 200)
+    assert "in colour or with inexact values" in refusal(tmp_path / "m.png", 200)
     pixels[40:, :9] = 30, 200, 90
     Image.fromarray(pixels).save(tmp_path / "m.png")
     assert "found 3: 0/0/0, 30/200/90, 200/30/90; " in refusal(tmp_path / "m.png")
@@ -388,3 +399,44 @@ def test_a_mutated_string_decodes_as_cocos_or_is_told() -> None:
         theirs: Any = {"size": list(DISC.shape), "counts": "".join(counts).encode()}
         np.testing.assert_array_equal(mask, coco.decode(theirs).astype(bool))
     assert taken < 100
+
+
+def _small_png(values: NDArray[np.uint8], bits: int) -> bytes:
+    """Writes a grey PNG of few bits by hand: Pillow only writes 1 and 8."""
+
+    def block(kind: bytes, content: bytes) -> bytes:
+        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+    height, width = values.shape
+    bytes_of_rows = (
+        np.packbits(np.unpackbits(row[:, None], axis=1)[:, 8 - bits :].ravel()).tobytes() for row in values
+    )
+    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([bits, 0, 0, 0, 0])
+    pixels = zlib.compress(b"".join(b"\0" + row for row in bytes_of_rows))
+    return b"\x89PNG\r\n\x1a\n" + block(b"IHDR", head) + block(b"IDAT", pixels) + block(b"IEND", b"")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_label_maps_of_few_bits_have_the_values_that_were_saved(tmp_path: Path, bits: int) -> None:
+    labels = np.random.default_rng(bits).integers(0, min(2**bits, 7), (9, 13), dtype=np.uint8)
+    (tmp_path / "m.png").write_bytes(_small_png(labels, bits))
+    for value in np.unique(labels[labels > 0]).tolist():
+        np.testing.assert_array_equal(read_mask(tmp_path / "m.png", "m", None, value), labels == value)
+    np.testing.assert_array_equal(read_label_map(tmp_path / "m.png", "m", None), labels)
+
+
+def test_a_one_bit_tiff_has_the_value_one(tmp_path: Path) -> None:
+    mask = np.random.default_rng(0).random((9, 13)) > 0.5
+    Image.fromarray(mask).save(tmp_path / "m.tif")
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.tif", "m", None, 1), mask)
+
+
+@pytest.mark.parametrize(
+    ("ending", "options"), [("gif", {}), ("webp", {"quality": 50}), ("jp2", {"irreversible": True})]
+)
+def test_label_maps_in_inexact_formats_are_refused(tmp_path: Path, ending: str, options: dict[str, Any]) -> None:
+    labels = np.zeros((40, 40), np.uint8)
+    labels[5:20, 5:20], labels[20:35, 20:35] = 2, 5
+    Image.fromarray(labels).save(tmp_path / f"m.{ending}", **options)
+    with pytest.raises(InputError, match="save the label map as a grey PNG"):
+        read_mask(tmp_path / f"m.{ending}", "m", None, 2)

@@ -139,7 +139,7 @@ def test_outlines_beside_their_pictures_are_filled(tmp_path: Path) -> None:
     assert read.sum() == 63
 
 
-def annotations(tmp_path: Path, **changes: Any) -> Path:
+def write_annotations(tmp_path: Path, **changes: Any) -> Path:
     """Writes COCO annotations of two images; None removes a key."""
     picture(tmp_path / "img" / "a.png", grey(0))
     picture(tmp_path / "img" / "b.png", grey(1))
@@ -176,7 +176,7 @@ def coco(tmp_path: Path) -> Path:
 
 
 def test_coco_instances_are_joined(tmp_path: Path) -> None:
-    annotations(tmp_path)
+    write_annotations(tmp_path)
     out = coco(tmp_path)
     read = every_mask(out, tmp_path / "img")
     np.testing.assert_array_equal(read["a.png", "cell"], (mask(2) | mask(10)) > 0)
@@ -198,7 +198,7 @@ def test_coco_instances_are_joined(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_coco_annotations(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
-    annotations(tmp_path, **changes)
+    write_annotations(tmp_path, **changes)
     with pytest.raises(InputError, match=words):
         coco(tmp_path)
     assert not list(tmp_path.glob("out/*"))

@@ -218,3 +218,10 @@ def test_damaged_files_are_refused(tmp_path: Path, content: bytes | None) -> Non
     pair.image.write_bytes(whole[:-30] if content is None else content)
     with pytest.raises(InputError, match=r"a\.nii\.gz.*cannot be read"):
         read_pair(pair, LABELS)
+
+
+def test_two_volumes_of_one_name_are_refused(tmp_path: Path) -> None:
+    decathlon(tmp_path / "Task1")
+    decathlon(tmp_path / "Task2")
+    with pytest.raises(InputError, match="two volumes called 'a'"):
+        find_pairs(tmp_path)

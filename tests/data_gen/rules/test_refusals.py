@@ -72,6 +72,7 @@ None of the other organs stores bile as this one does.
 Which organ can I not live without?
 No contrast agent is visible in the vessels.
 as an air-filled sac it holds gas near the middle
+as an ai-guided biopsy target this lesion is bright
 I am not sure which one it is: which organ makes bile?
 Sorry to ask again: which organ makes bile?
 the region that a surgeon could not help but see first

@@ -1,4 +1,4 @@
-"""The table of all settings in configs/README.md; `python -m medisee.config.table configs/README.md` writes it anew."""
+"""The table of all settings in configs/README.md; called with the path of that file, it writes the table anew."""
 
 from __future__ import annotations
 
