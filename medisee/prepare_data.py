@@ -4,9 +4,10 @@
   python scripts/prepare_data.py sa-med2d --root SAMed2Dv1 --out data/sa_med2d --workers 8
   python scripts/prepare_data.py mlmr-sd --root MLMR-SD --out data/mlmr_sd
   python scripts/prepare_data.py ask --records data/sa_med2d --root SAMed2Dv1 --bank abdomen --out data/abdomen
+  python scripts/prepare_data.py folder --images img --masks msk --category polyp --modality endoscopy --out data/polyps
   python scripts/prepare_data.py check --records mine.jsonl
 
-Each command has its own --help, which lists what is written; run.json in the folder records how it was made.
+`coco`, `nifti` and `public` are the other importers. Each command has its own --help, which lists what is written; run.json in the folder records how it was made.
 `check` writes nothing.
 """
 
@@ -102,7 +103,7 @@ PUBLIC = """Makes manifests of public data sets of patients from their official 
   medisee prepare public --sets kvasir_seg hc18 --accept-licences --out data/patients
 
 Archives are looked for in --from; what is missing there is downloaded to it, if its authors allow that, and continued
-after an interruption. Nobody at medisee has opened the addresses: if one has moved, download the archive by hand. OUT,
+after an interruption. The addresses are untested: if one has moved, download the archive by hand. OUT,
 which must be new, empty or an earlier result of this command, gets the pictures and the files of `folder`.
 """
 

@@ -1,4 +1,4 @@
-"""The one door for JSON: what it takes says exactly one thing, or is refused with a reason."""
+"""The single entry point for JSON: what it takes says exactly one thing, or is refused with a reason."""
 
 from __future__ import annotations
 

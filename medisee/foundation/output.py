@@ -1,4 +1,4 @@
-"""The one door for output folders: looked at before the work, held by one run, and a user's own files never lost."""
+"""The single entry point for output folders: checked before the work starts, held by one run, and a user's own files never lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one door for YAML: what it takes says exactly one thing, or is refused with the line and a reason."""
+"""The single entry point for YAML: what it takes says exactly one thing, or is refused with the line and a reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one door for image files: how one is opened, checked, turned and scaled, be it an image, its size or a mask."""
+"""The single entry point for image files: how one is opened, checked, turned and scaled, be it an image, its size or a mask."""
 
 from __future__ import annotations
 

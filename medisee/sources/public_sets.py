@@ -90,7 +90,7 @@ PUBLIC_SETS = {
         labels=dict(enumerate(_BTCV.split(", "), start=1)),
     ),
 }
-"""What `medisee prepare public` knows; nobody at medisee has opened the addresses."""
+"""What `medisee prepare public` knows; the addresses are untested."""
 
 
 def chosen(names: list[str]) -> dict[str, PublicSet]:
