@@ -104,7 +104,7 @@ def _evaluate(arguments: argparse.Namespace, folder: Path) -> None:
     config = load_config(arguments.config, arguments.overrides)
     categories = read_categories(config.data.categories) if config.data.categories is not None else {}
     train = Manifest(config.data.train[0].records, config.data.train[0].root) if config.data.train else None
-    # With a checkpoint all files are looked at once more is known: see below.
+    # With a checkpoint, the files are checked below, together with the words, which need its tokenizer.
     splits = open_splits(arguments.records, arguments.root, arguments.limit, files=arguments.predictions is not None)
     device: torch.device | str = "cpu"
     if arguments.predictions is not None:

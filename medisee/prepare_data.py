@@ -7,8 +7,8 @@
   python scripts/prepare_data.py folder --images img --masks msk --category polyp --modality endoscopy --out data/polyps
   python scripts/prepare_data.py check --records mine.jsonl
 
-`coco`, `nifti` and `public` are the other importers. Each command has its own --help, which lists what is written; run.json in the folder records how it was made.
-`check` writes nothing.
+`coco`, `nifti` and `public` are the other importers. Each command has its own --help, which lists what is written;
+run.json in the folder records how it was made. `check` writes nothing.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ ASK = """Adds questions that describe a target without naming it to manifests th
   python scripts/prepare_data.py ask --records data/btcv --root SAMed2Dv1 --bank abdomen --out data/abdomen
 
 BANK is `abdomen` (13 abdominal organs, CT), `brain` (the demo's structures), `patients` (hearts, fetal heads, polyps, the
-hippocampus) or a YAML file of the same form; targets that it does not know are left out. Pictures are copied, so this is for thousands of images, not millions. Writes into
-OUT, which must be new, empty or an earlier result of this command, with the splits of RECORDS: images/ (with augmented
+hippocampus) or a YAML file of the same form; targets that it does not know are left out. Pictures are copied, so this is
+for thousands of images, not millions. Writes into OUT, which must be new, empty or an earlier result of this command, with the splits of RECORDS: images/ (with augmented
 copies of training's), the manifests and categories.json of `demo`, asked.json (counts, and what was left out) and
 run.json.
 """
@@ -103,8 +103,8 @@ PUBLIC = """Makes manifests of public data sets of patients from their official 
   medisee prepare public --sets kvasir_seg hc18 --accept-licences --out data/patients
 
 Archives are looked for in --from; what is missing there is downloaded to it, if its authors allow that, and continued
-after an interruption. The addresses are untested: if one has moved, download the archive by hand. OUT,
-which must be new, empty or an earlier result of this command, gets the pictures and the files of `folder`.
+after an interruption. The addresses are untested: if one has moved, download the archive by hand. OUT, which
+must be new, empty or an earlier result of this command, gets the pictures and the files of `folder`.
 """
 
 _FILLED = {

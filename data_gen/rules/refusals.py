@@ -49,7 +49,7 @@ _NOTHING = re.compile(r"(?:n/a|not available|no (?:caption|description|answer)(?
 def refuses(text: str) -> bool:
     """Returns whether a text, or a text in its JSON, is a refusal or only says that there is none.
 
-    Where somebody asks a question, "I cannot see it in this image" is no refusal; "the patient cannot ..." never is.
+    Where somebody asks a question, "I cannot see it in this image" is not a refusal; "the patient cannot ..." never is.
     """
     plain = unicodedata.normalize("NFKC", text).replace("’", "'").lower()
     quoted = re.findall(r'"((?:[^"\\]|\\.)*)"', plain) if "{" in plain else []

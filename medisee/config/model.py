@@ -41,7 +41,7 @@ def _candidate(token: str) -> str:
 
 Line = Annotated[str, AfterValidator(_one_line)]
 PathText = Annotated[str, AfterValidator(_path)]
-"""A path, in which ~ is the home folder, or what may stand in its place, such as a hub id."""
+"""A path, in which ~ is the home folder, or what is taken instead of one, such as a hub id."""
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Width = Annotated[int, Field(ge=1, le=262_144)]
 Layers = Annotated[int, Field(ge=1, le=1_000)]

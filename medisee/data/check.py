@@ -20,7 +20,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from medisee.config import Config
+from medisee.config import Config, Eval
+from medisee.config.model import Model
 from medisee.foundation.errors import InputError
 from medisee.records.images import read_image
 from medisee.records.jsonl import read_lines
@@ -95,9 +96,14 @@ def training_job(config: Config, manifest: Manifest) -> Job:
     return Job(manifest=manifest, places=places, tokens=tokens, by_category=by_category)
 
 
+def forced_answer(settings: Eval, model: Model) -> str:
+    """Returns `settings.forced_answer` with a model's candidate tokens."""
+    return settings.forced_answer.format(candidates=candidate_text(model.candidate_tokens))
+
+
 def scored_job(config: Config, manifest: Manifest, limit: int | None) -> Job:
     """Returns what is read of a manifest whose records are scored, `limit` of them: answers are the model's own."""
-    answer = config.eval.forced_answer.format(candidates=candidate_text(config.model.candidate_tokens))
+    answer = forced_answer(config.eval, config.model)
     return Job(manifest=manifest, places=spread(len(manifest), limit), answer=answer)
 
 

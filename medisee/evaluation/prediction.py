@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from medisee.config import Eval
-from medisee.config.model import Model
-from medisee.data.check import spread
+from medisee.data.check import forced_answer, spread
 from medisee.data.dataset import asked_questions, record_example
 from medisee.data.features import FeatureCache
 from medisee.models.geometry import denormalise_box, logits_to_original
@@ -21,7 +20,6 @@ from medisee.models.medisee import MediSee
 from medisee.models.processing import Example
 from medisee.records.manifest import Manifest
 from medisee.records.masks import Box
-from medisee.records.prompts import candidate_text
 from medisee.records.records import QA, Record, Target
 
 Mode = Literal["forced", "generated"]
@@ -93,11 +91,6 @@ def predict(
         part = asked[first : first + settings.batch_size]
         examples = [record_example(manifest, one.record, one.questions, cache, truth=False) for one in part]
         yield from answer_examples(model, examples, mode, settings, release=release)
-
-
-def forced_answer(settings: Eval, model: Model) -> str:
-    """Returns `settings.forced_answer` with a model's candidate tokens."""
-    return settings.forced_answer.format(candidates=candidate_text(model.candidate_tokens))
 
 
 # Not inference_mode: weights that ZeRO 3 gathers in it could not be trained afterwards.

@@ -17,6 +17,7 @@ from typing import TypeAlias
 from tqdm import tqdm
 
 from medisee.config import Config
+from medisee.data.check import no_target
 from medisee.data.features import FeatureCache
 from medisee.evaluation.metrics import Score, score
 from medisee.evaluation.prediction import Mode, QueryAnswer, RecordQuestions, all_questions, predict, shuffled_questions
@@ -133,7 +134,7 @@ def _split(manifest: Manifest, limit: int | None) -> Split:
             known[one.record.id] = RecordQuestions(one.record, tuple(questions.values()))
     asked = [known[one.record.id] for one in all_questions(manifest, limit) if one.questions]
     if not asked:
-        raise InputError(f"{manifest.path}: no record has a target; at least one is needed.")
+        raise InputError(no_target(manifest))
     return Split(manifest, known, tuple(asked))
 
 

@@ -17,7 +17,7 @@ _OVERRIDE = re.compile(r"[a-z]\w*(\.\w+)*=.*", re.DOTALL)
 def parse_words(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, *, more: str | None = None
 ) -> argparse.Namespace:
-    """Parses a command's words; those of the positional list `more` may stand anywhere between the options."""
+    """Parses a command's words; those of the positional list `more` may come anywhere among the options."""
     words = list(sys.argv[1:] if argv is None else argv)
     for word in words:
         if any("\ud800" <= character <= "\udfff" for character in word):

@@ -71,7 +71,6 @@ class RunLog:
         self.began = time.perf_counter()
         if not active:
             return
-        out.mkdir(parents=True, exist_ok=True)
         self.path = out / "log.jsonl"
         write_text(self.path, "".join(self._kept(first_step)) if first_step else "")
         self.board = SummaryWriter(out / "tensorboard", purge_step=first_step + 1)
